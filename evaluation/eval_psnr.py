@@ -1,0 +1,68 @@
+"""PSNR of the edits of protected images against the edits of the clean ones: low means that protection changed them.
+
+    python evaluation/eval_psnr.py --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock edits/vae --seed 0
+
+Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A high distance between two edits says
+that they differ, not that the person is gone: see eval_facial.py for that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import common
+
+import utils
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def psnr(images: Tensor, references: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio, 10 log10(2^2 / MSE), of images in [-1, 1], (B, 3, H, W) -> (B,) in dB.
+
+    By scikit-image; infinite for identical images.
+    """
+    import numpy as np
+    import torch
+    from skimage.metrics import peak_signal_noise_ratio
+
+    pairs = zip(references.double().cpu().numpy(), images.double().cpu().numpy(), strict=True)
+    with np.errstate(divide="ignore"):
+        values = [peak_signal_noise_ratio(reference, image, data_range=2) for reference, image in pairs]
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    parser.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the clean images")
+    common.add_arguments(parser, "psnr")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = parse_args(argv)
+    return utils.run_command(run, args)
+
+
+def run(args: argparse.Namespace) -> int:
+    (clean,) = common.find_rows([args.clean_edit_dir], args.seed)[:1]
+    rows = common.find_rows(args.defend_edit_dirs, args.seed)
+    prompts = common.prompts_of([clean, *rows], args.seed, args.prompts)
+    results = {}
+    for row, pairs in common.find_pairs(rows, clean, args.seed, prompts, args.common).items():
+        values = results[row] = {}
+        for pair in pairs:
+            edit, reference = map(utils.to_tensor, common.load_pair(pair))
+            values[pair.seed, pair.prompt, pair.name] = psnr(edit, reference).item()
+    common.report(results, "psnr", args, infinite=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
