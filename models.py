@@ -234,6 +234,7 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")  # of lpips' call
 
 
 @contextlib.contextmanager
@@ -303,7 +304,7 @@ def load_vae(models: ModelSet, kind: str, device: torch.device, dtype: torch.dty
 
     member = models.editors[kind]
     with _loading("the VAE of", member):
-        vae = AutoencoderKL.from_pretrained(member, subfolder="vae", torch_dtype=dtype, **_from_hub(member))
+        vae = AutoencoderKL.from_pretrained(member, subfolder="vae", dtype=dtype, **_from_hub(member))
     return WorkingVAE(_frozen(vae, device, dtype), models.resolution)
 
 
@@ -360,7 +361,7 @@ def load_editor(
         # A checker that blanks an edit would be counted as protection, so there is none.
         pipeline = getattr(diffusers, pipelines[kind]).from_pretrained(
             member,
-            torch_dtype=dtype,
+            dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
             **_from_hub(member),

@@ -258,11 +258,14 @@ def mean_of(values: Values) -> Mean:
 
 
 def bootstrap(samples: Sequence[float]) -> tuple[float, float]:
-    """The ends of the interval; NaN for fewer than two samples or all equal, where there is nothing to resample."""
+    """The ends of the interval; NaN for fewer than two samples or all equal, where there is nothing to resample.
+
+    Equal up to rounding, that is: the interval of rounding errors would say nothing.
+    """
     import numpy as np
     from scipy import stats
 
-    if len(set(samples)) < 2:
+    if len(samples) < 2 or max(samples) - min(samples) <= 1e-6 * max(map(abs, samples)):
         return math.nan, math.nan
     interval = stats.bootstrap(
         (np.asarray(samples),),

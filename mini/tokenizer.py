@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import pairwise
 
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
@@ -40,7 +41,7 @@ def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
     spelled = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges = []
     while True:
-        pairs = Counter(pair for symbols in spelled for pair in zip(symbols, symbols[1:], strict=False))
+        pairs = Counter(pair for symbols in spelled for pair in pairwise(symbols))
         if not pairs:
             return merges
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))

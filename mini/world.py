@@ -26,7 +26,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts of mini/ use the project's own modules, as a user's script would
 
-from utils import to_tensor  # noqa: E402 (after sys.path)
+from utils import to_tensor
 
 ASSETS = ROOT / "assets" / "mini"
 WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data, logs

@@ -1,0 +1,67 @@
+"""Fixtures that every test file may use: tiny models on disk, made once, and no way to the network."""
+
+from __future__ import annotations
+
+import os
+import socket
+from types import SimpleNamespace
+
+import pytest
+
+# Before torch is imported, and for the subprocesses. Tiny networks gain nothing by waiting for more threads.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def no_network():
+    """A test that reaches for the network fails at once instead of passing on some machines only."""
+
+    def refuse(self, address):
+        if self.family in (socket.AF_INET, socket.AF_INET6):
+            raise OSError("no network in the tests")
+        return connect(self, address)
+
+    connect = socket.socket.connect
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(socket.socket, "connect", refuse)
+        patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: refuse_name())
+        yield
+
+
+def refuse_name():
+    raise socket.gaierror("no network in the tests")
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory) -> SimpleNamespace:
+    """Directories of tiny random models: editor, img2img, recognizer, judge, perceptual."""
+    import tiny
+
+    root = tmp_path_factory.mktemp("models")
+    return SimpleNamespace(
+        root=root,
+        editor=tiny.write_editor(root / "editor"),
+        img2img=tiny.write_img2img(root / "img2img"),
+        recognizer=tiny.write_recognizer(root / "recognizer"),
+        judge=tiny.write_convnext(root / "judge"),
+        perceptual=tiny.write_perceptual(root / "perceptual"),
+    )
+
+
+@pytest.fixture(scope="session")
+def edit_flags(tiny_models) -> list[str]:
+    """What makes the edit scripts run on the tiny editor, two steps."""
+    flags = (
+        f"--models mini --model_id {tiny_models.editor} --resolution 64 --device cpu --num_inference_steps 2"
+    )
+    return flags.split()
+
+
+@pytest.fixture(scope="session")
+def defend_flags(tiny_models) -> list[str]:
+    """What makes the defend scripts run on the tiny models, three iterations."""
+    return (
+        f"--models mini --model_id {tiny_models.editor} --recognizer {tiny_models.recognizer} "
+        f"--judge {tiny_models.judge} --lpips {tiny_models.perceptual} "
+        "--resolution 64 --device cpu --num_iters 3"
+    ).split()

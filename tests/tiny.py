@@ -1,0 +1,217 @@
+"""Tiny random models in the real libraries' formats: machinery for the tests, no claim about protection."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import lpips
+import numpy as np
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    EulerAncestralDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from facenet_pytorch import InceptionResnetV1
+from PIL import Image
+from safetensors.torch import save_file
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+    ConvNextConfig,
+    ConvNextModel,
+    ResNetConfig,
+    ResNetModel,
+)
+
+WIDTH = 8  # channels
+TOKENS = 32  # of a prompt
+SCHEDULE = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "steps_offset": 1,
+    "prediction_type": "epsilon",
+}
+
+
+def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoencoderKL:
+    """An AutoencoderKL of four levels (f=8) and 4 latent channels, frozen."""
+    torch.manual_seed(seed)
+    vae = AutoencoderKL(
+        block_out_channels=(WIDTH,) * 4,
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=64,
+    )
+    return vae.to(dtype).eval().requires_grad_(False)
+
+
+def _unet(in_channels: int, seed: int) -> UNet2DConditionModel:
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(
+        sample_size=8,
+        in_channels=in_channels,
+        out_channels=4,
+        block_out_channels=(WIDTH, WIDTH),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=WIDTH,
+    ).eval()
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """A CLIPTokenizer that spells: one token a letter, one a letter at a word's end."""
+    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: number for number, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
+
+
+def _text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
+    torch.manual_seed(seed)
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return CLIPTextModel(config).eval()
+
+
+def write_editor(directory: Path, seed: int = 0) -> Path:
+    """A complete StableDiffusionInstructPix2PixPipeline directory; its VAE is `tiny_vae(seed=seed)`."""
+    tokenizer = tiny_tokenizer()
+    StableDiffusionInstructPix2PixPipeline(
+        vae=tiny_vae(seed=seed),
+        text_encoder=_text_encoder(tokenizer, seed),
+        tokenizer=tokenizer,
+        unet=_unet(8, seed),
+        scheduler=EulerAncestralDiscreteScheduler(**SCHEDULE),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+    return directory
+
+
+def write_img2img(directory: Path, seed: int = 0) -> Path:
+    """A complete StableDiffusionImg2ImgPipeline directory, with a DDIM scheduler."""
+    tokenizer = tiny_tokenizer()
+    StableDiffusionImg2ImgPipeline(
+        vae=tiny_vae(seed=seed),
+        text_encoder=_text_encoder(tokenizer, seed),
+        tokenizer=tokenizer,
+        unet=_unet(4, seed),
+        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained(directory)
+    return directory
+
+
+def _write_preprocessor(directory: Path, size: int, mean: float, std: float) -> None:
+    settings = {"size": {"height": size, "width": size}, "image_mean": [mean] * 3, "image_std": [std] * 3}
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
+
+
+def write_recognizer(
+    directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0
+) -> Path:
+    """A transformers ResNetModel with its preprocessor_config.json."""
+    torch.manual_seed(seed)
+    config = ResNetConfig(
+        embedding_size=WIDTH, hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], layer_type="basic"
+    )
+    ResNetModel(config).eval().save_pretrained(directory)
+    _write_preprocessor(directory, size, mean, std)
+    return directory
+
+
+def write_convnext(
+    directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 1
+) -> Path:
+    """A transformers ConvNextModel with its preprocessor_config.json."""
+    torch.manual_seed(seed)
+    config = ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2)
+    ConvNextModel(config).eval().save_pretrained(directory)
+    _write_preprocessor(directory, size, mean, std)
+    return directory
+
+
+def facenet_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """A random state dict as facenet-pytorch publishes them: InceptionResnetV1 with its classifier."""
+    torch.manual_seed(seed)
+    state = InceptionResnetV1(pretrained=None, classify=True, num_classes=3).state_dict()
+    for value in state.values():
+        if value.ndim == 4:
+            value *= (
+                6**0.5
+            )  # He's variance: signals that fade away layer by layer end in slow denormal numbers
+    return {key: value.contiguous() for key, value in state.items()}
+
+
+def write_facenet(path: Path, seed: int = 0) -> Path:
+    """`facenet_state` in a file: a pickle, or, for a .safetensors path, that."""
+    state = facenet_state(seed)
+    if path.suffix == ".safetensors":
+        save_file(state, path)
+    else:
+        torch.save(state, path)
+    return path
+
+
+def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Path:
+    """An LPIPS on a random SqueezeNet trunk; heads: with lpips' own linear heads."""
+    directory.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    network = lpips.LPIPS(net="squeeze", lpips=heads, pnet_rand=True, pretrained=heads, verbose=False)
+    state = {key: value.clone().contiguous() for key, value in network.state_dict().items()}
+    save_file(state, directory / "model.safetensors")
+    (directory / "config.json").write_text(json.dumps({"net": "squeeze", "lpips": heads}))
+    return directory
+
+
+def portrait(size: int | Iterable[int] = 64, seed: int = 0) -> np.ndarray:
+    """A smooth, head-like blob on a gradient, (H, W, 3) uint8; `size` is the side or (H, W)."""
+    height, width = (size, size) if isinstance(size, int) else size
+    generator = np.random.default_rng(seed)
+    y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
+    skin, backdrop, tilt = (
+        generator.uniform(90, 220, 3),
+        generator.uniform(30, 200, 3),
+        generator.uniform(-9, 9, 3),
+    )
+    image = backdrop + tilt * (x + y)[..., None] + generator.normal(0, 2, (height, width, 3))
+    head = (x / 0.6) ** 2 + (y / 0.8) ** 2 < 1
+    image[head] += skin - backdrop
+    for eye in (-0.25, 0.25):
+        image[(x - eye) ** 2 + (y + 0.2) ** 2 < 0.01] = 25
+    return image.round().clip(0, 255).astype(np.uint8)
+
+
+def write_portraits(directory: Path, n: int = 3, size: int | Iterable[int] = 64) -> list[Path]:
+    """n PNG files face0.png, face1.png..."""
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = [directory / f"face{number}.png" for number in range(n)]
+    for number, path in enumerate(paths):
+        Image.fromarray(portrait(size, seed=number)).save(path)
+    return paths
