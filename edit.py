@@ -33,7 +33,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--image_guidance_scale",
-        type=utils.non_negative_float,
+        type=utils.at_least_one,  # diffusers would silently turn all guidance off below 1
         help=models.set_help("how closely the edit keeps to the image, at least 1", "image_guidance_scale"),
     )
     parser.add_argument(

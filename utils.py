@@ -110,6 +110,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def at_least_one(text: str) -> float:
+    """argparse type: a finite number of at least 1."""
+    value = positive_float(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
+    return value
+
+
 def budget(text: str) -> float:
     """argparse type: an L-infinity budget in the [-1, 1] range that can change at least one 8-bit level."""
     value = positive_float(text)
@@ -353,14 +361,10 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """(B, 3, H, W) in [-1, 1] -> (B, H, W, 3) uint8, rounded to nearest; values outside are clipped."""
-    levels = (images.detach().double().cpu() + 1) * 127.5
-    return levels.round().clamp(0, 255).permute(0, 2, 3, 1).to(dtype=_uint8()).numpy()
+    import numpy as np
 
-
-def _uint8() -> torch.dtype:
-    import torch
-
-    return torch.uint8
+    levels = (images.detach().cpu().double() + 1) * 127.5
+    return levels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
 def allowed_levels(budget: float) -> int:
