@@ -78,7 +78,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         help="which faces facelock protects; with all, their mean similarity counts",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, help="of the random start, with the file's stem; -1 draws and prints one"
+        "--seed", type=utils.seed, default=0, help="of the random start, with the file's stem; -1 draws and prints one"
     )
     parser.add_argument(
         "--check",
@@ -382,6 +382,8 @@ def run(args: argparse.Namespace) -> int:
     utils.check_output(output, source)
     utils.load_image(source)  # a bad file is said before a model is loaded
     check_knobs(args)
+    if args.face_box and args.defend_method != "facelock" and not args.check:
+        raise UserError(f"--face_box: {args.defend_method} looks at no face; it is for facelock and --check")
     args.seed = utils.draw_seed(args.seed)
     tools = Tools(args)
     tools.preload(args)

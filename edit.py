@@ -43,7 +43,7 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
             "how strongly the instruction is followed; up to 1, both guidances are off", "guidance_scale"
         ),
     )
-    parser.add_argument("--seed", type=int, default=-1, help="of the editor's noise; -1 draws and prints one")
+    parser.add_argument("--seed", type=utils.seed, default=-1, help="of the editor's noise; -1 draws and prints one")
     parser.add_argument(
         "--strength",
         type=strength,

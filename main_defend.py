@@ -41,6 +41,7 @@ def run(args: argparse.Namespace) -> int:
     images = runs.find_images(args.image_dir)
     if directory.resolve() == args.image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
+    utils.check_directory(directory)
     defend.check_knobs(args)
     recorded = runs.read_record(directory)
     if args.seed == -1 and recorded is not None:

@@ -59,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
     images = runs.find_images(args.src_dir)
+    utils.check_directory(args.edit_dir)
     args.seed = _draw_new_seed(args)
     directory = args.edit_dir / f"seed{args.seed}"
     chosen = models.choose(args)

@@ -106,7 +106,7 @@ FACENET_URLS = {
 FACENET_CROP = 160  # px
 FACENET_SCALE = 127.5 / 128  # facenet's fixed standardisation (v - 127.5) / 128, for values in [-1, 1]
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # lpips name -> torchvision's
-DETECTION_SIDE = 1024  # px; larger photos are halved and so on before MTCNN looks at them
+DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks at them
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -522,10 +522,9 @@ class FaceDetector:
         scale = max(1.0, max(width, height) / DETECTION_SIDE)
         if scale > 1:
             image = image.resize((round(width / scale), round(height / scale)), Image.Resampling.BILINEAR)
-        try:
-            found, _ = self.mtcnn.detect(image)
-        except (RuntimeError, ValueError, IndexError):  # its pyramid is empty for an image of a few pixels
-            found = None
+        if min(image.size) < self.mtcnn.min_face_size:  # no face fits, and its pyramid would be empty
+            return []
+        found, _ = self.mtcnn.detect(image)
         boxes = [] if found is None else [clip_box(box * scale, (height, width)) for box in found]
         return sorted((box for box in boxes if box), key=_area, reverse=True)
 
@@ -568,12 +567,12 @@ def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Te
         reference = features(clean)
 
     def perceptual_distance(images: Tensor) -> Tensor:
-        total = torch.zeros(len(images), device=images.device)
+        total = torch.zeros(len(images), device=images.device, dtype=reference[0].dtype)
         for k, (layer, other) in enumerate(zip(features(images), reference, strict=True)):
             difference = (layer - other).square()  # (B, C, h, w)
             if network.lpips:
-                difference = network.lins[k](difference.to(dtype))
-            total = total + difference.sum(dim=1).mean(dim=(1, 2)).to(total.dtype)
+                difference = network.lins[k](difference.to(dtype)).to(total.dtype)
+            total = total + difference.sum(dim=1).mean(dim=(1, 2))
         return total
 
     return perceptual_distance

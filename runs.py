@@ -104,7 +104,9 @@ def record_of(args: argparse.Namespace, chosen: models.ModelSet, dtype: Any, **m
         if key in ELSEWHERE:
             continue
         value = resolved.get(key) if value is None else value
-        arguments[key] = models.shown(str(value)) if isinstance(value, (str, Path)) else value
+        if isinstance(value, Path):  # the same directory however it was written
+            value = str(value.resolve())
+        arguments[key] = models.shown(value) if isinstance(value, str) else value
     arguments["dtype"] = str(dtype).removeprefix("torch.")
     arguments["model_id"] = models.shown(chosen.editors[args.model])
     versions = {"python": platform.python_version()}
@@ -218,7 +220,7 @@ def run_batches(
                     loaded.append(load(item))
                     items.append(item)
                 except Exception as error:  # a bad file, or a detector out of memory: the others may still do
-                    if debug and not isinstance(error, UserError):
+                    if debug:
                         raise
                     if item.output in wanted:
                         _note(summary, item, error, bar)

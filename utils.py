@@ -118,6 +118,14 @@ def at_least_one(text: str) -> float:
     return value
 
 
+def seed(text: str) -> int:
+    """argparse type: a whole number of at least 0, or -1 for "draw one"."""
+    value = int(text)
+    if not -1 <= value < 2**63:
+        raise argparse.ArgumentTypeError(f"{text} is neither -1 nor from 0 to 2**63 - 1")
+    return value
+
+
 def budget(text: str) -> float:
     """argparse type: an L-infinity budget in the [-1, 1] range that can change at least one 8-bit level."""
     value = positive_float(text)
@@ -419,16 +427,22 @@ def write_file(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        directory = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        _sync_directory(path.parent)
     except OSError as error:
         raise UserError(f"{path}: can't be written ({error.strerror})") from None
     finally:  # also after Ctrl-C; mostly there is nothing left to remove, and its directory may be a file
         with contextlib.suppress(OSError):
             aside.unlink()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Makes a rename survive a power cut, where the file system can: some network mounts refuse."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def check_output(path: Path, source: Path) -> None:
@@ -444,11 +458,17 @@ def check_output(path: Path, source: Path) -> None:
         raise UserError(f"{path}: is a directory")
     if path.exists() and source.exists() and path.samefile(source):
         raise UserError(f"{path}: would overwrite the input")
-    existing = next(parent for parent in path.absolute().parents if parent.exists())
+    check_directory(path.absolute().parent)
+
+
+def check_directory(path: Path) -> None:
+    """Refuses a directory that is not there and can't be made, or can't be written into. Raises UserError."""
+    path = path.absolute()
+    existing = next(place for place in (path, *path.parents) if place.exists())
     if not existing.is_dir():
-        raise UserError(f"{path}: {existing} is not a directory")
+        raise UserError(f"{existing}: is not a directory")
     if not os.access(existing, os.W_OK):
-        raise UserError(f"{path}: no permission to write into {existing}")
+        raise UserError(f"{existing}: no permission to write into it")
 
 
 # ---------------------------------------------------------------------------------------------------------

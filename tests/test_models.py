@@ -102,9 +102,9 @@ def test_flags_replace_members_and_values():
         "resolution": 96,
     }
     assert chosen == dataclasses.replace(MODEL_SETS["mini"], **changed)
-    flags = "--input_path a --prompt x --num_inference_steps 7 --guidance_scale 0 --image_guidance_scale 0"
+    flags = "--input_path a --prompt x --num_inference_steps 7 --guidance_scale 0 --image_guidance_scale 2"
     chosen = models.choose(edit.parse_args(flags.split()))
-    changed = {"num_inference_steps": 7, "guidance_scale": 0.0, "image_guidance_scale": 0.0}
+    changed = {"num_inference_steps": 7, "guidance_scale": 0.0, "image_guidance_scale": 2.0}
     assert chosen == dataclasses.replace(MODEL_SETS["full"], **changed)
 
 

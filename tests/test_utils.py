@@ -479,7 +479,7 @@ def test_check_output_refuses(name, reason, tmp_path):
     (tmp_path / "folder.png").mkdir()
     with pytest.raises(UserError, match=reason) as caught:
         utils.check_output(tmp_path / name, source)
-    assert str(caught.value).startswith(f"{tmp_path / name}: ")
+    assert str(caught.value).startswith(f"{tmp_path / name.removesuffix('/out.png')}: ")
 
 
 def test_check_output_asks_for_permission(tmp_path, monkeypatch):
