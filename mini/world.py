@@ -131,7 +131,7 @@ def train(
     lr: float,
     warmup: int = 100,
     weight_decay: float = 0.01,
-    ema_decay: float = 0.999,
+    ema_decay: float = 0.995,
     seed: int = 0,
     save_every: int = 100,
     log_every: int = 20,
