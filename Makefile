@@ -30,6 +30,7 @@ $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
 
 # Public scripts only: what stands here can be typed by hand.
 demo: $(VENV)/installed
+	rm -rf $(DEMO)/portraits $(DEMO)/protected $(DEMO)/edits
 	mkdir -p $(DEMO)/portraits
 	cp $(DEMO_PORTRAITS:%=assets/portraits/mini/%.png) $(DEMO)/portraits/
 	$(RUN) main_defend.py --models=mini --image_dir=$(DEMO)/portraits --output_dir=$(DEMO)/protected \

@@ -2,10 +2,12 @@
 
     python defend.py --input_path=portrait.png --defend_method=facelock
     python defend.py --input_path=portrait.png --defend_method=facelock --attack_budget=0.02 --step_size=0.003
-    python defend.py --input_path=assets/portraits/mini/portrait_1000000.png --models=mini
+    python defend.py --input_path=assets/portraits/mini/portrait_1000000.png --models=mini \\
+        --output_path=out.png
 
-Writes protected_NAME.png beside the input (or --output_path). Only the editor's VAE is loaded, and for facelock the
-face recogniser and LPIPS. Budgets and steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
+Writes protected_NAME.png beside the input (or --output_path). Only the editor's VAE is loaded, and for
+facelock the face recogniser and LPIPS. Budgets and steps are L-infinity sizes in the range [-1, 1] of a
+pixel: 0.03 is 3.8/255.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ if TYPE_CHECKING:
 Box = models.Box
 
 KNOBS = ("targeted", "c", "lr")  # flags of some methods only; None is the method's own default
-LOSS_EVERY = 10  # iterations between two losses on the progress bar: reading one waits for the device
+MEMBERS = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -41,7 +43,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--defend_method", choices=METHOD_NAMES, default="facelock", help="the defense")
     parser.add_argument(
         "--attack_budget",
-        type=utils.budget,
+        type=utils.budget_size,
         default=0.03,
         help="L-infinity size of the perturbation in [-1, 1], at least 2/255",
     )
@@ -51,7 +53,9 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         default=0.01,
         help="first step in [-1, 1], falling linearly to 1 %% of it (encoder, vae, facelock)",
     )
-    parser.add_argument("--num_iters", type=utils.positive_int, default=100, help="iterations (all but noise)")
+    parser.add_argument(
+        "--num_iters", type=utils.positive_int, default=100, help="iterations (all but noise)"
+    )
     targeted = parser.add_mutually_exclusive_group()
     targeted.add_argument(
         "--targeted",
@@ -78,7 +82,10 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         help="which faces facelock protects; with all, their mean similarity counts",
     )
     parser.add_argument(
-        "--seed", type=utils.seed, default=0, help="of the random start, with the file's stem; -1 draws and prints one"
+        "--seed",
+        type=utils.seed_number,
+        default=0,
+        help="of the random start, with the file's stem; -1 draws and prints one",
     )
     parser.add_argument(
         "--check",
@@ -130,19 +137,27 @@ class Tools:
     """The models that a defense or its report may need, each loaded when it is first asked for."""
 
     def __init__(self, args: argparse.Namespace) -> None:
+        self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
         self.kind = args.model
         self.models = models.choose(args)
-        self.device, self.dtype = models.place(args)
+        self.device, self.dtype = models.set_up(args)
 
     def preload(self, args: argparse.Namespace) -> None:
         """Loads what the method can't do without. Raises UserError, before anything is written."""
-        from methods import METHODS
+        for keyword in parameters(args.defend_method):
+            if keyword in MEMBERS:
+                getattr(self, MEMBERS[keyword])
 
-        takes = inspect.signature(METHODS[args.defend_method]).parameters
-        members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
-        for keyword, member in members.items():
-            if keyword in takes:
-                getattr(self, member)
+    def if_there(self, member: str) -> Any:
+        """A member for a report, or None if it can't be had, which is said and tried once."""
+        if member in self.unavailable:
+            return None
+        try:
+            return getattr(self, member)
+        except UserError as error:
+            self.unavailable.add(member)
+            print(f"{member} not measured: {error}", file=sys.stderr)
+            return None
 
     @cached_property
     def vae(self) -> models.WorkingVAE:
@@ -191,17 +206,33 @@ class Report:
         return text
 
 
-def check_knobs(args: argparse.Namespace) -> None:
-    """Refuses a knob that the chosen method doesn't have. Raises UserError."""
+def parameters(method: str) -> dict[str, inspect.Parameter]:
+    """What a method's signature names: its needs and its knobs."""
     from methods import METHODS
 
-    takes = inspect.signature(METHODS[args.defend_method]).parameters
+    return dict(inspect.signature(METHODS[method]).parameters)
+
+
+def needs_faces(args: argparse.Namespace) -> bool:
+    """Whether the method can't do without a face."""
+    return "face_similarity" in parameters(args.defend_method)
+
+
+def check_knobs(args: argparse.Namespace) -> None:
+    """Refuses a knob that the chosen method doesn't have. Raises UserError."""
     for knob in KNOBS:
         value = getattr(args, knob)
-        if value is not None and knob not in takes:
+        if value is not None and knob not in parameters(args.defend_method):
             flag = {True: "--targeted", False: "--untargeted"}.get(value, f"--{knob}")
-            owners = [name for name, method in METHODS.items() if knob in inspect.signature(method).parameters]
+            owners = [name for name in METHOD_NAMES if knob in parameters(name)]
             raise UserError(f"{flag} is for {' and '.join(owners)}; {args.defend_method} has no such knob")
+
+
+def knobs_in_effect(args: argparse.Namespace) -> dict[str, Any]:
+    """The knobs that the method has, with its own default where none was given; for run.json."""
+    takes = parameters(args.defend_method)
+    given = {knob: getattr(args, knob) for knob in KNOBS if knob in takes}
+    return {knob: takes[knob].default if value is None else value for knob, value in given.items()}
 
 
 def load_subject(path: Path, args: argparse.Namespace, tools: Tools, box: Box | None = None) -> Subject:
@@ -210,12 +241,9 @@ def load_subject(path: Path, args: argparse.Namespace, tools: Tools, box: Box | 
     box: a face given by hand, in the portrait's pixels. Raises UserError naming the file: not readable, too
     small, or no face where facelock needs one.
     """
-    portrait = utils.load_image(path)
-    try:
-        working = utils.working_size(portrait.size, tools.models.resolution)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    needed = args.defend_method == "facelock"
+    portrait = utils.load_portrait(path, tools.models.resolution)
+    working = utils.working_size(portrait.size, tools.models.resolution)
+    needed = needs_faces(args)
     if not needed and not args.check:
         return Subject(portrait, [])
     if box is None:
@@ -267,10 +295,9 @@ def protect(
     for knob in KNOBS:
         if getattr(args, knob) is not None:
             offers[knob] = lambda knob=knob: getattr(args, knob)
-    method = METHODS[args.defend_method]
-    given = {name: offers[name]() for name in inspect.signature(method).parameters if name in offers}
+    given = {name: offers[name]() for name in parameters(args.defend_method) if name in offers}
     try:
-        return method(images, **given)
+        return METHODS[args.defend_method](images, **given)
     except GradientError as error:
         dtype = str(tools.dtype).removeprefix("torch.")
         hint = "" if dtype == "float32" else "; try --dtype fp32"
@@ -296,16 +323,21 @@ def protect_subjects(
     boxes = [subject.boxes for subject in subjects]
     protected = protect(images, args, tools, boxes=boxes, seeds=seeds, callback=callback)
     pixels = utils.to_uint8_within(protected, sources, args.attack_budget)
-    reports = []
-    for subject, output, result in zip(subjects, outputs, pixels, strict=True):
-        if output is not None:
-            utils.save_png(output, result, subject.portrait.alpha)
-            reports.append(measure(subject, output, args, tools))
-    return reports
+    made = [
+        (subject, output, result)
+        for subject, output, result in zip(subjects, outputs, pixels, strict=True)
+        if output is not None
+    ]
+    for subject, output, result in made:
+        utils.save_png(output, result, subject.portrait.alpha)
+    return [measure(subject, output, args, tools) for subject, output, _ in made]
 
 
 def measure(subject: Subject, output: Path, args: argparse.Namespace, tools: Tools) -> Report:
-    """Reads the protected file back: what is in it is what counts. Raises UserError if it leaves the budget."""
+    """Reads the protected file back: what is in it is what counts.
+
+    Raises UserError if it leaves the budget.
+    """
     from skimage.metrics import peak_signal_noise_ratio
 
     source = subject.portrait.pixels
@@ -318,7 +350,7 @@ def measure(subject: Subject, output: Path, args: argparse.Namespace, tools: Too
     )
     if report.linf > args.attack_budget + 1e-9:
         raise UserError(f"{output}: differs by {report.linf:.4f} from its source, over the budget")
-    if args.defend_method == "facelock" or args.check:
+    if needs_faces(args) or args.check:
         for name in ("recognizer", "judge"):
             report.similarity[name] = _round_trip_similarity(name, subject, saved, tools)
     return report
@@ -331,19 +363,15 @@ def _round_trip_similarity(name: str, subject: Subject, saved: Any, tools: Tools
 
     if not subject.boxes:
         return "not measured (no face found)"
-    try:
-        recognizer = getattr(tools, name)
-    except UserError as error:
-        if name not in _unavailable:
-            _unavailable.add(name)  # said once, not for each of a thousand portraits
-            print(f"{name} not measured: {error}", file=sys.stderr)
+    recognizer, vae = tools.if_there(name), tools.if_there("vae")
+    if recognizer is None or vae is None:
         return "not measured"
     pair = utils.to_tensor(np.stack([subject.portrait.pixels, saved])).to(tools.device)
     with torch.no_grad():
         working = utils.to_working(pair, tools.models.resolution)
         reference = recognizer.embed(working[:1], [subject.boxes])
-        latents = tools.vae.encode(pair).latent_dist.mean
-        trips = tools.vae.decode(latents).sample.clamp(-1, 1).to(pair.dtype)
+        latents = vae.encode(pair).latent_dist.mean
+        trips = vae.decode(latents).sample.clamp(-1, 1).to(pair.dtype)
         before, after = (
             float((recognizer.embed(trip[None], [subject.boxes]) * reference).sum(dim=1).mean())
             for trip in trips
@@ -351,19 +379,21 @@ def _round_trip_similarity(name: str, subject: Subject, saved: Any, tools: Tools
     return f"{before:.2f} -> {after:.2f}"
 
 
-_unavailable: set[str] = set()
-
-
 class LossBar:
-    """A tqdm bar over the iterations of one batch, with the mean loss every LOSS_EVERY iterations."""
+    """A tqdm bar over the iterations of one batch,
+    with the mean loss where `pgd` waits for the device anyway.
+    """
 
     def __init__(self, num_iters: int, label: str) -> None:
         from tqdm import tqdm
 
+        from methods import CHECK_EVERY
+
+        self.every = CHECK_EVERY
         self.bar = tqdm(total=num_iters, desc=label, unit="it", leave=False)
 
     def __call__(self, i: int, losses: torch.Tensor) -> None:
-        if i % LOSS_EVERY == 0 or i + 1 == self.bar.total:
+        if (i + 1) % self.every == 0 or i + 1 == self.bar.total:
             self.bar.set_postfix(loss=f"{losses.mean().item():.4g}", refresh=False)
         self.bar.update()
 
@@ -380,15 +410,14 @@ def run(args: argparse.Namespace) -> int:
     source = args.input_path
     output = args.output_path or source.with_name(f"protected_{source.stem}.png")
     utils.check_output(output, source)
-    utils.load_image(source)  # a bad file is said before a model is loaded
     check_knobs(args)
-    if args.face_box and args.defend_method != "facelock" and not args.check:
+    if args.face_box and not needs_faces(args) and not args.check:
         raise UserError(f"--face_box: {args.defend_method} looks at no face; it is for facelock and --check")
     args.seed = utils.draw_seed(args.seed)
     tools = Tools(args)
+    subject = load_subject(source, args, tools, args.face_box)  # a bad file is said before models are loaded
     tools.preload(args)
-    subject = load_subject(source, args, tools, args.face_box)
-    if warning := models.warn_if_not_made_for(tools.models, subject.portrait.size):
+    if warning := models.size_warning(tools.models, subject.portrait.size):
         print(warning, file=sys.stderr)
     bar = LossBar(args.num_iters, args.defend_method)
     try:

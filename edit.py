@@ -2,10 +2,11 @@
 
     python edit.py --input_path=portrait.png --prompt="Let the person wear a police suit"
     python edit.py --input_path=portrait.png --prompt="Turn the person's hair pink" --seed=1234
-    python edit.py --input_path=assets/portraits/mini/portrait_1000000.png --prompt="Let it be snowy" --models=mini
+    python edit.py --input_path=assets/portraits/mini/portrait_1000000.png --prompt="Let it be snowy" \\
+        --models=mini --output_path=edit.png
 
-Writes edit_NAME.png beside the input (or --output_path). The seed is printed: with it, the run can be repeated.
-The editors' safety checkers are off: a checker that blanks an edit would be counted as protection.
+Writes edit_NAME.png beside the input (or --output_path). The seed is printed: with it, the run can be
+repeated. The editors' safety checkers are off: a checker that blanks an edit would be counted as protection.
 """
 
 from __future__ import annotations
@@ -43,12 +44,13 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
             "how strongly the instruction is followed; up to 1, both guidances are off", "guidance_scale"
         ),
     )
-    parser.add_argument("--seed", type=utils.seed, default=-1, help="of the editor's noise; -1 draws and prints one")
+    parser.add_argument(
+        "--seed", type=utils.seed_number, default=-1, help="of the editor's noise; -1 draws one"
+    )
     parser.add_argument(
         "--strength",
         type=strength,
-        default=0.5,
-        help="share of the denoising that img2img does (stable-diffusion)",
+        help="share of the denoising that img2img does, stable-diffusion only (default: 0.5)",
     )
     models.add_editor_arguments(parser)
     models.add_model_arguments(parser)
@@ -71,21 +73,17 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_editor(args: argparse.Namespace, progress: bool) -> models.Editor:
-    """The editor that the arguments name. Raises UserError."""
+def choose(args: argparse.Namespace) -> models.ModelSet:
+    """The model set that the arguments name. Raises UserError for a knob that its editor doesn't have."""
     chosen = models.choose(args)
-    device, dtype = models.place(args)
-    return models.load_editor(chosen, args.model, device, dtype, args.strength, progress)
-
-
-def load_portrait(path: Path, resolution: int) -> Portrait:
-    """Reads an image that is large enough to be edited. Raises UserError naming the file."""
-    portrait = utils.load_image(path)
-    try:
-        utils.working_size(portrait.size, resolution)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return portrait
+    unread = "strength" if args.model == "instruct-pix2pix" else "image_guidance_scale"
+    if getattr(args, unread) is not None:
+        raise UserError(f"--{unread}: {args.model} has no such knob")
+    if args.model == "stable-diffusion" and chosen.num_inference_steps * chosen.strength < 1:
+        raise UserError(
+            f"{chosen.num_inference_steps} steps at strength {chosen.strength:g} are less than one"
+        )
+    return chosen
 
 
 def edit_portraits(
@@ -107,10 +105,11 @@ def run(args: argparse.Namespace) -> int:
     source = args.input_path
     output = args.output_path or source.with_name(f"edit_{source.stem}.png")
     utils.check_output(output, source)
-    portrait = load_portrait(source, models.choose(args).resolution)
+    chosen = choose(args)
+    portrait = utils.load_portrait(source, chosen.resolution)
     args.seed = utils.draw_seed(args.seed)
-    editor = load_editor(args, progress=True)
-    if warning := models.warn_if_not_made_for(editor.models, portrait.size):
+    editor = models.load_editor(chosen, args.model, *models.set_up(args), progress=True)
+    if warning := models.size_warning(chosen, portrait.size):
         print(warning, file=sys.stderr)
     (pixels,) = edit_portraits([portrait], [args.prompt], editor, args.seed)
     utils.save_png(output, pixels, portrait.alpha)

@@ -1,11 +1,13 @@
 """Protects every portrait of a directory.
 
     python main_defend.py --image_dir=portraits --output_dir=protected/facelock --defend_method=facelock
-    python main_defend.py --image_dir=portraits --output_dir=protected/cw --defend_method=cw --attack_budget=0.02
-    python main_defend.py --image_dir=assets/portraits/mini --output_dir=protected/facelock --models=mini
+    python main_defend.py --image_dir=portraits --output_dir=protected/cw --defend_method=cw \\
+        --attack_budget=0.02
+    python main_defend.py --image_dir=assets/portraits/mini --output_dir=protected/mini --models=mini
 
-Writes OUTPUT_DIR/budget_{B}/NAME.png and a run.json that records how. Run again, it skips what is finished. A portrait
-gets what defend.py would give it, up to rounding.
+Writes OUTPUT_DIR/budget_{B}/NAME.png and a run.json that records how. Run again, it skips what is finished.
+With --batch_size=1 a portrait gets just what defend.py gives it; in larger batches the arithmetic differs in
+its last bits, which sign steps can amplify.
 """
 
 from __future__ import annotations
@@ -48,7 +50,9 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{directory} was begun with --seed {recorded.get('seed')}; give that, not -1")
     args.seed = utils.draw_seed(args.seed)
     tools = defend.Tools(args)
-    record = runs.check_record(directory, runs.record_of(args, tools.models, tools.dtype))
+    in_effect = {**dict.fromkeys(defend.KNOBS), **defend.knobs_in_effect(args)}
+    record = runs.record_of(args, tools.models, tools.dtype, in_effect)
+    record = runs.check_record(directory, record)
     tools.preload(args)
     runs.write_record(directory, record)
 
@@ -56,7 +60,7 @@ def run(args: argparse.Namespace) -> int:
         runs.Item(image, directory / f"{image.stem}.png", utils.image_size(image), label=image.name)
         for image in images
     ]
-    warnings = {models.warn_if_not_made_for(tools.models, item.size) for item in items if item.size}
+    warnings = {models.size_warning(tools.models, item.size) for item in items if item.size}
     for warning in sorted(filter(None, warnings)):
         print(warning, file=sys.stderr)
 

@@ -1,12 +1,14 @@
 """Edits every image of a directory by every instruction.
 
     python main_edit.py --src_dir=portraits --edit_dir=edits/clean --seed=0
-    python main_edit.py --src_dir=protected/facelock/budget_0.03 --edit_dir=edits/facelock/budget_0.03 --seed=0
-    python main_edit.py --src_dir=assets/portraits/mini --edit_dir=edits/clean --seed=0 --prompts=0,3,7 --models=mini
+    python main_edit.py --src_dir=protected/facelock/budget_0.03 \\
+        --edit_dir=edits/facelock/budget_0.03 --seed=0
+    python main_edit.py --src_dir=assets/portraits/mini --edit_dir=edits/mini --seed=0 \\
+        --prompts=0,3,7 --models=mini
 
-Writes EDIT_DIR/seed{S}/prompt{i}/NAME.png, i being the number in utils.edit_prompts (or the line of --prompt_file, from
-0), and a run.json in seed{S}. Run again with the same seed, it skips what is finished. edit.py with the same seed
-reproduces any single file.
+Writes EDIT_DIR/seed{S}/prompt{i}/NAME.png, i being the number in utils.edit_prompts (or the line of
+--prompt_file, from 0), and a run.json in seed{S}. Run again with the same seed, it skips what is finished.
+edit.py with the same seed reproduces any single file.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--edit_dir", type=Path, required=True, help="where seed{S}/prompt{i}/ are made")
     parser.add_argument(
         "--prompts",
-        type=numbers,
+        type=utils.number_list,
         metavar="I,J,...",
         help="numbers of the instructions to use (default: all)",
     )
@@ -43,30 +45,24 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def numbers(text: str) -> list[int]:
-    """argparse type: whole numbers divided by commas."""
-    try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,3,7") from None
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     return utils.run_command(run, args)
 
 
 def run(args: argparse.Namespace) -> int:
+    chosen = edit.choose(args)
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
     images = runs.find_images(args.src_dir)
     utils.check_directory(args.edit_dir)
     args.seed = _draw_new_seed(args)
     directory = args.edit_dir / f"seed{args.seed}"
-    chosen = models.choose(args)
-    device, dtype = models.place(args)
-    texts = {str(number): text for number, text in prompts.items()}
-    record = runs.check_record(directory, runs.record_of(args, chosen, dtype, prompts=texts))
-    editor = models.load_editor(chosen, args.model, device, dtype, args.strength, progress=False)
+    device, dtype = models.set_up(args)
+    unread = {"strength" if args.model == "instruct-pix2pix" else "image_guidance_scale": None}
+    record = runs.record_of(args, chosen, dtype, unread)
+    record["prompts"] = {str(number): text for number, text in prompts.items()}
+    record = runs.check_record(directory, record)
+    editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
     runs.write_record(directory, record)
 
     items = [
@@ -80,12 +76,12 @@ def run(args: argparse.Namespace) -> int:
         for image, size in ((image, utils.image_size(image)) for image in images)
         for number, text in prompts.items()
     ]
-    warnings = {models.warn_if_not_made_for(chosen, item.size) for item in items if item.size}
+    warnings = {models.size_warning(chosen, item.size) for item in items if item.size}
     for warning in sorted(filter(None, warnings)):
         print(warning, file=sys.stderr)
 
     def load(item: runs.Item) -> Portrait:
-        return edit.load_portrait(item.source, chosen.resolution)
+        return utils.load_portrait(item.source, chosen.resolution)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> None:
         edited = edit.edit_portraits(portraits, [item.prompt for item in batch], editor, args.seed)

@@ -1,8 +1,8 @@
 """The defenses: image tensors in, protected image tensors out. Pure tensor code, one function a method.
 
-Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1]; every budget and step is an L-infinity size in that
-range (0.03 is 3.8/255 of a pixel). `vae` is a diffusers autoencoder. In the equations E and D are its encoder
-(the latent mean) and decoder, x the clean image, x' the optimised one, z0 = E(x) and z = E(x').
+Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1]; every budget and step is an L-infinity size in
+that range (0.03 is 3.8/255 of a pixel). `vae` is a diffusers autoencoder. In the equations E and D are its
+encoder (the latent mean) and decoder, x the clean image, x' the optimised one, z0 = E(x) and z = E(x').
 
 To add a defense, write its objective as a function `loss(x', i) -> (B,)`, hand it to `pgd`, and enter it in
 `METHODS` (and its name in `utils.METHOD_NAMES`). The scripts pass each method the keywords that its signature
@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# Keeps float16 gradients from vanishing; a power of two, so that it changes no digit and no sign.
+LOSS_SCALE = 2.0**12
 CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
 
 # Facelock's weight and schedule, those of the authors' release.
@@ -38,7 +40,9 @@ class GradientError(RuntimeError):
 
 
 def step_size_at(i: int, num_iters: int, step_size: float) -> float:
-    """The step of iteration `i` (from 0): step_size * (1 - 0.99 i / num_iters), as in the authors' release."""
+    """The step of iteration `i` (from 0): step_size * (1 - 0.99 i / num_iters),
+    as in the authors' release.
+    """
     return step_size * (1 - 0.99 * i / num_iters)
 
 
@@ -90,7 +94,7 @@ def pgd(
     for i in range(num_iters):
         x_adv.requires_grad_(True)
         losses = loss_fn(x_adv, i)  # (B,)
-        (gradient,) = torch.autograd.grad(losses.sum(), x_adv)
+        (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), x_adv)
         flags.update(gradient, last=i == num_iters - 1)
         step = sign * step_size_at(i, num_iters, step_size)
         x_adv = project(x_adv.detach() + step * gradient.sign(), x, budget)
@@ -320,7 +324,8 @@ def facelock(
     start: Tensor | None = None,
     callback: Callback | None = None,
 ) -> Tensor:
-    """FaceLock (Wang et al. 2025): a VAE reconstruction y = clip(D(z), -1, 1) that no longer shows the person.
+    """FaceLock (Wang et al. 2025): a VAE reconstruction y = clip(D(z), -1, 1)
+    that no longer shows the person.
 
         maximise  -[i >= 0.35 N] cos(f(y), f(x)) + 0.2 mean((z - z0)^2) + [i > 0.25 N] LPIPS(y, x)
 

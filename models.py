@@ -56,6 +56,7 @@ class ModelSet:
     num_inference_steps: int
     guidance_scale: float
     image_guidance_scale: float
+    strength: float  # of img2img
     resolution: int  # px, long side of what the editor works on
     detect_faces: bool  # MTCNN finds the face; else the box is the whole image
     only_size: int | None = None  # px; the one portrait size that the models were made for
@@ -76,6 +77,7 @@ MODEL_SETS = {
         num_inference_steps=100,
         guidance_scale=7.5,
         image_guidance_scale=1.5,
+        strength=0.5,
         resolution=512,
         detect_faces=True,
     ),
@@ -90,6 +92,7 @@ MODEL_SETS = {
         num_inference_steps=20,
         guidance_scale=1.0,
         image_guidance_scale=1.0,
+        strength=0.5,
         resolution=128,
         detect_faces=False,
         only_size=128,
@@ -195,14 +198,14 @@ def choose(args: argparse.Namespace) -> ModelSet:
     return dataclasses.replace(models, **changes)
 
 
-def place(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
-    """--device and --dtype -> where the networks run and in what. Also silences the libraries' chatter."""
+def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
+    """Quiets the model libraries; --device and --dtype -> where the networks run and in what."""
     _quiet()
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device)
 
 
-def warn_if_not_made_for(models: ModelSet, size: Sequence[int]) -> str | None:
+def size_warning(models: ModelSet, size: Sequence[int]) -> str | None:
     """A sentence for the person if the set's models were not made for an image of this (H, W)."""
     if models.only_size is None or tuple(size) == (models.only_size, models.only_size):
         return None
@@ -218,7 +221,9 @@ def warn_if_not_made_for(models: ModelSet, size: Sequence[int]) -> str | None:
 
 
 def _quiet() -> None:
-    """Progress bars and retries of the hub libraries don't belong between a script's few lines."""
+    """Warnings and loading bars of the libraries don't belong between a script's few lines;
+    downloads show.
+    """
     import logging
     import warnings
 
@@ -227,14 +232,14 @@ def _quiet() -> None:
     import transformers
 
     huggingface_hub.utils.logging.set_verbosity_error()
-    huggingface_hub.utils.disable_progress_bars()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
-    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")  # of lpips' call
+    # of lpips' call
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
 
 
 @contextlib.contextmanager
@@ -258,7 +263,7 @@ def _from_hub(member: str) -> dict[str, Any]:
     five retries; without a network, what an earlier run has downloaded is used.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
 
     if Path(member).is_dir():
         return {"local_files_only": True}
@@ -266,9 +271,9 @@ def _from_hub(member: str) -> dict[str, Any]:
         raise FileNotFoundError("no such directory")
     try:
         HfApi().model_info(member, timeout=10)
-    except (HfHubHTTPError, HFValidationError):
+    except (RepositoryNotFoundError, HFValidationError):  # a gated one is among the former
         raise
-    except Exception:  # no connection, or HF_HUB_OFFLINE
+    except Exception:  # no connection, a hub out of order, or HF_HUB_OFFLINE
         return {"local_files_only": True}
     return {}
 
@@ -281,8 +286,8 @@ def _frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) 
 class WorkingVAE:
     """The VAE as the defenses get it: images of any size go in, and are first brought to the working size.
 
-    `encode` applies `utils.to_working`, the very function the edit scripts apply before the editor, so what is
-    optimised is what the editor will see. Casts images and latents to the network's dtype.
+    `encode` applies `utils.to_working`, the very function the edit scripts apply before the editor, so what
+    is optimised is what the editor will see. Casts images and latents to the network's dtype.
     """
 
     def __init__(self, vae: Any, resolution: int) -> None:
@@ -311,25 +316,25 @@ def load_vae(models: ModelSet, kind: str, device: torch.device, dtype: torch.dty
 class Editor:
     """An instruction-following editor: tensors in [-1, 1] and instructions in, edited tensors out."""
 
-    def __init__(self, pipeline: Any, models: ModelSet, strength: float | None) -> None:
+    def __init__(self, pipeline: Any, models: ModelSet, kind: str) -> None:
         self.pipeline = pipeline
         self.models = models
-        self.strength = strength  # of img2img; None for InstructPix2Pix
+        self.kind = kind  # one of EDITOR_NAMES
 
     def __call__(self, images: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
         """Edits images (B, 3, H, W) in [-1, 1], each by its own instruction -> float32 (B, 3, H, W).
 
-        The noise comes from a CPU generator seeded with `seed` afresh for each image, so it depends neither on the
-        batch nor on the device.
+        The noise comes from a CPU generator seeded with `seed` afresh for each image, so it depends neither
+        on the batch nor on the device.
         """
         import torch
 
         working = to_working(images, self.models.resolution)
         knobs: dict[str, Any] = {"guidance_scale": self.models.guidance_scale}
-        if self.strength is None:
+        if self.kind == "instruct-pix2pix":
             knobs["image_guidance_scale"] = self.models.image_guidance_scale
         else:
-            knobs["strength"] = self.strength
+            knobs["strength"] = self.models.strength
         with torch.no_grad():
             edited = self.pipeline(
                 prompt=list(prompts),
@@ -344,7 +349,7 @@ class Editor:
 
 
 def load_editor(
-    models: ModelSet, kind: str, device: torch.device, dtype: torch.dtype, strength: float, progress: bool
+    models: ModelSet, kind: str, device: torch.device, dtype: torch.dtype, *, progress: bool
 ) -> Editor:
     """The whole editing pipeline of `kind` (one of EDITOR_NAMES), without a safety checker. Raises UserError.
 
@@ -371,7 +376,7 @@ def load_editor(
             pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
         pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=not progress, desc="denoising", leave=False)
-    return Editor(pipeline, models, strength if kind == "stable-diffusion" else None)
+    return Editor(pipeline, models, kind)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -385,8 +390,8 @@ class Recognizer:
     name: str
     network: Callable[[Tensor], Tensor]  # (N, 3, size, size) -> (N, D)
     size: int  # px
-    mean: float  # in [-1, 1]
-    std: float
+    mean: Tensor  # (1, 3, 1, 1), in [-1, 1]
+    std: Tensor
     dtype: torch.dtype
 
     def embed(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
@@ -404,10 +409,15 @@ class Recognizer:
                 crop = image[None, :, y0:y1, x0:x1]
                 if crop.shape[-2:] != (self.size, self.size):
                     crop = F.interpolate(
-                        crop, size=(self.size, self.size), mode="bilinear", antialias=True, align_corners=False
+                        crop,
+                        size=(self.size, self.size),
+                        mode="bilinear",
+                        antialias=True,
+                        align_corners=False,
                     )
                 crops.append(crop)
-        batch = (torch.cat(crops) - self.mean) / self.std
+        batch = torch.cat(crops)  # (N, 3, size, size)
+        batch = (batch - self.mean.to(batch)) / self.std.to(batch)
         return F.normalize(self.network(batch.to(self.dtype)).to(images.dtype), dim=1)
 
 
@@ -416,7 +426,8 @@ def face_similarity_to(
 ) -> Callable[[Tensor], Tensor]:
     """A function of images like `clean` (B, 3, H, W): the cosine similarity of their faces to its, (B,).
 
-    Every image has at least one box; with several, the mean over them. The clean faces are embedded here, once.
+    Every image has at least one box; with several, the mean over them. The clean faces are embedded here,
+    once.
     """
     import torch
 
@@ -434,14 +445,17 @@ def face_similarity_to(
 
 
 def load_recognizer(member: str, device: torch.device, dtype: torch.dtype) -> Recognizer:
-    """A recogniser: a facenet-pytorch training by name, a state-dict file of one, or a transformers directory.
+    """A recogniser: a facenet-pytorch training by name, a state-dict file of one,
+    or a transformers directory.
 
-    The directory's `preprocessor_config.json` says what crops it wants; its embedding is `pooler_output`.
+    The directory's `preprocessor_config.json` says what crops it wants (size: height; image_mean, image_std);
+    its embedding is `pooler_output`.
     Raises UserError.
     """
     with _loading("the face recogniser", member):
         if Path(member).is_dir():
             return _transformers_recognizer(Path(member), device, dtype)
+        import torch
         from facenet_pytorch import InceptionResnetV1
 
         state = _facenet_state(member)
@@ -452,8 +466,8 @@ def load_recognizer(member: str, device: torch.device, dtype: torch.dtype) -> Re
             name=member,
             network=_frozen(network, device, dtype),
             size=FACENET_CROP,
-            mean=0.0,
-            std=1 / FACENET_SCALE,
+            mean=torch.zeros(1, 3, 1, 1),
+            std=torch.full((1, 3, 1, 1), 1 / FACENET_SCALE),
             dtype=dtype,
         )
 
@@ -463,7 +477,7 @@ def _facenet_state(member: str) -> dict[str, Tensor]:
 
     if member in FACENET_URLS:
         return torch.hub.load_state_dict_from_url(
-            FACENET_URLS[member], map_location="cpu", progress=False, weights_only=True
+            FACENET_URLS[member], map_location="cpu", weights_only=True
         )
     if not Path(member).is_file():
         raise FileNotFoundError(f"neither a file, a directory nor one of {', '.join(FACENET_URLS)}")
@@ -481,19 +495,21 @@ def _read_state(path: Path) -> dict[str, Tensor]:
 
 
 def _transformers_recognizer(path: Path, device: torch.device, dtype: torch.dtype) -> Recognizer:
+    import torch
     from transformers import AutoModel
 
     preprocessor = json.loads((path / "preprocessor_config.json").read_text())
     # transformers keeps the dtype of the file, float16, unless it is told
-    network = _frozen(AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True), device, dtype)
-    (mean,) = set(preprocessor["image_mean"])  # one for all channels, of values in [0, 1]
-    (std,) = set(preprocessor["image_std"])
+    network = AutoModel.from_pretrained(path, dtype=dtype, local_files_only=True, trust_remote_code=False)
+    network = _frozen(network, device, dtype)
+    # of values in [0, 1]
+    mean, std = (torch.tensor(preprocessor[key]) for key in ("image_mean", "image_std"))
     return Recognizer(
         name=path.name,
         network=lambda crops: network(crops).pooler_output.flatten(1),
         size=preprocessor["size"]["height"],
-        mean=2 * mean - 1,
-        std=2 * std,
+        mean=(2 * mean - 1).view(1, 3, 1, 1),
+        std=(2 * std).view(1, 3, 1, 1),
         dtype=dtype,
     )
 
@@ -548,8 +564,9 @@ def clip_box(box: Sequence[float], size: Sequence[int]) -> Box | None:
 def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Tensor]:
     """A function of images like `clean` (B, 3, H, W) in [-1, 1]: their LPIPS distance to it, (B,).
 
-    The same as `network(images, clean)` of an lpips.LPIPS (Zhang et al. 2018), with the clean image's features
-    computed here, once. The gradient is finite where a pixel's features are all zero, which lpips' isn't.
+    The same as `network(images, clean)` of an lpips.LPIPS (Zhang et al. 2018), with the clean image's
+    features computed here, once. The gradient is finite where a pixel's features are all zero, which lpips'
+    isn't.
     """
     import torch
 
@@ -579,7 +596,8 @@ def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Te
 
 
 def load_perceptual(member: str, device: torch.device, dtype: torch.dtype) -> Any:
-    """An lpips.LPIPS: by trunk (vgg, alex, squeeze: ImageNet weights of torchvision, heads of lpips) or directory.
+    """An lpips.LPIPS: by trunk (vgg, alex, squeeze: ImageNet weights of torchvision, heads of lpips)
+    or directory.
 
     The directory has `config.json` (the keywords net and lpips) and `model.safetensors`. Raises UserError.
     """
@@ -609,5 +627,5 @@ def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
     import torchvision
 
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
-    state = torch.hub.load_state_dict_from_url(url, map_location="cpu", progress=False, weights_only=True)
+    state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}

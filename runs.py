@@ -18,13 +18,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import models
-from utils import IMAGE_SUFFIXES, UserError, first_line, positive_int, write_file
+from utils import IMAGE_SUFFIXES, UserError, first_line, images_by_stem, positive_int, write_file
 
 # Flags that don't change pixels beyond rounding: a run may be resumed with other values of these.
 FREE = {"batch_size", "check", "debug", "device", "edit_dir", "judge", "output_dir", "overwrite"}
 # Recorded beside the arguments, in a form of their own
 ELSEWHERE = {"seed", "prompts", "prompt_file"}
-PACKAGES = ["accelerate", "diffusers", "facenet-pytorch", "lpips", "numpy", "pillow", "scikit-image", "torch", "torchvision", "transformers"]
+PACKAGES = [
+    "accelerate", "diffusers", "facenet-pytorch", "lpips", "numpy",
+    "pillow", "scikit-image", "torch", "torchvision", "transformers",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -52,23 +55,12 @@ def find_images(directory: Path) -> list[Path]:
     Raises UserError: no such directory, no images, or two files with the same stem, whose outputs would be
     one file.
     """
-    if not directory.exists():
-        raise UserError(f"{directory}: no such directory")
-    if not directory.is_dir():
-        raise UserError(f"{directory}: not a directory")
-    entries = sorted(entry for entry in directory.iterdir() if not entry.name.startswith("."))
-    images = [entry for entry in entries if entry.suffix.lower() in IMAGE_SUFFIXES and entry.is_file()]
+    images = list(images_by_stem(directory).values())
     if not images:
         raise UserError(f"{directory}: no image files in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
-    folders = [entry.name for entry in entries if entry.is_dir()]
+    folders = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if folders:
         print(f"{directory}: sub-directories are not searched: {', '.join(folders)}", file=sys.stderr)
-    by_stem: dict[str, list[str]] = {}
-    for image in images:
-        by_stem.setdefault(image.stem, []).append(image.name)
-    twins = ["=".join(names) for names in by_stem.values() if len(names) > 1]
-    if twins:
-        raise UserError(f"{directory}: files that would get the same output name: {', '.join(twins)}")
     return images
 
 
@@ -94,8 +86,13 @@ def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
 # run.json
 
 
-def record_of(args: argparse.Namespace, chosen: models.ModelSet, dtype: Any, **more: Any) -> dict[str, Any]:
-    """What made the files of a directory: seed, arguments as they took effect, versions."""
+def record_of(
+    args: argparse.Namespace, chosen: models.ModelSet, dtype: Any, in_effect: dict[str, Any]
+) -> dict[str, Any]:
+    """What made the files of a directory: seed, arguments as they took effect, versions.
+
+    in_effect: replaces flags by what they come to; None for those that nothing reads.
+    """
     resolved = {
         "lpips" if key == "perceptual" else key: value for key, value in dataclasses.asdict(chosen).items()
     }
@@ -103,7 +100,9 @@ def record_of(args: argparse.Namespace, chosen: models.ModelSet, dtype: Any, **m
     for key, value in sorted(vars(args).items()):
         if key in ELSEWHERE:
             continue
-        value = resolved.get(key) if value is None else value
+        value = in_effect[key] if key in in_effect else resolved.get(key) if value is None else value
+        if value is None:
+            continue
         if isinstance(value, Path):  # the same directory however it was written
             value = str(value.resolve())
         arguments[key] = models.shown(value) if isinstance(value, str) else value
@@ -115,7 +114,7 @@ def record_of(args: argparse.Namespace, chosen: models.ModelSet, dtype: Any, **m
             versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             versions[package] = "not installed"
-    return {"seed": args.seed, "arguments": arguments, "versions": versions, **more}
+    return {"seed": args.seed, "arguments": arguments, "versions": versions}
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -135,8 +134,8 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 def check_record(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Compares a run with the one that the directory holds -> the record to be written.
 
-    Texts of prompts are compared for the numbers that both have; the result has all of them. Raises UserError
-    listing what differs, if it changes pixels.
+    An old record stays as it is, since it tells what made the files; prompts are added. Texts of prompts are
+    compared for the numbers that both have. Raises UserError listing what differs, if it changes pixels.
     """
     old = read_record(directory)
     if old is None:
@@ -155,7 +154,7 @@ def check_record(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
     ]
     if differing:
         raise UserError(f"{directory} was made with other arguments ({'; '.join(differing)})")
-    return {**record, "prompts": {**prompts, **record["prompts"]}} if prompts else record
+    return {**old, "prompts": {**prompts, **record["prompts"]}} if prompts else old
 
 
 def write_record(directory: Path, record: dict[str, Any]) -> None:
@@ -203,8 +202,8 @@ def run_batches(
 ) -> Summary:
     """Goes through batches, carries on past what fails, and counts.
 
-    A batch of which any file is missing is computed whole, so its arithmetic is that of an undisturbed
-    run; `work(items, loaded, wanted)` writes those that are wanted. A file that `load` can't read drops out of its
+    A batch of which any file is missing is computed whole, so its arithmetic is that of an undisturbed run;
+    `work(items, loaded, wanted)` writes those that are wanted. A file that `load` can't read drops out of its
     batch alone; an error in `work` fails the whole batch.
     """
     from tqdm import tqdm
@@ -239,7 +238,11 @@ def run_batches(
 
 
 def _note(summary: Summary, item: Item, error: Exception, bar: Any) -> None:
-    text = first_line(error) if isinstance(error, UserError) else f"{type(error).__name__}: {first_line(error)}"
+    text = (
+        first_line(error)
+        if isinstance(error, UserError)
+        else f"{type(error).__name__}: {first_line(error)}"
+    )
     line = text if str(item.source) in text else f"{item.label}: {text}"
     summary.failed.append(line)
     bar.write(f"failed: {line}", file=sys.stderr)

@@ -60,8 +60,11 @@ edit_prompts: dict[int, str] = {
 METHOD_NAMES = ("noise", "encoder", "vae", "cw", "facelock")  # the keys of methods.METHODS, without torch
 EDITOR_NAMES = ("instruct-pix2pix", "stable-diffusion")
 IMAGE_SUFFIXES = frozenset(
-    [".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm", ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp"]
-)
+    [
+        ".avif", ".bmp", ".gif", ".jfif", ".jp2", ".jpeg", ".jpg", ".pbm",
+        ".pgm", ".png", ".ppm", ".tga", ".tif", ".tiff", ".webp",
+    ]
+)  # fmt: skip
 
 LEVEL = 2 / 255  # one step of an 8-bit pixel, in the [-1, 1] range of the tensors
 MULTIPLE = 8  # a Stable Diffusion VAE halves the sides three times
@@ -110,6 +113,14 @@ def non_negative_float(text: str) -> float:
     return value
 
 
+def number_list(text: str) -> list[int]:
+    """argparse type: whole numbers divided by commas."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of numbers such as 0,3,7") from None
+
+
 def at_least_one(text: str) -> float:
     """argparse type: a finite number of at least 1."""
     value = positive_float(text)
@@ -118,7 +129,7 @@ def at_least_one(text: str) -> float:
     return value
 
 
-def seed(text: str) -> int:
+def seed_number(text: str) -> int:
     """argparse type: a whole number of at least 0, or -1 for "draw one"."""
     value = int(text)
     if not -1 <= value < 2**63:
@@ -126,12 +137,12 @@ def seed(text: str) -> int:
     return value
 
 
-def budget(text: str) -> float:
+def budget_size(text: str) -> float:
     """argparse type: an L-infinity budget in the [-1, 1] range that can change at least one 8-bit level."""
     value = positive_float(text)
     if allowed_levels(value) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text} is below 2/255 = 0.00784, one level of an 8-bit pixel: no pixel could change"
+            f"{text} is below 2/255 = 0.007843, one level of an 8-bit pixel: no pixel could change"
         )
     return value
 
@@ -299,9 +310,39 @@ def load_image(path: str | os.PathLike) -> Portrait:
             pixels = np.array(image)
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
-    except Exception as error:  # a decoder fed with a broken file raises anything: SyntaxError, struct.error...
+    except Exception as error:
+        # a decoder fed with a broken file raises anything: SyntaxError, struct.error...
         raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
     return Portrait(path, pixels, alpha)
+
+
+def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
+    """`load_image` of an image that is large enough to be worked on. Raises UserError naming the file."""
+    portrait = load_image(path)
+    try:
+        working_size(portrait.size, resolution)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    return portrait
+
+
+def images_by_stem(directory: Path) -> dict[str, Path]:
+    """The image files of a directory by stem, sorted by name; hidden files and other things are left.
+
+    Raises UserError: no such directory, or two files with the same stem, whose results would be one file.
+    """
+    if not directory.exists():
+        raise UserError(f"{directory}: no such directory")
+    if not directory.is_dir():
+        raise UserError(f"{directory}: not a directory")
+    files: dict[str, list[Path]] = {}
+    for path in sorted(directory.iterdir()):
+        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+            files.setdefault(path.stem, []).append(path)
+    twins = ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]
+    if twins:
+        raise UserError(f"{directory}: files with the same stem: {', '.join(twins)}")
+    return {stem: path for stem, (path,) in files.items()}
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
@@ -504,7 +545,7 @@ def to_working(images: torch.Tensor, resolution: int) -> torch.Tensor:
     bottom, right = (-side % MULTIPLE for side in size)
     if bottom or right:
         images = F.pad(images, (0, right, 0, bottom), mode="reflect")
-    return images
+    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it
 
 
 def from_working(images: torch.Tensor, size: Sequence[int], resolution: int) -> torch.Tensor:
@@ -515,4 +556,4 @@ def from_working(images: torch.Tensor, size: Sequence[int], resolution: int) -> 
     images = images[..., :height, :width]
     if (height, width) != tuple(size):
         images = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return images
+    return images.clamp(-1, 1)

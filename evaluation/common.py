@@ -1,7 +1,8 @@
 """What the evaluation scripts share: finding edits, pairing them by file stem, intervals, tables.
 
-Directories, as main_edit.py makes them: a *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`.
-A given directory may be such a one, one above it (each matching child is a row), or a `seed{S}` itself.
+Directories, as main_edit.py makes them: a *row* of a table is a directory that holds
+`seed{S}/prompt{i}/NAME.png`. A given directory may be such a one, one above it (each matching child is a
+row), or a `seed{S}` itself.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import io
 import math
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-# The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py` above it.
+# The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py`
+# above it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
@@ -71,7 +73,7 @@ def add_arguments(parser: argparse.ArgumentParser, metric: str) -> None:
     )
     parser.add_argument(
         "--prompts",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=utils.number_list,
         metavar="I,J,...",
         help="numbers of the instructions to score (default: all that were edited)",
     )
@@ -110,12 +112,27 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int]) -> list[Row]:
     return rows
 
 
+def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
+    """The row `clean`: the edits of the unprotected images.
+
+    Raises UserError unless the directory is one row.
+    """
+    rows = find_rows([directory], seeds)
+    if len(rows) > 1:
+        found = ", ".join(row.method for row in rows)
+        raise UserError(f"{directory}: which are the clean edits? ({found})")
+    return Row("clean", rows[0].directory)
+
+
 def _holds_seeds(directory: Path, seeds: Sequence[int]) -> bool:
     return all((directory / f"seed{seed}").is_dir() for seed in seeds)
 
 
 def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] | None) -> list[int]:
-    """The prompts to score: those asked for, else all that any row has. Raises UserError if a row lacks one."""
+    """The prompts to score: those asked for, else all that any row has.
+
+    Raises UserError if a row lacks one.
+    """
     there = {
         (row, seed): {
             int(found[1])
@@ -138,19 +155,6 @@ def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] |
     return prompts
 
 
-def by_stem(directory: Path) -> dict[str, Path]:
-    """The image files of a directory by stem. Raises UserError if two have the same or there is none."""
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such directory")
-    files: dict[str, Path] = {}
-    for path in sorted(directory.iterdir()):
-        if path.suffix.lower() in utils.IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
-            if path.stem in files:
-                raise UserError(f"{directory}: {files[path.stem].name} and {path.name} have the same stem")
-            files[path.stem] = path
-    return files
-
-
 def find_pairs(
     rows: Sequence[Row],
     reference: Row | Path,
@@ -160,18 +164,19 @@ def find_pairs(
 ) -> dict[Row, list[Pair]]:
     """Pairs every row's edits with the reference's files of the same stem.
 
-    reference: a row (the edits of the clean images: same seed, prompt and stem) or a directory (the sources: same stem).
-    Every directory must have every stem that any has; with `common` only those that all have are paired, and the rest
-    is named on stderr. Raises UserError naming what is missing.
+    reference: a row (the edits of the clean images: same seed, prompt and stem) or a directory (the sources:
+    same stem).
+    Every directory must have every stem that any has; with `common` only those that all have are paired, and
+    the rest is named on stderr. Raises UserError naming what is missing.
     """
     files: dict[Path, dict[str, Path]] = {}
     for seed in seeds:
         for prompt in prompts:
             for row in (*rows, *([reference] if isinstance(reference, Row) else [])):
                 directory = row.directory / f"seed{seed}" / f"prompt{prompt}"
-                files[directory] = by_stem(directory)
+                files[directory] = utils.images_by_stem(directory)
     if isinstance(reference, Path):
-        files[reference] = by_stem(reference)
+        files[reference] = utils.images_by_stem(reference)
     every = set().union(*files.values())
     lacking = {
         directory: sorted(every - there.keys()) for directory, there in files.items() if every - there.keys()
@@ -207,21 +212,18 @@ def find_pairs(
     }
 
 
+def load_edit(pair: Pair) -> np.ndarray:
+    """The edit's pixels, (H, W, 3) uint8. Raises UserError if its reference has another size."""
+    edit = utils.load_image(pair.edit)
+    size = utils.image_size(pair.reference)
+    if size is not None and edit.size != size:
+        raise UserError(f"{pair.edit} is {edit.size[1]}x{edit.size[0]}, {pair.reference} {size[1]}x{size[0]}")
+    return edit.pixels
+
+
 def load_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
     """The edit's and the reference's pixels, (H, W, 3) uint8. Raises UserError if their sizes differ."""
-    edit, reference = utils.load_image(pair.edit), utils.load_image(pair.reference)
-    if edit.size != reference.size:
-        raise UserError(
-            f"{pair.edit} is {edit.size[1]}x{edit.size[0]}, "
-            f"{pair.reference} {reference.size[1]}x{reference.size[0]}"
-        )
-    return edit.pixels, reference.pixels
-
-
-def batched(pairs: Sequence[Pair], batch_size: int) -> Iterator[list[Pair]]:
-    """Consecutive pairs, at most `batch_size` at a time."""
-    for first in range(0, len(pairs), batch_size):
-        yield list(pairs[first : first + batch_size])
+    return load_edit(pair), utils.load_image(pair.reference).pixels
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,7 +242,9 @@ class Mean:
 
 
 def image_means(values: Values) -> dict[str, float]:
-    """Each image's mean over its prompts and seeds, of the finite values: prompts of one image are not independent."""
+    """Each image's mean over its prompts and seeds, of the finite values:
+    prompts of one image are not independent.
+    """
     per_image: dict[str, list[float]] = {}
     for (_, _, name), value in values.items():
         if math.isfinite(value):
@@ -252,13 +256,17 @@ def mean_of(values: Values) -> Mean:
     """The mean over images with a 95 % BCa bootstrap interval over images (Efron 1987, by scipy)."""
     means = list(image_means(values).values())
     infinite = sum(not math.isfinite(value) for value in values.values())
-    low, high = bootstrap(means)
-    value = sum(means) / len(means) if means else math.nan
-    return Mean(value, low, high, len(means), infinite)
+    return Mean(average(means), *bootstrap(means), len(means), infinite)
+
+
+def average(samples: Sequence[float]) -> float:
+    """Their mean; NaN for none."""
+    return sum(samples) / len(samples) if samples else math.nan
 
 
 def bootstrap(samples: Sequence[float]) -> tuple[float, float]:
-    """The ends of the interval; NaN for fewer than two samples or all equal, where there is nothing to resample.
+    """The ends of the interval; NaN for fewer than two samples or all equal,
+    where there is nothing to resample.
 
     Equal up to rounding, that is: the interval of rounding errors would say nothing.
     """
@@ -282,7 +290,9 @@ def bootstrap(samples: Sequence[float]) -> tuple[float, float]:
 # tables
 
 
-def report(results: dict[Row, Values], metric: str, args: argparse.Namespace, *, infinite: bool = False) -> None:
+def report(
+    results: dict[Row, Values], metric: str, args: argparse.Namespace, *, infinite: bool = False
+) -> None:
     """Writes the CSV (and --per_image) and prints the table. `infinite`: whether to count infinite values."""
     prompts = sorted({prompt for values in results.values() for _, prompt, _ in values})
     means = {row: mean_of(values) for row, values in results.items()}
@@ -290,7 +300,8 @@ def report(results: dict[Row, Values], metric: str, args: argparse.Namespace, *,
     lines = []
     for row, values in results.items():
         mean = means[row]
-        columns = [mean_of({key: v for key, v in values.items() if key[1] == i}).value for i in prompts]
+        of_prompts = [{key: v for key, v in values.items() if key[1] == i} for i in prompts]
+        columns = [average(list(image_means(part).values())) for part in of_prompts]
         line = [row.method, *map(number, (*columns, mean.value, mean.low, mean.high)), str(mean.n)]
         lines.append([*line, str(mean.n_inf)] if infinite else line)
     output = args.output or Path(f"{metric}_metric.csv")

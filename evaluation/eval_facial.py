@@ -1,13 +1,14 @@
-"""FR: how much of the person is left in an edit, the cosine similarity of its face to the source's. Low is protected.
+"""FR: how much of the person is left in an edit, the cosine similarity of its face to the source's.
+Low is protected.
 
     python evaluation/eval_facial.py --src_dir portraits --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock edits/vae --seed 0
     python evaluation/eval_facial.py --by judge --src_dir portraits --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock edits/vae --seed 0
 
-Writes facial_metric.csv, or facial_judge_metric.csv, into the working directory. facelock optimises the recogniser
-itself, so FR by the recogniser overstates what it protects: report the judge's, which no attack sees, beside it.
-Values compare only within one recogniser.
+Writes facial_metric.csv, or facial_judge_metric.csv, into the working directory. facelock optimises the
+recogniser itself, so FR by the recogniser overstates what it protects: report the judge's, which no attack
+sees, beside it. Values compare only within one recogniser.
 """
 
 from __future__ import annotations
@@ -37,10 +38,13 @@ def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:
 
 
 class FaceEmbedder:
-    """Images -> embedding of their largest face. Where an edit shows none, its source's box is used and counted."""
+    """Images -> embedding of their largest face.
+
+    Where an edit shows none, its source's box is used and counted.
+    """
 
     def __init__(self, chosen: models.ModelSet, by: str, args: argparse.Namespace) -> None:
-        device, dtype = models.place(args)
+        device, dtype = models.set_up(args)
         self.device = device
         self.recognizer = models.load_recognizer(getattr(chosen, by), device, dtype)
         self.detector = models.FaceDetector(chosen.detect_faces, device)
@@ -49,17 +53,12 @@ class FaceEmbedder:
         """The largest face of an image (H, W, 3) uint8."""
         return next(iter(self.detector(pixels)), None)
 
-    def embed(self, pixels: Sequence[np.ndarray], boxes: Sequence[models.Box]) -> Tensor:
-        """Images (H, W, 3) uint8 of any sizes and a box each -> (B, D), unit length."""
+    def embed(self, pixels: np.ndarray, box: models.Box) -> Tensor:
+        """The face in the box of an image (H, W, 3) uint8 -> (1, D), unit length."""
         import torch
 
         with torch.no_grad():
-            return torch.cat(
-                [
-                    self.recognizer.embed(utils.to_tensor(image).to(self.device), [[box]])
-                    for image, box in zip(pixels, boxes, strict=True)
-                ]
-            )
+            return self.recognizer.embed(utils.to_tensor(pixels).to(self.device), [[box]])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -83,8 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     rows = common.find_rows(args.defend_edit_dirs, args.seed)
     if args.clean_edit_dir:
-        (clean,) = common.find_rows([args.clean_edit_dir], args.seed)[:1]
-        rows = [common.Row("clean", clean.directory), *rows]
+        rows = [common.clean_row(args.clean_edit_dir, args.seed), *rows]
     prompts = common.prompts_of(rows, args.seed, args.prompts)
     pairs = common.find_pairs(rows, args.src_dir, args.seed, prompts, args.common)
     embedder = FaceEmbedder(models.choose(args), args.by, args)
@@ -104,21 +102,25 @@ def score(
 
     Raises UserError naming the sources in which no face is found.
     """
-    references = sorted({pair.reference for found in pairs.values() for pair in found})
-    sources = {path: utils.load_image(path).pixels for path in references}
-    boxes = {path: embedder.box(pixels) for path, pixels in sources.items()}
-    if faceless := [str(path) for path, box in boxes.items() if box is None]:
+    boxes, sources, faceless = {}, {}, []
+    for path in sorted({pair.reference for found in pairs.values() for pair in found}):
+        pixels = utils.load_image(path).pixels
+        boxes[path] = embedder.box(pixels)
+        if boxes[path] is None:
+            faceless.append(str(path))
+        else:
+            sources[path] = embedder.embed(pixels, boxes[path])  # (1, D)
+    if faceless:
         raise UserError(f"no face found in the source: {', '.join(faceless)}")
-    reference = {path: embedder.embed([sources[path]], [boxes[path]]) for path in references}  # (1, D) each
     results, undetected = {}, {}
     for row, found in pairs.items():
         results[row], undetected[row] = {}, 0
         for pair in found:
-            edit, _ = common.load_pair(pair)
-            box = embedder.box(edit)
+            pixels = common.load_edit(pair)
+            box = embedder.box(pixels)
             undetected[row] += box is None
-            embedding = embedder.embed([edit], [box or boxes[pair.reference]])
-            value = facial_similarity(embedding, reference[pair.reference]).item()
+            embedding = embedder.embed(pixels, box or boxes[pair.reference])
+            value = facial_similarity(embedding, sources[pair.reference]).item()
             results[row][pair.seed, pair.prompt, pair.name] = value
     return results, undetected
 

@@ -1,9 +1,11 @@
-"""PSNR of the edits of protected images against the edits of the clean ones: low means that protection changed them.
+"""PSNR of the edits of protected images against the edits of the clean ones: low means that protection
+changed them.
 
-    python evaluation/eval_psnr.py --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock edits/vae --seed 0
+    python evaluation/eval_psnr.py --clean_edit_dir edits/clean \\
+        --defend_edit_dirs edits/facelock edits/vae --seed 0
 
-Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A high distance between two edits says
-that they differ, not that the person is gone: see eval_facial.py for that.
+Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A high distance between two edits
+says that they differ, not that the person is gone: see eval_facial.py for that.
 """
 
 from __future__ import annotations
@@ -51,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    (clean,) = common.find_rows([args.clean_edit_dir], args.seed)[:1]
+    clean = common.clean_row(args.clean_edit_dir, args.seed)
     rows = common.find_rows(args.defend_edit_dirs, args.seed)
     prompts = common.prompts_of([clean, *rows], args.seed, args.prompts)
     results = {}

@@ -4,8 +4,8 @@
         --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock/budget_0.03 --seed 0 --prompts 0,3 \\
         --names alice bob --output figure.png
 
-One line a portrait and instruction; with several --protected_dirs and --defend_edit_dirs (in the same order), the
-columns of each method stand side by side. PNG or PDF, by the ending of --output.
+One line a portrait and instruction; with several --protected_dirs and --defend_edit_dirs (in the same order),
+the columns of each method stand side by side. PNG or PDF, by the ending of --output.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, required=True, help="the S of seed{S}")
     parser.add_argument(
         "--prompts",
-        type=lambda text: [int(part) for part in text.split(",")],
+        type=utils.number_list,
         metavar="I,J,...",
         help="numbers of the instructions to show (default: all that were edited)",
     )
@@ -65,13 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() not in (".png", ".pdf"):
         raise UserError(f"{args.output}: a figure is written as .png or .pdf")
-    clean = common.find_rows([args.clean_edit_dir], [args.seed])[0]
+    clean = common.clean_row(args.clean_edit_dir, [args.seed])
     rows = common.find_rows(args.defend_edit_dirs, [args.seed])
     if len(rows) != len(args.protected_dirs):
         raise UserError(f"{len(args.protected_dirs)} --protected_dirs, but {len(rows)} directories of edits")
     prompts = common.prompts_of([clean, *rows], [args.seed], args.prompts)
     texts = utils.choose_prompts(None, args.prompt_file)
-    sources = common.by_stem(args.src_dir)
+    sources = utils.images_by_stem(args.src_dir)
     names = args.names or sorted(sources)
     lines = [(name, prompt) for name in names for prompt in prompts]
     cells = [
@@ -95,11 +95,11 @@ def picture_row(
     source = _pixels(sources, name, args.src_dir)
     cells = [source]
     for directory in args.protected_dirs:
-        protected = _pixels(common.by_stem(directory), name, directory)
+        protected = _pixels(utils.images_by_stem(directory), name, directory)
         cells += [protected, difference(protected, source)]
     for row in (clean, *rows):
         folder = row.directory / f"seed{args.seed}" / f"prompt{prompt}"
-        cells.append(_pixels(common.by_stem(folder), name, folder))
+        cells.append(_pixels(utils.images_by_stem(folder), name, folder))
     return cells
 
 

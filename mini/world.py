@@ -139,8 +139,9 @@ def train(
     """One resumable training: AdamW, linear warm-up, cosine decay to 1 % of `lr`, averaged weights.
 
     `loss_fn(model, step, generator)` returns named scalars of which "loss" is minimised (forward passes run
-    in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state goes to
-    mini/checkpoints/NAME.pt; a killed run goes on from there. Returns the averaged model, in eval mode.
+    in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state
+    goes to mini/checkpoints/NAME.pt; a killed run goes on from there. Returns the averaged model, in eval
+    mode.
     """
     path = WORK / f"{name}.pt"
     device = next(model.parameters()).device

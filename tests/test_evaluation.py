@@ -115,8 +115,17 @@ def test_a_directory_may_be_given_in_several_ways(world, given):
     assert float(row["prompt0"]) == pytest.approx(level_psnr(8), abs=1e-3)
 
 
+def test_the_clean_edits_must_be_one_directory(world, capsys):
+    args = psnr_args(world)
+    args[args.index("--clean_edit_dir") + 1] = str(world / "edits/facelock")
+    assert eval_psnr.main(args) == 1
+    assert "which are the clean edits?" in capsys.readouterr().err
+
+
 def test_pairing_is_by_stem(world):
-    """A renamed file is paired by its name even where sorting would put it elsewhere, and by stem, not suffix."""
+    """A renamed file is paired by its name even where sorting would put it elsewhere,
+    and by stem, not suffix.
+    """
     for directory in ("edits/clean", "edits/facelock/budget_0.02", "edits/facelock/budget_0.03"):
         folder = world / directory / "seed5/prompt0"
         suffix = ".png" if directory == "edits/clean" else ".bmp"
@@ -135,7 +144,11 @@ def test_pairing_is_by_stem(world):
         (lambda w: None, ["--prompts", "0,9"], ["prompt9", "clean/seed5"]),
         (lambda w: write(w / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(40)), [], ["40x40", "32x32"]),
         (lambda w: (w / "edits/clean/seed5").rename(w / "edits/clean/seed6"), [], ["no seed5"]),
-        (lambda w: (w / "edits/clean/seed5/prompt0/ben.png").write_text("x"), [], ["ben.png", "not a readable"]),
+        (
+            lambda w: (w / "edits/clean/seed5/prompt0/ben.png").write_text("x"),
+            [],
+            ["ben.png", "not a readable"],
+        ),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(world, capsys, break_it, flags, says):
@@ -175,7 +188,11 @@ def test_the_interval_covers_about_as_often_as_it_says():
 
 
 def test_no_interval_for_one_value_or_equal_ones():
-    assert all(math.isnan(end) for samples in ([], [1.0], [2.0, 2.0], [0.1 + 0.2, 0.3]) for end in common.bootstrap(samples))
+    assert all(
+        math.isnan(end)
+        for samples in ([], [1.0], [2.0, 2.0], [0.1 + 0.2, 0.3])
+        for end in common.bootstrap(samples)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,10 +248,10 @@ class Embedder:
     def box(self, pixels):
         return (0, 0, 16, 16) if pixels.mean() > self.threshold else None
 
-    def embed(self, pixels, boxes):
-        self.boxes += boxes
-        x0, y0, x1, y1 = boxes[0]
-        return torch.from_numpy(pixels[0][y0:y1, x0:x1].mean(axis=(0, 1)))[None]
+    def embed(self, pixels, box):
+        self.boxes.append(box)
+        x0, y0, x1, y1 = box
+        return torch.from_numpy(pixels[y0:y1, x0:x1].mean(axis=(0, 1)))[None]
 
 
 def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(tmp_path):
@@ -271,8 +288,9 @@ def test_figure_shows_what_it_says(world, monkeypatch):
 
     monkeypatch.setattr(figure, "draw", record)
     args = (
-        f"--src_dir {world}/portraits --protected_dirs {world}/protected --clean_edit_dir {world}/edits/clean "
-        f"--defend_edit_dirs {world}/edits/facelock/budget_0.03 --seed 5 --names ben cleo --output f.png"
+        f"--src_dir {world}/portraits --protected_dirs {world}/protected "
+        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock/budget_0.03 "
+        "--seed 5 --names ben cleo --output f.png"
     ).split()
     assert figure.main(args) == 0
     assert seen["columns"] == [
@@ -290,8 +308,9 @@ def test_figure_shows_what_it_says(world, monkeypatch):
 
 def test_figure_names_what_is_missing(world, capsys):
     args = (
-        f"--src_dir {world}/portraits --protected_dirs {world}/portraits --clean_edit_dir {world}/edits/clean "
-        f"--defend_edit_dirs {world}/edits/facelock/budget_0.03 --seed 5 --names nobody --output f.pdf"
+        f"--src_dir {world}/portraits --protected_dirs {world}/portraits "
+        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock/budget_0.03 "
+        "--seed 5 --names nobody --output f.pdf"
     ).split()
     assert figure.main(args) == 1
     assert "nobody" in capsys.readouterr().err

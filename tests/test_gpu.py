@@ -35,7 +35,9 @@ def test_every_method_stays_in_the_budget(tmp_path, defend_flags, method, dtype)
 def test_the_start_is_the_same_as_on_the_cpu(tmp_path, defend_flags):
     (source,) = tiny.write_portraits(tmp_path, 1)
     for name, flags in (("cpu", defend_flags), ("cuda", on_cuda(defend_flags))):
-        arguments = ["--input_path", source, "--output_path", tmp_path / f"{name}.png", "--defend_method", "noise"]
+        arguments = [
+            "--input_path", source, "--output_path", tmp_path / f"{name}.png", "--defend_method", "noise"
+        ]  # fmt: skip
         assert defend.main([*map(str, arguments), *flags]) == 0
     assert np.array_equal(load_image(tmp_path / "cpu.png").pixels, load_image(tmp_path / "cuda.png").pixels)
 
@@ -45,7 +47,9 @@ def test_an_edit_is_close_to_the_cpus(tmp_path, edit_flags, dtype):
     (source,) = tiny.write_portraits(tmp_path, 1)
     pixels = {}
     for name, flags in (("cpu", edit_flags), ("cuda", [*on_cuda(edit_flags), "--dtype", dtype])):
-        arguments = ["--input_path", source, "--output_path", tmp_path / f"{name}.png", "--prompt", "x", "--seed", 1]
+        arguments = [
+            "--input_path", source, "--output_path", tmp_path / f"{name}.png", "--prompt", "x", "--seed", 1
+        ]  # fmt: skip
         assert edit.main([*map(str, arguments), *flags]) == 0
         pixels[name] = load_image(tmp_path / f"{name}.png").pixels.astype(int)
     assert np.abs(pixels["cpu"] - pixels["cuda"]).mean() < 3

@@ -89,8 +89,8 @@ def toy_networks(dtype):
         name="toy",
         network=Counting(lambda crops: crops.flatten(1) @ weights.to(crops).T),
         size=8,
-        mean=0.0,
-        std=1.0,
+        mean=torch.zeros(1, 3, 1, 1),
+        std=torch.ones(1, 3, 1, 1),
         dtype=dtype,
     )
     net = Counting(lambda images: [images, torch.nn.functional.avg_pool2d(images, 4)])
@@ -239,7 +239,9 @@ def cw_objective(x_adv, x, vae, targeted, c=0.03):
 
 OBJECTIVES = {  # case -> what the method makes smaller, (B,)
     "encoder": lambda x_adv, x, vae: latent(vae, x_adv).flatten(1).norm(dim=1),
-    "encoder-untargeted": lambda x_adv, x, vae: -(latent(vae, x_adv) - latent(vae, x)).square().mean((1, 2, 3)),
+    "encoder-untargeted": lambda x_adv, x, vae: (
+        -(latent(vae, x_adv) - latent(vae, x)).square().mean((1, 2, 3))
+    ),
     "vae": lambda x_adv, x, vae: reconstruction(vae, x_adv).flatten(1).norm(dim=1),
     "cw": lambda x_adv, x, vae: cw_objective(x_adv, x, vae, targeted=False),
     "cw-targeted": lambda x_adv, x, vae: cw_objective(x_adv, x, vae, targeted=True),

@@ -65,6 +65,7 @@ def test_full_set_is_the_papers():
         "num_inference_steps": 100,
         "guidance_scale": 7.5,
         "image_guidance_scale": 1.5,
+        "strength": 0.5,
         "resolution": 512,
         "detect_faces": True,
         "only_size": None,
@@ -123,7 +124,7 @@ def test_mini_has_no_stable_diffusion(flag):
     [("mini", (128, 128), False), ("mini", (128, 127), True), ("full", (64, 96), False)],
 )
 def test_warning_for_what_a_set_was_not_made_for(name, size, warned):
-    warning = models.warn_if_not_made_for(MODEL_SETS[name], size)
+    warning = models.size_warning(MODEL_SETS[name], size)
     assert (warning is not None) == warned
     if warned:
         assert "mini" in warning and "127x128 image" in warning and "\n" not in warning
@@ -378,7 +379,9 @@ def test_the_clean_features_are_computed_once(tiny_models, monkeypatch):
 
 
 class Masked(torch.nn.Module):
-    """A trunk whose one layer is zero where the image is dark, and not through a ReLU: that would hide a NaN."""
+    """A trunk whose one layer is zero where the image is dark, and not through a ReLU:
+    that would hide a NaN.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -438,7 +441,7 @@ def test_lpips_trunks_are_torchvisions(monkeypatch, name):
 
 
 def load_any_editor(chosen: models.ModelSet) -> models.Editor:
-    return models.load_editor(chosen, PIX2PIX, CPU, F32, 0.5, progress=False)
+    return models.load_editor(chosen, PIX2PIX, CPU, F32, progress=False)
 
 
 ABSENT = "facelock-tests/no-such-model"
@@ -523,22 +526,22 @@ def test_an_edit_depends_on_seed_prompt_and_image_alone(editor):
         assert (singles[:1] - other).abs().max() > 1e-4
 
 
-@pytest.mark.parametrize("strength", [None, 0.4])
-def test_what_the_pipeline_is_given(strength):
+@pytest.mark.parametrize("kind", ["instruct-pix2pix", "stable-diffusion"])
+def test_what_the_pipeline_is_given(kind):
     given = {}
 
     def pipeline(**options):
         given.update(options)
         return SimpleNamespace(images=options["image"])
 
-    chosen = model_set(num_inference_steps=9, guidance_scale=3.0, image_guidance_scale=2.0)
+    chosen = model_set(num_inference_steps=9, guidance_scale=3.0, image_guidance_scale=2.0, strength=0.4)
     x = images(2, 3, 50, 40)
-    edited = models.Editor(pipeline, chosen, strength)(x, ["a", "b"], 5)
+    edited = models.Editor(pipeline, chosen, kind)(x, ["a", "b"], 5)
     torch.testing.assert_close(edited, x)  # out of [-1, 1], padded, and back
     image, noise = given.pop("image"), given.pop("generator")
     assert image.shape == (2, 3, 56, 40) and 0 <= image.min() < 0.1 and 0.9 < image.max() <= 1
     assert [generator.initial_seed() for generator in noise] == [5, 5] and noise[0] is not noise[1]
-    knob = {"image_guidance_scale": 2.0} if strength is None else {"strength": 0.4}
+    knob = {"image_guidance_scale": 2.0} if kind == "instruct-pix2pix" else {"strength": 0.4}
     assert given == {
         "prompt": ["a", "b"],
         "num_inference_steps": 9,
@@ -554,9 +557,9 @@ def test_what_the_pipeline_is_given(strength):
 def test_img2img_editor(tiny_models, base, scheduler):
     kind = "stable-diffusion"
     chosen = editor_set(tiny_models.img2img, kind, base, num_inference_steps=4)
-    loaded = models.load_editor(chosen, kind, CPU, F32, 0.5, progress=False)
+    loaded = models.load_editor(chosen, kind, CPU, F32, progress=False)
     assert type(loaded.pipeline).__name__ == "StableDiffusionImg2ImgPipeline"
     assert type(loaded.pipeline.scheduler).__name__ == scheduler
-    assert loaded.pipeline.safety_checker is None and loaded.strength == 0.5
+    assert loaded.pipeline.safety_checker is None and loaded.kind == kind
     x = images(1, 3, 50, 33)
     assert loaded(x, ["hat"], 0).shape == x.shape

@@ -131,11 +131,11 @@ def test_the_four_scripts_have_help():
                 "batch_size": 1,
             },
         ),
-        (edit, "--input_path=a --prompt=b", {"seed": -1, "strength": 0.5, "models": "full"}),
+        (edit, "--input_path=a --prompt=b", {"seed": -1, "strength": None, "models": "full"}),
         (
             main_edit,
             "--src_dir=a --edit_dir=b",
-            {"seed": -1, "strength": 0.5, "prompts": None, "overwrite": False},
+            {"seed": -1, "strength": None, "prompts": None, "overwrite": False},
         ),
     ],
 )
@@ -189,6 +189,13 @@ def test_a_method_loads_only_what_it_needs(call, face, tiny_models):
     line = f"--input_path {face} --defend_method encoder {nothing} --model_id {face.parent}/models"
     assert call(defend, line).status == 0
     assert call(defend, f"--input_path {face} --defend_method noise {nothing} --model_id /none").status == 0
+
+
+def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
+    line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /none"
+    done = call(defend, line)
+    assert done.status == 0 and "judge not measured" in done.out
+    assert (face.parent / f"protected_{face.name}").exists()
 
 
 def test_check_reports_similarity_for_any_method(call, face):
@@ -557,7 +564,13 @@ BAD_INPUTS = [
     ("iterations", defend, f"{ONE} --num_iters 0", 2, "--num_iters"),
     ("unwritable", defend, f"{ONE} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
     ("unwritable", edit, f"{EDIT} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
-    ("unwritable", main_defend, "--image_dir {bad}/good --output_dir {bad}/file", 1, "bad/file: is not a directory"),
+    (
+        "unwritable",
+        main_defend,
+        "--image_dir {bad}/good --output_dir {bad}/file",
+        1,
+        "bad/file: is not a directory",
+    ),
     ("unwritable", main_edit, f"{EDITS} --edit_dir {{bad}}/file", 1, "bad/file: is not a directory"),
     ("model", defend, f"{ONE} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
     ("model", edit, f"{EDIT} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
@@ -605,6 +618,7 @@ BAD_INPUTS = [
     ("tiny", edit, f"{EDIT} --resolution 31", 1, "too small"),
     ("no-editor", edit, f"{EDIT} --model stable-diffusion --model_id=", 1, "no stable-diffusion editor"),
     ("strength", edit, f"{EDIT} --strength 1.5", 2, "--strength"),
+    ("strength", edit, f"{EDIT} --strength 0.5", 1, "--strength: instruct-pix2pix has no such knob"),
     ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: only 0 to 24"),
     (
         "prompt-file",
@@ -651,7 +665,6 @@ def test_an_unforeseen_error_is_one_line_too(call, face, monkeypatch):
 
 
 def test_a_missing_judge_ends_nothing(call, folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(defend, "_unavailable", set())
     line = f"--image_dir {folder} --output_dir {tmp_path}/out --judge {tmp_path}/none"
     done = call(main_defend, line)
     assert done.status == 0 and "3 written" in done.out

@@ -90,12 +90,14 @@ def test_linf():
 @pytest.mark.parametrize("text", ["0.0078", "0", "-0.03", "nan", "inf", "-inf", "0.03x", ""])
 def test_budget_refused(text):
     with pytest.raises((argparse.ArgumentTypeError, ValueError)):
-        utils.budget(text)
+        utils.budget_size(text)
 
 
-@pytest.mark.parametrize(("text", "levels"), [("0.008", 1), ("0.0078431372549019607", 1), ("0.03", 3), ("2", 255)])
+@pytest.mark.parametrize(
+    ("text", "levels"), [("0.008", 1), ("0.0078431372549019607", 1), ("0.03", 3), ("2", 255)]
+)
 def test_budget_accepted(text, levels):
-    assert utils.budget(text) == float(text)
+    assert utils.budget_size(text) == float(text)
     assert utils.allowed_levels(float(text)) == levels
 
 
@@ -415,7 +417,8 @@ def test_save_png_makes_directories(tmp_path):
 
 @pytest.mark.parametrize("call", ["replace", "fsync"])
 @pytest.mark.parametrize(
-    ("error", "shown"), [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)]
+    ("error", "shown"),
+    [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
 )
 def test_failed_write_leaves_nothing(call, error, shown, tmp_path, monkeypatch):
     """Neither half a file nor a temporary one; and an older result stays as it was."""
@@ -668,7 +671,11 @@ def test_utils_imports_nothing_heavy():
     ("error", "status", "line"),
     [
         (UserError("a.png: no such file"), 1, r"error: a\.png: no such file\n"),
-        (ValueError("two\nlines"), 1, r"error: ValueError at test_utils\.py:\d+: two \(--debug shows all\)\n"),
+        (
+            ValueError("two\nlines"),
+            1,
+            r"error: ValueError at test_utils\.py:\d+: two \(--debug shows all\)\n",
+        ),
         (KeyError(), 1, r"error: KeyError at test_utils\.py:\d+: KeyError \(--debug shows all\)\n"),
         (KeyboardInterrupt(), 130, r"stopped\n"),
     ],
@@ -686,3 +693,14 @@ def test_run_command(error, status, line, capsys):
 
 def test_run_command_passes_the_status_on():
     assert utils.run_command(lambda args: args.status, argparse.Namespace(debug=False, status=0)) == 0
+
+
+@pytest.mark.parametrize(("size", "resolution"), [((600, 512), 512), ((800, 533), 512), ((700, 700), 512)])
+def test_working_images_stay_in_range(size, resolution):
+    """The antialiased resize overshoots by a last bit, from which diffusers would guess another range."""
+    images = torch.full((1, 3, *size), -1.0)
+    images[..., size[0] // 2 :, :] = 1
+    working = utils.to_working(images, resolution)
+    assert working.min() >= -1 and working.max() <= 1
+    back = utils.from_working(working, size, resolution)
+    assert back.min() >= -1 and back.max() <= 1
