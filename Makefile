@@ -48,7 +48,7 @@ demo: $(VENV)/installed
 		--output=$(DEMO)/facial_judge_metric.csv
 	$(RUN) evaluation/figure.py --src_dir=$(DEMO)/portraits --protected_dirs $(DEMO)/protected/budget_$(DEMO_BUDGET) \
 		--clean_edit_dir=$(DEMO)/edits/clean --defend_edit_dirs $(DEMO)/edits/facelock --seed=0 \
-		--output=$(DEMO)/figure.png
+		--names $(wordlist 1,2,$(DEMO_PORTRAITS)) --output=$(DEMO)/figure.png
 	@echo "Look at $(DEMO)/figure.png. The mini models are a stand-in: this says nothing about real photos."
 
 test: $(VENV)/installed-dev

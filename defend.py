@@ -380,9 +380,7 @@ def _round_trip_similarity(name: str, subject: Subject, saved: Any, tools: Tools
 
 
 class LossBar:
-    """A tqdm bar over the iterations of one batch,
-    with the mean loss where `pgd` waits for the device anyway.
-    """
+    """A tqdm bar over a batch's iterations; shows the mean loss where `pgd` waits for the device anyway."""
 
     def __init__(self, num_iters: int, label: str) -> None:
         from tqdm import tqdm

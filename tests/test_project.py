@@ -1,0 +1,151 @@
+"""The project's own files: environment, CI, README, bundled portraits and models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import portraits
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import defend
+import edit
+import main_defend
+import main_edit
+import models
+import utils
+
+ROOT = Path(__file__).resolve().parent.parent
+BUNDLED = sorted((ROOT / "assets/portraits/mini").glob("*.png"))
+README = (ROOT / "README.md").read_text()
+
+
+def requirements(name: str) -> dict[str, str]:
+    """Package -> version range of a requirements file, without what it includes."""
+    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
+    found = [re.fullmatch(r"([\w-]+)(.*)", line) for line in lines if line and not line.startswith("-r")]
+    return {match[1]: match[2] for match in found}
+
+
+def test_environment_installs_the_requirements():
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    assert environment["name"] == "facelock"
+    (pip,) = [entry for entry in environment["dependencies"] if isinstance(entry, dict)]
+    assert pip == {"pip": ["-r requirements.txt"]}  # versions stand there, and only there
+    assert "python>=3.11,<3.14" in environment["dependencies"]
+
+
+def test_every_requirement_has_a_range():
+    needed = requirements("requirements.txt")
+    assert needed["facenet-pytorch"] == "==2.5.3"
+    assert {"torch", "torchvision", "diffusers", "transformers", "lpips", "scikit-image"} <= needed.keys()
+    assert all(needed.values()) and all(requirements("requirements-dev.txt").values())
+    assert not needed.keys() & requirements("requirements-dev.txt").keys()
+
+
+def test_ci_calls_make_test():
+    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+
+
+@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http|#)([^)]+)\)", README))))
+def test_readme_links_lead_somewhere(link):
+    assert (ROOT / link).exists()
+
+
+def test_readme_names_flags_that_exist(capsys):
+    known = set()
+    for script in (defend, edit, main_defend, main_edit):
+        with pytest.raises(SystemExit):
+            script.parse_args(["--help"])
+        known |= set(re.findall(r"--\w+", capsys.readouterr().out))
+    table = [line for line in README.splitlines() if line.startswith("| `--")]
+    named = {flag for line in table for flag in re.findall(r"--\w+", line.split("|")[1])}
+    assert len(named) > 25 and named <= known
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the bundled portraits and models
+
+
+@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
+def test_bundled_portraits_are_the_generators(path):
+    """And so nobody changes, unseen, the people that the bundled models were trained on."""
+    identity = int(path.stem.removeprefix("portrait_"))
+    assert identity >= portraits.TEST_FROM
+    made, there = np.asarray(portraits.portrait(identity)), utils.load_image(path).pixels
+    assert made.shape == (128, 128, 3)
+    assert np.abs(made.astype(int) - there).max() <= 1  # another build of the renderer may round otherwise
+
+
+def test_there_are_twelve_bundled_portraits_and_two_photographs():
+    assert len(BUNDLED) == 12
+    for name, size in (("astronaut.png", (512, 512)), ("grace_hopper.jpg", (600, 512))):
+        assert utils.load_image(ROOT / "assets/portraits" / name).size == size
+
+
+def test_the_bundled_models_are_small_and_no_pickles():
+    files = [path for path in models.MINI.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 30e6
+    assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
+
+
+def test_the_bundled_editor_is_a_plain_diffusers_directory():
+    from diffusers import StableDiffusionInstructPix2PixPipeline
+
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(models.MINI / "editor")
+    pipeline.set_progress_bar_config(disable=True)
+    with Image.open(BUNDLED[0]) as portrait:
+        (image,) = pipeline("Let it be snowy", portrait, num_inference_steps=2, guidance_scale=1).images
+    assert image.size == (128, 128)
+    assert json.loads((models.MINI / "editor/model_index.json").read_text())["safety_checker"] == [None, None]
+
+
+def test_facelock_moves_the_face_and_noise_does_not(tmp_path, capsys):
+    """On the bundled models: 20 iterations, after a VAE round trip. Nothing is said of real photos."""
+    after = {}
+    for method in ("facelock", "noise"):
+        arguments = (
+            f"--models mini --input_path {BUNDLED[2]} --output_path {tmp_path}/{method}.png --check "
+            f"--defend_method {method} --attack_budget 0.06 --num_iters 20 --device cpu"
+        )
+        assert defend.main(arguments.split()) == 0
+        shown = capsys.readouterr().out
+        after[method] = {
+            name: float(value) for name, value in re.findall(r"(recognizer|judge) \S+ -> (\S+?),?\s", shown)
+        }
+    assert after["noise"]["recognizer"] > 0.9 and after["noise"]["judge"] > 0.9
+    assert after["facelock"]["recognizer"] < after["noise"]["recognizer"] - 0.2
+    assert after["facelock"]["judge"] < after["noise"]["judge"] - 0.02
+
+
+def test_mini_says_what_a_photograph_is_worth(tmp_path, capsys):
+    """The main job runs on a real photograph, too, and says that it means nothing."""
+    arguments = (
+        f"--models mini --input_path {ROOT}/assets/portraits/grace_hopper.jpg "
+        f"--output_path {tmp_path}/out.png --num_iters 2 --device cpu"
+    )
+    assert defend.main(arguments.split()) == 0
+    assert "says nothing about how well a real photo is protected" in capsys.readouterr().err
+    assert utils.load_image(tmp_path / "out.png").size == (600, 512)
+
+
+def test_mini_editing_is_the_same_in_batches():
+    chosen = models.MODEL_SETS["mini"]
+    editor = models.load_editor(
+        models.dataclasses.replace(chosen, num_inference_steps=3),
+        "instruct-pix2pix",
+        torch.device("cpu"),
+        torch.float32,
+        progress=False,
+    )
+    images = utils.to_tensor(np.stack([utils.load_image(path).pixels for path in BUNDLED[:2]]))
+    prompts = ["Let it be snowy", "Turn the person into a zombie"]
+    together = editor(images, prompts, seed=0)
+    alone = torch.cat([editor(images[i : i + 1], prompts[i : i + 1], seed=0) for i in range(2)])
+    torch.testing.assert_close(together, alone, atol=5e-3, rtol=0)
+    assert (together[0] - together[1]).abs().mean() > 0.05
