@@ -262,8 +262,9 @@ def _from_hub(member: str) -> dict[str, Any]:
     Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
     five retries; without a network, what an earlier run has downloaded is used.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, constants
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
 
     if Path(member).is_dir():
         return {"local_files_only": True}
@@ -273,7 +274,10 @@ def _from_hub(member: str) -> dict[str, Any]:
         HfApi().model_info(member, timeout=10)
     except (RepositoryNotFoundError, HFValidationError):  # a gated one is among the former
         raise
-    except Exception:  # no connection, a hub out of order, or HF_HUB_OFFLINE
+    except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
+        if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=member, repo_type="model")).exists():
+            reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
+            raise ConnectionError(reason) from None
         return {"local_files_only": True}
     return {}
 

@@ -102,7 +102,7 @@ def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float
 
 
 def evaluate(model: PreTrainedModel, name: str, count: int = VALIDATION_COUNT) -> dict[str, float]:
-    """The targets of issue 5, on validation identities: PLAIN pictures and EDITED edits of each."""
+    """Error rates and cosines on validation identities: PLAIN pictures and EDITED edits of each."""
     identities = portraits.VALIDATION[:count]
     plain = [(i, v, None) for i in identities for v in range(PLAIN)]
     prompts = list(edit_prompts)

@@ -12,7 +12,6 @@ import huggingface_hub
 import lpips
 import numpy as np
 import pytest
-import skimage.data
 import tiny
 import torch
 import torch.nn.functional as F
@@ -26,7 +25,7 @@ import defend
 import edit
 import models
 from models import MINI, MODEL_SETS
-from utils import EDITOR_NAMES, UserError, to_tensor, to_working
+from utils import EDITOR_NAMES, UserError, load_image, to_tensor, to_working
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -294,10 +293,7 @@ def detector() -> models.FaceDetector:
 @pytest.fixture(scope="session")
 def astronaut() -> np.ndarray:
     """The face is at about x 180 to 270, y 60 to 175."""
-    try:
-        return skimage.data.astronaut()
-    except Exception as error:  # versions that download it
-        pytest.skip(f"scikit-image has no astronaut at hand ({error})")
+    return load_image(models.ROOT / "assets/portraits/astronaut.png").pixels
 
 
 def test_one_face_in_the_astronaut(detector, astronaut, monkeypatch):
@@ -479,6 +475,18 @@ def test_a_model_that_the_hub_does_not_know(monkeypatch):
     with pytest.raises(UserError, match="404: no such repository") as caught:
         models.load_vae(editor_set(ABSENT), PIX2PIX, CPU, F32)
     assert ABSENT in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", unreachable)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ConnectionError, match="no route, and it is not in the local cache"):
+        models._from_hub("me/model")
+    (tmp_path / "models--me--model").mkdir()
+    assert models._from_hub("me/model") == {"local_files_only": True}
 
 
 @pytest.mark.parametrize("member", ["/no/such/dir", "./none", "a/b/c"])
