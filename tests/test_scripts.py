@@ -480,6 +480,14 @@ def test_main_edit_starts_a_new_folder_for_each_drawn_seed(call, folder, tmp_pat
     )
 
 
+def test_a_drawn_seed_is_not_one_that_has_a_folder(tmp_path, monkeypatch):
+    (tmp_path / "seed5").mkdir()
+    drawn = iter([5, 6])
+    monkeypatch.setattr(utils, "draw_seed", lambda seed: next(drawn))
+    args = main_edit.parse_args(["--src_dir", "x", "--edit_dir", str(tmp_path)])
+    assert main_edit._draw_new_seed(args) == 6
+
+
 def test_a_bad_file_among_good_ones(call, folder, tmp_path):
     (folder / "face1.png").write_text("no image")
     (folder / "small.png").write_bytes(b"")
