@@ -323,11 +323,13 @@ def report(
 def print_table(metric: str, means: dict[Row, Mean], infinite: bool) -> None:
     """The table as a person reads it: mean, interval, n."""
     width = max(len("method"), *(len(row.method) for row in means))
-    print(f"{'method':{width}}  {metric:>8}  {'95 % interval':>18}  {'n':>4}{'  inf' if infinite else ''}")
+    value_width = max(8, len(metric))
+    inf = "  inf" if infinite else ""
+    print(f"{'method':{width}}  {metric:>{value_width}}  {'95 % interval':>18}  {'n':>4}{inf}")
     for row, mean in means.items():
         interval = "" if math.isnan(mean.low) else f"{mean.low:.3f} to {mean.high:.3f}"
         count = f"  {mean.n_inf:>3}" if infinite else ""
-        print(f"{row.method:{width}}  {mean.value:8.3f}  {interval:>18}  {mean.n:>4}{count}")
+        print(f"{row.method:{width}}  {mean.value:{value_width}.3f}  {interval:>18}  {mean.n:>4}{count}")
     if any(mean.n < FEW_IMAGES for mean in means.values()):
         print(f"(fewer than {FEW_IMAGES} images: the intervals are approximate)")
 
