@@ -39,6 +39,7 @@ TEST_FROM = 1_000_000  # this identity and all above it: tests, demos and final 
 IDENTITY_SALT = 20_250_711
 VARIATION_SALT = 20_250_712
 
+USUAL_EARS = (18, 9.5, 1)  # height, how far out, how far down, as in Identity
 CANVAS = 256  # the drawing's own units; x is measured from the middle line, y from the top
 
 
@@ -466,12 +467,16 @@ class _Scene:
         self.var = variation_of(identity, variation)
         self.edit = edit
         self.style = STYLES[p.style]
+        self.ears = (p.ear_height, p.ear_out, p.ear_y)
+        if edit in (Edit.BALD, Edit.EARRINGS) and self.style.fall in ("bob", "long"):
+            self.ears = USUAL_EARS  # the source's hair hides them, so an edit can't know them
         if edit == Edit.BALD or (edit == Edit.HELMET and self.style.fall == "short"):
             self.style = STYLES["bald"]  # a helmet hides short hair wholly
         elif edit == Edit.HELMET and p.style != "bald":
             self.style = replace(self.style, top=2, side=7)
         elif edit == Edit.PINK_HAIR and p.style == "bald":
             self.style = STYLES["buzz"]  # there must be something to turn pink
+            self.id = p = replace(p, hair_volume=1.0)  # what a bald head doesn't show
         hair = _rgb(HAIR_COLOURS[p.hair][0])
         self.hair = _mix(hair, WHITE if p.hair_shift > 0 else BLACK, 0.14 * abs(p.hair_shift))
         self.brow = _mix(_mix(self.hair, _rgb("#3a2a20"), 0.35), BLACK, 0.25 * p.brow_shade)
@@ -829,7 +834,8 @@ def _head(s: _Scene) -> None:
 
 def _ears(s: _Scene) -> None:
     svg, p = s.svg, s.id
-    h, out, y = p.ear_height, p.ear_out, (p.eye_y + p.nose_y) / 2 - 4 + p.ear_y
+    h, out, y = s.ears
+    y += (p.eye_y + p.nose_y) / 2 - 4
     for side in (-1, 1):
         x = side * (max(p.width, p.cheek) - 2)
         shape = [(0, -h * 0.7), (out * 0.7, -h), (out * 1.15, -h * 0.45), (out * 0.9, h * 0.3),
@@ -1265,7 +1271,8 @@ def _sunglasses(s: _Scene) -> None:
 
 def _earrings(s: _Scene) -> None:
     svg, p = s.svg, s.id
-    y = (p.eye_y + p.nose_y) / 2 - 4 + p.ear_y + p.ear_height - 2
+    ear_height, _, ear_y = s.ears
+    y = (p.eye_y + p.nose_y) / 2 - 4 + ear_y + ear_height - 2
     for side in (-1, 1):
         x = side * (max(p.width, p.cheek) + 3)
         gold = svg.linear(x - 10, y, x + 10, y + 30, (0, _rgb("#fff0a0")), (0.5, _rgb("#e8b432")),

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import portraits
@@ -23,10 +25,10 @@ from tokenizer import build_tokenizer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-from utils import HelpFormatter, edit_prompts, pick_device, positive_int
+from utils import edit_prompts, pick_device, to_tensor
 
-SIZE, PATCH, WIDTH = 64, 8, 160  # px, px, vision width
-TEXT_WIDTH, PROJECTION = 128, 128
+SIZE, PATCH, WIDTH = 64, 8, 128  # px, px, vision width
+TEXT_WIDTH, PROJECTION = 96, 128
 TEMPERATURE = 0.07  # of the two losses over the 25 instructions, and the contrastive one's start
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.08}
 SOURCES = 2  # training pictures of each identity that are not edited
@@ -84,25 +86,26 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
         "hidden_size": WIDTH,
         "intermediate_size": 4 * WIDTH,
         "num_hidden_layers": 4,
-        "num_attention_heads": 5,
+        "num_attention_heads": 4,
     }
     return CLIPModel(CLIPConfig(text_config=text, vision_config=vision, projection_dim=PROJECTION))
 
 
 @torch.no_grad()
-def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> dict[str, float]:
-    """Loads what was exported and measures it on the generator's own edits of validation identities."""
+def evaluate(
+    out: Path, device: torch.device, identities: range, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Loads what was exported and measures it on the generator's own edits of people never trained on."""
+    count = len(identities)
     model = CLIPModel.from_pretrained(out, dtype=torch.float32).to(device).eval()
     processor = CLIPProcessor.from_pretrained(out)
     instructions = list(edit_prompts.values())
     tokens = processor.tokenizer(instructions, return_tensors="pt", padding=True, truncation=True).to(device)
     texts = text_embedding(model, tokens)  # (25, D)
-    identities = portraits.VALIDATION[:count]
     requests = [(i, 0, prompt) for i in identities for prompt in (None, *edit_prompts)]
     pictures = world.pictures(requests, SIZE)
-    embeddings = torch.cat(
-        [image_embedding(model, world.to_float(batch, device)) for batch in pictures.split(250)]
-    )
+    batches = [to_tensor(pictures[row : row + 250]).to(device) for row in range(0, len(pictures), 250)]
+    embeddings = torch.cat([image_embedding(model, batch) for batch in batches])
     embeddings = embeddings.unflatten(0, (count, 1 + len(edit_prompts)))  # (count, 26, D)
     source, edits = embeddings[:, :1], embeddings[:, 1:]
     scores = F.cosine_similarity((edits - source)[:, :, None], texts[None, None], dim=-1)  # (count, 25, 25)
@@ -119,9 +122,8 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
     worst = right.float().mean(0).argsort()[:3].tolist()
     prompts = list(edit_prompts)
     by_prompt = ", ".join(f"{prompts[k]}: {float(right.float().mean(0)[k]):.0%}" for k in worst)
-    world.log(
-        "clip",
-        f"{count} validation identities: right prompt nearest to the edit direction "
+    say(
+        f"{count} identities from {identities[0]}: right prompt nearest to the edit direction "
         f"{result['direction_top1']:.1%} "
         f"(target 70 %), worst {by_prompt}; "
         f"CLIP-S {result['clip_s']:.3f} for the right prompt, {result['clip_s_wrong']:.3f} for wrong ones; "
@@ -131,25 +133,13 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=1_500, help="optimiser steps")
-    parser.add_argument("--identities", type=positive_int, default=1_500, help="training identities")
-    parser.add_argument("--batch", type=positive_int, default=64, help="pairs of source and edit a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=2, help="of everything drawn")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    parser.add_argument("--out", type=Path, default=world.ASSETS / "clip", help="where the model goes")
-    parser.add_argument("--export_only", action="store_true", help="export and evaluate the last checkpoint")
-    return parser.parse_args(argv)
+    parser = world.parser_of(__doc__, steps=1_500, identities=1_500, batch=64, lr=1e-3, seed=2, out="clip")
+    return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
-    if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
-        raise SystemExit(f"error: --identities {args.identities} would take the judge's people")
-    if args.export_only:
-        world.require_checkpoint("clip")
 
     identities = portraits.TRAIN[: args.identities]
     sources = [(i, v) for i in identities for v in range(SOURCES)]
@@ -168,7 +158,7 @@ def main(argv: list[str] | None = None) -> int:
     requests = [(i, v, prompt) for (i, v), drawn in zip(sources, told) for prompt in (None, *drawn)]
     pictures = None
     if not args.export_only:
-        pictures = world.pictures(requests, SIZE).unflatten(0, (len(sources), 1 + EDITS))
+        pictures = world.pictures(requests, SIZE)
 
     def tokens(texts: list[str]) -> dict[str, torch.Tensor]:
         return tokenizer(texts, return_tensors="pt", padding=True, truncation=True).to(device)
@@ -182,8 +172,9 @@ def main(argv: list[str] | None = None) -> int:
         target = [told[row][k] for row, k in zip(rows.tolist(), which.tolist())]
         captions = [caption(words[row], wording) for row in rows.tolist()]
         captions += [caption(words[row], wording, edit_prompts[p]) for row, p in zip(rows.tolist(), target)]
-        images = torch.cat([pictures[rows, 0], pictures[rows, 1 + which]])  # (2B, 3, 64, 64)
-        images = world.jitter(world.to_float(images, device), generator, **AUGMENT)
+        first = rows * (1 + EDITS)  # each source is followed by its edits
+        images = to_tensor(pictures[torch.cat([first, first + 1 + which]).numpy()]).to(device)
+        images = world.jitter(images, generator, **AUGMENT)  # (2B, 3, 64, 64)
         image = image_embedding(model, images)
         text = text_embedding(model, tokens(captions))
         prompt = text_embedding(model, instructions)  # (25, D)
@@ -205,14 +196,14 @@ def main(argv: list[str] | None = None) -> int:
         }
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train("clip", model, loss_fn, steps=steps, lr=args.lr, ema_decay=0.995, seed=args.seed)
+    trained = world.train("clip", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed)
     trained.half().save_pretrained(args.out)
     images = CLIPImageProcessor(
         size={"height": SIZE, "width": SIZE}, do_center_crop=False, resample=2,  # 2: bilinear
         image_mean=[0.5] * 3, image_std=[0.5] * 3,
     )  # fmt: skip
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(args.out)
-    evaluate(args.out, device)
+    evaluate(args.out, device, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, "clip"))
     return 0
 
 

@@ -14,9 +14,13 @@ The result is a plain diffusers directory:
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,22 +33,13 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 from tokenizer import build_tokenizer
 from torch import nn
 from train_vae import psnr, reconstruct
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from utils import (
-    DEVICE_HELP,
-    HelpFormatter,
-    edit_prompts,
-    pick_device,
-    positive_int,
-    save_png,
-    start_seed,
-    to_tensor,
-)
+import models
+from utils import edit_prompts, pick_device, positive_int, save_png, to_tensor, to_uint8
 
 NAME = "editor"
 LATENT = (16, 16, 16)  # channels, height, width of a 128x128 portrait's latent
@@ -232,63 +227,91 @@ def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
-def evaluate(args: argparse.Namespace) -> None:
-    """Edits of validation identities, as a user's program would make them, against the generator's own.
+@dataclass
+class Edits:
+    """Edits of N portraits by each of P prompts, and how near they come to the generator's own edits.
 
-    Per prompt: `closer`, the share of identities whose edit is nearer (MSE inside the mask) to the
-    generator's than the source's reconstruction is; PSNR to the source outside the mask; PSNR to the
-    generator's edit over the whole picture. A mask under 0.2 % does not count, nor an outside under a tenth.
+    `closer`: whether the edit is nearer (MSE inside the mask) to the generator's than the source's
+    reconstruction is; `outside`: PSNR to the source outside the mask; `whole`: PSNR to the generator's edit
+    over the whole picture, dB. A mask under 0.2 % does not count, nor an outside under a tenth: nan.
     """
-    device = pick_device(args.device)
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(args.out, dtype=torch.float32)
-    pipeline.to(device)
-    pipeline.set_progress_bar_config(disable=True)
-    identities = portraits.VALIDATION[: args.eval_identities]
-    numbers = list(edit_prompts)
+
+    sources: np.ndarray  # (N, H, W, 3) uint8
+    plain: np.ndarray  # (N, H, W, 3), the sources once through the autoencoder
+    truth: np.ndarray  # (N, P, H, W, 3), the generator's edits
+    edits: np.ndarray  # (N, P, H, W, 3), the editor's
+    closer: np.ndarray  # (N, P)
+    outside: np.ndarray
+    whole: np.ndarray
+    seconds: float  # an edit, all prompts of a portrait in one batch
+
+    def prompts_met(self) -> int:
+        """For how many prompts >= 80 % of identities are closer, at least half of them counting."""
+        return sum(_mean(column) >= 0.8 and np.isfinite(column).mean() >= 0.5 for column in self.closer.T)
+
+    def sheet(self, people: int) -> np.ndarray:
+        """Above the source and the generator's edits, below the reconstruction and the editor's."""
+        rows = []
+        for n in range(people):
+            rows.append(np.concatenate([self.sources[n], *self.truth[n]], axis=1))
+            rows.append(np.concatenate([self.plain[n], *self.edits[n]], axis=1))
+            rows.append(np.zeros_like(rows[0][:4]))
+        return np.concatenate(rows)
+
+
+def apply(editor: models.Editor, pictures: np.ndarray, prompts: Sequence[int], seed: int) -> np.ndarray:
+    """Edits (N, H, W, 3) uint8 by each of the prompts, as the edit scripts do -> (N, prompts, H, W, 3)."""
+    texts = [edit_prompts[number] for number in prompts]
+    return np.stack(
+        [to_uint8(editor(to_tensor(np.stack([picture] * len(texts))), texts, seed)) for picture in pictures]
+    )
+
+
+def measure(
+    editor: models.Editor, identities: Sequence[int], seed: int = 0, prompts: Sequence[int] | None = None
+) -> Edits:
+    """Edits people never trained on by the prompts (all), and compares with the generator's edits."""
+    numbers = list(prompts or edit_prompts)
     pictures = world.render([(i, 0, p) for i in identities for p in (None, *numbers)])
-    closer, outside, whole = (np.full((len(identities), len(numbers)), np.nan) for _ in range(3))
-    sheet = []
-    for row, identity in enumerate(identities):
-        source, *truth = pictures[row * (len(numbers) + 1) : (row + 1) * (len(numbers) + 1)]
-        truth = np.stack(truth)
-        plain = reconstruct(pipeline.vae, source[None], device)
-        seeds = [start_seed(args.seed, f"{identity}-{number}") for number in numbers]
-        outputs = pipeline(
-            prompt=list(edit_prompts.values()),
-            image=[Image.fromarray(source)] * len(numbers),
-            num_inference_steps=args.inference_steps,
-            guidance_scale=1.0,
-            image_guidance_scale=1.0,
-            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        ).images
-        edits = np.stack([np.asarray(image) for image in outputs])
-        whole[row] = psnr(edits, truth)
-        masks = (np.abs(truth.astype(int) - source) > MASK_LEVEL).any(axis=-1)  # (25, H, W)
-        for column, mask in enumerate(masks):
-            if mask.mean() >= 0.002:
-                wanted = truth[column][mask][None]
-                ours, untouched = edits[column][mask][None], plain[0][mask][None]  # (1, pixels, 3)
-                closer[row, column] = psnr(ours, wanted)[0] > psnr(untouched, wanted)[0]
-            if (~mask).mean() > 0.1:
-                outside[row, column] = psnr(edits[column][~mask][None], source[~mask][None])[0]
-        if len(sheet) < 12:  # 4 identities, 3 rows each
-            sheet += [np.concatenate([source, *truth], axis=1), np.concatenate([plain[0], *edits], axis=1)]
-            sheet += [np.zeros_like(sheet[0][:4])]
-    for column, number in enumerate(numbers):
+    pictures = pictures.reshape(len(identities), 1 + len(numbers), *pictures.shape[1:])
+    sources, truth = pictures[:, 0], pictures[:, 1:]
+    plain = reconstruct(editor.pipeline.vae, sources, editor.pipeline.device)
+    began = time.perf_counter()
+    edits = apply(editor, sources, numbers, seed)
+    seconds = (time.perf_counter() - began) / edits[..., 0, 0, 0].size
+    closer, outside, whole = (np.full(edits.shape[:2], np.nan) for _ in range(3))
+    for row, column in np.ndindex(*closer.shape):
+        source, wanted, ours = sources[row], truth[row, column], edits[row, column]
+        mask = (np.abs(wanted.astype(int) - source) > MASK_LEVEL).any(axis=-1)  # (H, W)
+        whole[row, column] = psnr(ours[None], wanted[None])[0]
+        if mask.mean() >= 0.002:
+            mine, untouched = (psnr(image[mask][None], wanted[mask][None])[0] for image in (ours, plain[row]))
+            closer[row, column] = mine > untouched
+        if (~mask).mean() > 0.1:
+            outside[row, column] = psnr(ours[~mask][None], source[~mask][None])[0]
+    return Edits(sources, plain, truth, edits, closer, outside, whole, seconds)
+
+
+def evaluate(args: argparse.Namespace) -> None:
+    """Measures validation identities, at the mini set's defaults, and logs each prompt; and a sheet."""
+    chosen = dataclasses.replace(models.MODEL_SETS["mini"], editors={"instruct-pix2pix": str(args.out)})
+    device = pick_device(args.device)
+    editor = models.load_editor(chosen, "instruct-pix2pix", device, torch.float32, progress=False)
+    found = measure(editor, portraits.VALIDATION[: args.eval_identities], args.seed)
+    for column, (number, text) in enumerate(edit_prompts.items()):
+        closer, outside, whole = (values[:, column] for values in (found.closer, found.outside, found.whole))
         world.log(
             NAME,
-            f"{number:2d} {edit_prompts[number]:38s} closer {_mean(closer[:, column]):.2f} of "
-            f"{np.isfinite(closer[:, column]).sum()}, outside {_mean(outside[:, column]):.1f} dB, "
-            f"whole {whole[:, column].mean():.1f} dB",
+            f"{number:2d} {text:38s} closer {_mean(closer):.2f} of {np.isfinite(closer).sum()}, "
+            f"outside {_mean(outside):.1f} dB, whole {whole.mean():.1f} dB",
         )
-    met = sum(_mean(column) >= 0.8 and np.isfinite(column).mean() >= 0.5 for column in closer.T)
     world.log(
         NAME,
-        f"{len(identities)} validation identities, {args.inference_steps} steps, guidance 1/1: "
-        f"{met} of 25 prompts closer on >= 80 %, outside {_mean(outside):.2f} dB, "
-        f"whole {whole.mean():.2f} dB",
+        f"{args.eval_identities} validation identities: {found.prompts_met()} of 25 prompts closer on "
+        f">= 80 %, outside {_mean(found.outside):.2f} dB, whole {found.whole.mean():.2f} dB, "
+        f"{found.seconds:.2f} s an edit",
     )
-    save_png(world.WORK / f"{NAME}.png", np.concatenate(sheet))
+    save_png(world.WORK / f"{NAME}.png", found.sheet(min(4, args.eval_identities)))
     world.log(NAME, f"sheet (source and its edits, below the model's): {world.WORK / f'{NAME}.png'}")
 
 
@@ -298,46 +321,27 @@ def _mean(values: np.ndarray) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=4500, help="also the cosine schedule's length")
-    parser.add_argument("--identities", type=positive_int, default=2500, help=f"times {VARIATIONS} pictures")
+    parser = world.parser_of(
+        __doc__, steps=4_500, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor"
+    )
     parser.add_argument("--edits", type=positive_int, default=6, help="of the 25, for each picture")
-    parser.add_argument("--batch", type=positive_int, default=32, help="pairs a step")
-    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--mask_weight", type=float, default=1.0, help="more on cells that an edit changes")
-    parser.add_argument("--save_every", type=positive_int, default=200, help="steps between checkpoints")
     parser.add_argument("--eval_identities", type=positive_int, default=8, help="of the validation range")
-    parser.add_argument("--inference_steps", type=positive_int, default=20, help="DDIM, of the evaluation")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches")
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
-    parser.add_argument("--out", type=Path, default=world.ASSETS / "editor", help="the pipeline's folder")
     parser.add_argument("--vae", type=Path, default=world.ASSETS / "editor" / "vae", help="from train_vae.py")
-    parser.add_argument("--work", type=Path, default=world.WORK, help="for checkpoint, data cache and log")
-    parser.add_argument("--export_only", action="store_true", help="write and measure the last checkpoint")
-    return parser.parse_args(argv)
+    return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    world.WORK = args.work
     torch.manual_seed(args.seed)
     device = pick_device(args.device)
     tokenizer = build_tokenizer(list(edit_prompts.values()))
-    editor = Editor(tokenizer).to(device)
-    if args.export_only:
-        world.require_checkpoint(NAME)
-        editor = world.load_average(NAME, editor)
-    else:
+    loss_fn = None
+    if not args.export_only:
         wanted = requests(portraits.TRAIN[: args.identities], args.edits, args.seed)
-        editor = world.train(
-            NAME,
-            editor,
-            make_loss(latents_of(wanted, args.vae, device), wanted, tokens_of(tokenizer), args),
-            steps=args.steps,
-            lr=args.lr,
-            seed=args.seed,
-            save_every=args.save_every,
-        )
+        loss_fn = make_loss(latents_of(wanted, args.vae, device), wanted, tokens_of(tokenizer), args)
+    steps = 0 if args.export_only else args.steps
+    editor = world.train(NAME, Editor(tokenizer).to(device), loss_fn, steps=steps, lr=args.lr, seed=args.seed)
     export(editor, tokenizer, args.vae, args.out)
     evaluate(args)
     return 0

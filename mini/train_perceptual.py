@@ -18,6 +18,7 @@ import random
 from pathlib import Path
 
 import lpips
+import numpy as np
 import portraits
 import torch
 import torch.nn.functional as F
@@ -25,9 +26,8 @@ import world
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils import HelpFormatter, edit_prompts, pick_device, positive_int
+from utils import edit_prompts, pick_device, positive_int, to_tensor
 
-SIZE = 128  # px: the distance is used at the world's own size
 USUAL = 0.5  # the mean distance of different people's portraits
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.15}
 CALIBRATION_PAIRS = 100
@@ -66,10 +66,10 @@ def layer_distances(metric: lpips.LPIPS, a: torch.Tensor, b: torch.Tensor) -> to
     return torch.stack(distances)
 
 
-def calibrate(metric: lpips.LPIPS, images: torch.Tensor) -> None:
-    """Sets the constant heads from pictures of different people, (N, 3, 128, 128) uint8."""
+def calibrate(metric: lpips.LPIPS, images: np.ndarray) -> None:
+    """Sets the constant heads from pictures of different people, (N, 128, 128, 3) uint8."""
     device = next(metric.parameters()).device
-    batches = [world.to_float(batch, device) for batch in images.split(25)]
+    batches = [to_tensor(images[row : row + 25]).to(device) for row in range(0, len(images), 25)]
     raw = torch.stack([layer_distances(metric, batch, batch.roll(1, 0)) for batch in batches]).mean(0)  # (L,)
     for head, distance in zip(metric.lins, raw):
         head.model[-1].weight.data.fill_(float(USUAL / (len(raw) * distance)))
@@ -100,11 +100,11 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
     )
     metric.to(device).eval()
     identities = portraits.VALIDATION[:count]
-    images = world.to_float(world.pictures([(i, 0, None) for i in identities], SIZE), device)
-    others = world.to_float(world.pictures([(i, 1, None) for i in identities], SIZE), device)
+    images = to_tensor(world.render([(i, 0, None) for i in identities])).to(device)
+    others = to_tensor(world.render([(i, 1, None) for i in identities])).to(device)
     prompts = list(edit_prompts)
     requests = [(i, 0, prompts[n % len(prompts)]) for n, i in enumerate(identities)]
-    edits = world.to_float(world.pictures(requests, SIZE), device)
+    edits = to_tensor(world.render(requests)).to(device)
 
     def distance(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
         return metric(a, b).flatten()  # (B,)
@@ -133,28 +133,16 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=1_200, help="optimiser steps")
-    parser.add_argument("--identities", type=positive_int, default=1_500, help="training identities")
-    parser.add_argument(
-        "--images", type=positive_int, default=4, help="pictures of each, every second one edited"
+    parser = world.parser_of(
+        __doc__, steps=600, identities=1_000, batch=32, lr=5e-4, seed=1, out="perceptual"
     )
-    parser.add_argument("--batch", type=positive_int, default=32, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=5e-4, help="highest learning rate")
-    parser.add_argument("--seed", type=int, default=1, help="of everything drawn")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    parser.add_argument("--out", type=Path, default=world.ASSETS / "perceptual", help="where the model goes")
-    parser.add_argument("--export_only", action="store_true", help="export and evaluate the last checkpoint")
-    return parser.parse_args(argv)
+    parser.add_argument("--images", type=positive_int, default=4, help="of each, every second edited")
+    return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     device = pick_device(args.device)
-    if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
-        raise SystemExit(f"error: --identities {args.identities} would take the judge's people")
-    if args.export_only:
-        world.require_checkpoint("perceptual")
 
     draw = random.Random(args.seed)
     prompts = list(edit_prompts)
@@ -172,11 +160,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     model = Namer(len(vocabulary)).to(device)
     world.log("perceptual", f"{len(vocabulary)} words, {args}")
-    pictures = None if args.export_only else world.pictures(requests, SIZE)
+    pictures = None if args.export_only else world.render(requests)
 
     def loss_fn(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         rows = torch.randint(len(requests), (args.batch,), generator=generator)
-        images = world.jitter(world.to_float(pictures[rows], device), generator, **AUGMENT)
+        images = world.jitter(to_tensor(pictures[rows.numpy()]).to(device), generator, **AUGMENT)
         output = model(images)
         words, edits = output[:, : len(vocabulary)], output[:, len(vocabulary) :]
         label = edit[rows].to(device)
@@ -192,11 +180,9 @@ def main(argv: list[str] | None = None) -> int:
         }
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train(
-        "perceptual", model, loss_fn, steps=steps, lr=args.lr, ema_decay=0.995, seed=args.seed
-    )
+    trained = world.train("perceptual", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed)
     metric = trained.metric
-    calibrate(metric, world.pictures([(i, 0, None) for i in portraits.TRAIN[:CALIBRATION_PAIRS]], SIZE))
+    calibrate(metric, world.render([(i, 0, None) for i in portraits.TRAIN[:CALIBRATION_PAIRS]]))
     args.out.mkdir(parents=True, exist_ok=True)
     # clone: LPIPS registers each head twice (lin0, lins.0), and safetensors refuses shared memory
     state = {key: value.half().cpu().clone().contiguous() for key, value in metric.state_dict().items()}

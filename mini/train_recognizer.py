@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import portraits
@@ -30,11 +32,14 @@ from transformers import (
     ViTImageProcessor,
 )
 
-from utils import HelpFormatter, edit_prompts, pick_device, positive_int
+import models
+from utils import edit_prompts, pick_device, positive_int, to_tensor
 
 SIZE = 64  # px, the side of what the recognisers see
 MARGIN, SCALE = 0.3, 24.0  # CosFace: cosine margin, and the factor that makes logits of cosines
-AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.08}
+AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.03, "tint": 0.4}
+SURROUNDINGS = 0.4  # the share of training pictures that get another portrait's hair, clothes and background,
+RAMP = 0.35  # reached after this part of the training: from the start, the judge learned nothing at all
 JUDGE_SEED = 1_000  # is added to --seed for the judge
 
 VALIDATION_COUNT = 200  # identities
@@ -76,34 +81,37 @@ def build(judge: bool) -> PreTrainedModel:
 
 
 def training_requests(identities: range, images: int, seed: int) -> list[world.Request]:
-    """`images` variations of each identity, every second one with an edit drawn at random."""
+    """`images` variations of each identity, two of three with an edit drawn at random."""
     draw = random.Random(seed)
     prompts = list(edit_prompts)
-    return [(i, v, draw.choice(prompts) if v % 2 else None) for i in identities for v in range(images)]
+    return [(i, v, draw.choice(prompts) if v % 3 else None) for i in identities for v in range(images)]
 
 
 @torch.no_grad()
-def embed(model: PreTrainedModel, images: torch.Tensor) -> torch.Tensor:
-    """(N, 3, 64, 64) uint8 -> (N, D) float32 on the CPU, L2-normalised."""
-    batches = [world.to_float(batch, model.device) for batch in images.split(250)]
-    return torch.cat(
-        [F.normalize(model(pixel_values=b).pooler_output.flatten(1).float()).cpu() for b in batches]
-    )
+def embed(recognizer: models.Recognizer, requests: list[world.Request]) -> torch.Tensor:
+    """Portraits -> (N, D) float32, L2-normalised, as the project's scripts embed them."""
+    pictures = world.render(requests)
+    parts = []
+    for row in range(0, len(pictures), 250):
+        images = to_tensor(pictures[row : row + 250])  # (B, 3, 128, 128)
+        parts.append(recognizer.embed(images, [[(0, 0, *images.shape[-2:])]] * len(images)))
+    return torch.cat(parts)
 
 
 def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float, float]:
     """Cosines of same and of different identities -> (EER, threshold), where both errors are equal."""
-    thresholds = same.sort().values
-    rejected = torch.arange(len(thresholds)) / len(thresholds)  # genuine pairs below the threshold
-    below = torch.searchsorted(different.sort().values, thresholds)
-    accepted = 1 - below / len(different)  # impostor pairs at or above it
+    thresholds = torch.cat([same, different]).sort().values
+    rejected = torch.searchsorted(same.sort().values, thresholds) / len(same)  # genuine pairs below it
+    accepted = 1 - torch.searchsorted(different.sort().values, thresholds) / len(different)  # impostors
     best = int((rejected - accepted).abs().argmin())
     return float(rejected[best] + accepted[best]) / 2, float(thresholds[best])
 
 
-def evaluate(model: PreTrainedModel, name: str, count: int = VALIDATION_COUNT) -> dict[str, float]:
-    """Error rates and cosines on validation identities: PLAIN pictures and EDITED edits of each."""
-    identities = portraits.VALIDATION[:count]
+def evaluate(
+    recognizer: models.Recognizer, identities: range, say: Callable[[str], None]
+) -> dict[str, float]:
+    """Error rates and cosines on people never trained on: PLAIN pictures and EDITED edits of each."""
+    count = len(identities)
     plain = [(i, v, None) for i in identities for v in range(PLAIN)]
     prompts = list(edit_prompts)
     edited = [  # of variation 0, the prompts taken in turn
@@ -111,8 +119,8 @@ def evaluate(model: PreTrainedModel, name: str, count: int = VALIDATION_COUNT) -
         for n, i in enumerate(identities)
         for k in range(EDITED)
     ]
-    a = embed(model, world.pictures(plain, SIZE))  # (count * PLAIN, D)
-    b = embed(model, world.pictures(edited, SIZE))  # (count * EDITED, D)
+    a = embed(recognizer, plain)  # (count * PLAIN, D)
+    b = embed(recognizer, edited)  # (count * EDITED, D)
     who_a = torch.arange(count).repeat_interleave(PLAIN)
     who_b = torch.arange(count).repeat_interleave(EDITED)
     variation = torch.arange(PLAIN).repeat(count)
@@ -133,12 +141,11 @@ def evaluate(model: PreTrainedModel, name: str, count: int = VALIDATION_COUNT) -
         "cosine_same": float(pairs[same & upper].mean()),
         "fr_edit": float(across[same_person & (variation == 0)].mean()),  # FR(source, its edit)
     }
-    world.log(
-        name,
-        f"{count} validation identities: EER {plain_eer:.2%} plain (target 1.5 %), "
+    say(
+        f"{count} identities from {identities[0]}: EER {plain_eer:.2%} plain (target 1.5 %), "
         f"{edited_eer:.2%} one edited (4 %); "
         f"mean cosine of different people {result['cosine_different']:.3f} (0.25), of one person's pictures "
-        f"{result['cosine_same']:.3f}; FR of an edit to its source {result['fr_edit']:.3f} (0.75)",
+        f"{result['cosine_same']:.3f}; FR of an edit to its source {result['fr_edit']:.3f} (0.75)"
     )
     return result
 
@@ -155,24 +162,13 @@ def export(model: PreTrainedModel, out: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = world.parser_of(
+        __doc__, steps=6_000, identities=3_000, batch=64, lr=1e-3, seed=0, out="recognizer"
+    )
     parser.add_argument("--judge", action="store_true", help="train the judge instead of the recogniser")
-    parser.add_argument("--steps", type=positive_int, default=2_500, help="optimiser steps")
-    parser.add_argument("--identities", type=positive_int, default=1_500, help="training identities")
-    parser.add_argument(
-        "--images", type=positive_int, default=10, help="pictures of each, every second one edited"
-    )
-    parser.add_argument("--batch", type=positive_int, default=64, help="pictures a step")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
-    parser.add_argument(
-        "--seed", type=int, default=0, help=f"of everything drawn; the judge's is {JUDGE_SEED} higher"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, mps, ...")
-    parser.add_argument(
-        "--out", type=Path, help="where the model goes [assets/mini/recognizer, with --judge judge]"
-    )
-    parser.add_argument("--export_only", action="store_true", help="export and evaluate the last checkpoint")
-    return parser.parse_args(argv)
+    parser.add_argument("--images", type=positive_int, default=8, help="of each, two of three edited")
+    parser.set_defaults(out=None)  # depends on --judge
+    return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -182,12 +178,6 @@ def main(argv: list[str] | None = None) -> int:
     seed = args.seed + JUDGE_SEED * args.judge
     device = pick_device(args.device)
     first = portraits.JUDGE.start if args.judge else portraits.TRAIN.start
-    if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
-        raise SystemExit(
-            f"error: --identities {args.identities} would share people with the other model"
-        )
-    if args.export_only:
-        world.require_checkpoint(name)
 
     torch.manual_seed(seed)
     model = CosFace(build(args.judge), args.identities).to(device)
@@ -199,17 +189,16 @@ def main(argv: list[str] | None = None) -> int:
 
     def loss_fn(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
         rows = torch.randint(len(labels), (args.batch,), generator=generator)
-        batch = world.jitter(world.to_float(images[rows], device), generator, **AUGMENT)
-        loss, accuracy = model(batch, labels[rows].to(device))
+        share = SURROUNDINGS * min(1.0, step / (RAMP * args.steps))
+        batch = world.change_surroundings(to_tensor(images[rows.numpy()]).to(device), generator, share)
+        loss, accuracy = model(world.jitter(batch, generator, **AUGMENT), labels[rows].to(device))
         return {"loss": loss, "accuracy": accuracy}
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train(
-        name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, ema_decay=0.995, seed=seed
-    )
+    trained = world.train(name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, seed=seed)
     export(trained.backbone, out)
-    kind = ConvNextModel if args.judge else ResNetModel
-    evaluate(kind.from_pretrained(out, dtype=torch.float32).to(device).eval(), name)  # as a user will load it
+    recognizer = models.load_recognizer(str(out), torch.device("cpu"), torch.float32)  # as users load it
+    evaluate(recognizer, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, name))
     return 0
 
 

@@ -24,7 +24,7 @@ import world
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from utils import DEVICE_HELP, HelpFormatter, pick_device, positive_int, save_png, to_tensor, to_uint8
+from utils import pick_device, positive_int, save_png, to_tensor, to_uint8
 
 NAME = "vae"
 CHANNELS = 16  # of the latent; 4 blur at 19 dB
@@ -126,14 +126,22 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return 10 * np.log10(255**2 / np.maximum(error.reshape(len(a), -1).mean(1), 1e-3))
 
 
+def reconstructions(
+    vae: AutoencoderKL, identities: range, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures of people never trained on, and the same once through the autoencoder."""
+    pictures = world.render(requests(identities, VARIATIONS, seed=0))
+    batches = [pictures[row : row + 16] for row in range(0, len(pictures), 16)]
+    return pictures, np.concatenate([reconstruct(vae, batch, device) for batch in batches])
+
+
 def evaluate(folder: Path, args: argparse.Namespace) -> None:
     """PSNR on validation identities, of the weights as written, in float32; and a sheet."""
     device = pick_device(args.device)
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).to(device).eval()
     identities = portraits.VALIDATION[: args.eval_identities]
-    pictures = world.render(requests(identities, VARIATIONS, args.seed))
+    pictures, outputs = reconstructions(vae, identities, device)
     batches = [pictures[row : row + 16] for row in range(0, len(pictures), 16)]
-    outputs = np.concatenate([reconstruct(vae, batch, device) for batch in batches])
     latents = torch.cat([encode(vae, batch, device) for batch in batches])
     whole, face = psnr(pictures, outputs), psnr(pictures[:, *CENTRE], outputs[:, *CENTRE])
     world.log(
@@ -148,44 +156,30 @@ def evaluate(folder: Path, args: argparse.Namespace) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
-    parser.add_argument("--steps", type=positive_int, default=7000, help="also the cosine schedule's length")
-    parser.add_argument("--identities", type=positive_int, default=2000, help=f"times {VARIATIONS} pictures")
-    parser.add_argument("--batch", type=positive_int, default=16, help="crops; of whole pictures a quarter")
-    parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
+    parser = world.parser_of(
+        __doc__, steps=5_000, identities=2_000, batch=16, lr=2e-3, seed=0, out="editor/vae"
+    )
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence per latent value")
-    parser.add_argument("--save_every", type=positive_int, default=200, help="steps between checkpoints")
     parser.add_argument("--eval_identities", type=positive_int, default=50, help="of the validation range")
-    parser.add_argument("--seed", type=int, default=0, help="of weights, data and batches")
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
-    parser.add_argument("--out", type=Path, default=world.ASSETS / "editor" / "vae", help="for the weights")
-    parser.add_argument("--work", type=Path, default=world.WORK, help="for checkpoint, data cache and log")
-    parser.add_argument("--export_only", action="store_true", help="write and measure the last checkpoint")
-    return parser.parse_args(argv)
+    return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    world.WORK = args.work
     torch.manual_seed(args.seed)
     # bfloat16 autocast (0.2 s a step) is 1.8 times as fast as float32 here; channels_last is slower under it.
     vae = build().to(pick_device(args.device))
     pictures = world.render(requests(portraits.TRAIN[: args.identities], VARIATIONS, args.seed))
-    if args.export_only:
-        world.require_checkpoint(NAME)
-        vae = world.load_average(NAME, vae)
-    else:
-        vae = world.train(
-            NAME,
-            vae,
-            make_loss(pictures, args),
-            steps=args.steps,
-            lr=args.lr,
-            weight_decay=0.0,
-            seed=args.seed,
-            save_every=args.save_every,
-            log_every=50,
-        )
+    vae = world.train(
+        NAME,
+        vae,
+        make_loss(pictures, args),
+        steps=0 if args.export_only else args.steps,
+        lr=args.lr,
+        weight_decay=0.0,
+        seed=args.seed,
+        log_every=50,
+    )
     mean, std = standardise(vae, pictures[:1000])
     spread = f"std {std.min():.2f} to {std.max():.2f}"
     world.log(NAME, f"latents before standardising: |mean| <= {mean.abs().max():.2f}, {spread}")

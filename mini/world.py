@@ -7,6 +7,7 @@ Run the trainings in this order, from anywhere; each resumes where it was stoppe
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import math
 import multiprocessing
@@ -26,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts of mini/ use the project's own modules, as a user's script would
 
-from utils import to_tensor
+from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int, to_tensor, to_uint8
 
 ASSETS = ROOT / "assets" / "mini"
 WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data, logs
@@ -64,42 +65,64 @@ def render(requests: Sequence[Request], processes: int | None = None) -> np.ndar
     return np.load(path, mmap_mode="r")
 
 
-def pictures(requests: Sequence[Request], size: int) -> torch.Tensor:
-    """Rendered portraits, resized as models.py resizes them -> (N, 3, size, size) uint8."""
+def pictures(requests: Sequence[Request], size: int) -> np.ndarray:
+    """Rendered portraits, resized as models.py resizes them -> (N, size, size, 3) uint8."""
     pixels = render(requests)
-    out = torch.empty(len(pixels), 3, size, size, dtype=torch.uint8)
+    if pixels.shape[1] == size:
+        return pixels
+    out = np.empty((len(pixels), size, size, 3), dtype=np.uint8)
     for start in range(0, len(pixels), 256):
         images = to_tensor(pixels[start : start + 256])  # (n, 3, 128, 128) in [-1, 1]
-        if images.shape[-1] != size:
-            images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
-        out[start : start + 256] = ((images + 1) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        images = F.interpolate(images, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        out[start : start + 256] = to_uint8(images)
     return out
 
 
-def to_float(images: torch.Tensor, device: torch.device | str = "cpu") -> torch.Tensor:
-    """uint8 pictures -> float32 in [-1, 1] on the device."""
-    return images.to(device).float() / 127.5 - 1
+def _draw(generator: torch.Generator, images: torch.Tensor, *shape: int) -> torch.Tensor:
+    """Uniform in [0, 1), on the images' device."""
+    return torch.rand(shape, generator=generator).to(images.device)
 
 
 def jitter(
-    images: torch.Tensor, generator: torch.Generator, *, shift: float, light: float, noise: float
+    images: torch.Tensor,
+    generator: torch.Generator,
+    *,
+    shift: float,
+    light: float,
+    noise: float,
+    tint: float = 0.0,
 ) -> torch.Tensor:
     """Light augmentation of (B, 3, H, W) in [-1, 1], drawn per image: shift (fraction of the side),
-    brightness and contrast, and Gaussian noise of a standard deviation between 0 and `noise`."""
-
-    def draw(*shape: int, normal: bool = False) -> torch.Tensor:
-        values = torch.randn(shape, generator=generator) if normal else torch.rand(shape, generator=generator)
-        return values.to(images.device)
-
+    brightness and contrast, Gaussian noise of a standard deviation between 0 and `noise`, and the colours
+    mixed by a matrix I + t N(0, 1), t between 0 and `tint`."""
     count = len(images)
     move = torch.eye(2, 3, device=images.device).repeat(count, 1, 1)  # (B, 2, 3)
-    move[:, :, 2] = (2 * draw(count, 2) - 1) * 2 * shift  # a side is 2 units long
+    move[:, :, 2] = (2 * _draw(generator, images, count, 2) - 1) * 2 * shift  # a side is 2 units long
     grid = F.affine_grid(move, list(images.shape), align_corners=False)
     images = F.grid_sample(images, grid, padding_mode="border", align_corners=False)
-    gain = 1 + light * (2 * draw(count, 1, 1, 1) - 1)
-    images = gain * images + light * (2 * draw(count, 1, 1, 1) - 1)
-    images = images + noise * draw(count, 1, 1, 1) * draw(*images.shape, normal=True)
+    gain = 1 + light * (2 * _draw(generator, images, count, 1, 1, 1) - 1)
+    images = gain * images + light * (2 * _draw(generator, images, count, 1, 1, 1) - 1)
+    if tint:
+        strength = tint * _draw(generator, images, count, 1, 1)
+        normal = torch.randn(count, 3, 3, generator=generator).to(images.device)
+        mix = torch.eye(3, device=images.device) + strength * normal
+        images = torch.einsum("bij,bjhw->bihw", mix, images)
+    strength = noise * _draw(generator, images, count, 1, 1, 1)
+    images = images + strength * torch.randn(images.shape, generator=generator).to(images.device)
     return images.clamp(-1, 1)
+
+
+def change_surroundings(images: torch.Tensor, generator: torch.Generator, share: float) -> torch.Tensor:
+    """Gives a share of (B, 3, H, W) portraits what is around another one's face: its hair, clothes and
+    background (CutMix, Yun et al. 2019, with an ellipse about the face), the face staying as it is."""
+    count, _, height, width = images.shape
+    y = torch.linspace(-1, 1, height, device=images.device).view(1, 1, height, 1)
+    x = torch.linspace(-1, 1, width, device=images.device).view(1, 1, 1, width)
+    half_width = 0.40 + 0.16 * _draw(generator, images, count, 1, 1, 1)  # of half a side
+    half_height = 0.46 + 0.16 * _draw(generator, images, count, 1, 1, 1)
+    face = (x / half_width).square() + ((y - 0.06) / half_height).square() < 1  # (B, 1, H, W)
+    keep = _draw(generator, images, count, 1, 1, 1) >= share
+    return torch.where(face | keep, images, images.roll(1, 0))
 
 
 def generator(seed: int, step: int) -> torch.Generator:
@@ -108,18 +131,41 @@ def generator(seed: int, step: int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
 
+def parser_of(
+    doc: str, *, steps: int, identities: int, batch: int, lr: float, seed: int, out: str
+) -> argparse.ArgumentParser:
+    """The flags that every training has, with its own defaults."""
+    parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
+    parser.add_argument("--steps", type=positive_int, default=steps, help="also the cosine schedule's length")
+    parser.add_argument("--identities", type=positive_int, default=identities, help="to train on")
+    parser.add_argument("--batch", type=positive_int, default=batch, help="pictures or pairs a step")
+    parser.add_argument("--lr", type=positive_float, default=lr, help="highest learning rate")
+    parser.add_argument("--seed", type=int, default=seed, help="of weights, data and batches")
+    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
+    parser.add_argument("--out", type=Path, default=ASSETS / out, help="where the model goes")
+    parser.add_argument("--work", type=Path, default=WORK, help="for checkpoint, rendered data and log")
+    parser.add_argument(
+        "--export_only", action="store_true", help="write and evaluate what the last checkpoint holds"
+    )
+    return parser
+
+
+def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
+    """The arguments; people whom the judge alone may see are refused, and --work becomes WORK."""
+    global WORK
+    args = parser.parse_args(argv)
+    if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
+        parser.error(f"--identities {args.identities} would share people with the judge")
+    WORK = args.work
+    return args
+
+
 def log(name: str, text: str) -> None:
     """Prints a line and appends it, with the time, to mini/checkpoints/NAME.log."""
     print(text, flush=True)
     WORK.mkdir(parents=True, exist_ok=True)
     with open(WORK / f"{name}.log", "a") as file:
         file.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
-
-
-def require_checkpoint(name: str) -> None:
-    """For --export_only: ends the script where there is nothing to export."""
-    if not (WORK / f"{name}.pt").exists():
-        raise SystemExit(f"error: {WORK / name}.pt is not there; train first, without --export_only")
 
 
 def train(
@@ -140,8 +186,8 @@ def train(
 
     `loss_fn(model, step, generator)` returns named scalars of which "loss" is minimised (forward passes run
     in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state
-    goes to mini/checkpoints/NAME.pt; a killed run goes on from there. Returns the averaged model, in eval
-    mode.
+    goes to mini/checkpoints/NAME.pt; a killed run goes on from there. With `steps` 0 nothing is trained and
+    the last checkpoint is what counts (--export_only). Returns the averaged model, in eval mode.
     """
     path = WORK / f"{name}.pt"
     device = next(model.parameters()).device
@@ -149,13 +195,15 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
     first = 0
+    if not (steps or path.exists()):
+        raise SystemExit(f"error: {path} is not there; train first, without --export_only")
     if path.exists():
         state = torch.load(path, map_location=device, weights_only=True)
         model.load_state_dict(state["model"])
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
-        log(name, f"resumed at step {first}")
+        log(name, f"step {first} of {path}")
     seen: dict[str, list[float]] = {}
     began = time.perf_counter()
     model.train()
@@ -190,13 +238,3 @@ def train(
             torch.save(state, path.with_suffix(".tmp"))
             path.with_suffix(".tmp").rename(path)
     return average.module.eval()
-
-
-def load_average(name: str, model: nn.Module) -> nn.Module:
-    """`model` with the averaged weights of the last checkpoint, in eval mode."""
-    state = torch.load(WORK / f"{name}.pt", map_location="cpu", weights_only=True)
-    log(name, f"averaged weights of step {state['step']}")
-    state["average"].pop("n_averaged")
-    average = {key.removeprefix("module."): value for key, value in state["average"].items()}
-    model.load_state_dict(average)
-    return model.eval()

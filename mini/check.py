@@ -1,0 +1,251 @@
+"""Measures the embedded models against what is asked of them, and exits 1 where a target is missed.
+
+    python mini/check.py                # people of the validation range, for every tuning
+    python mini/check.py --split test   # people that nothing else looks at: the final figures only
+
+About 15 minutes on two CPU cores. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
+measured, and leaves a sheet of reconstructions and edits in mini/checkpoints/. Everything is loaded and run
+as the project's scripts do it. The models are stand-ins: nothing here says how a real photo is protected.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import portraits
+import torch
+import train_clip
+import train_editor
+import train_recognizer
+import train_vae
+import world
+
+import defend
+import models
+from utils import HelpFormatter, edit_prompts, save_png, start_seed, to_tensor, to_uint8_within
+
+SPLITS = {
+    "validation": portraits.VALIDATION,
+    "test": range(portraits.TEST_FROM + 1_000, portraits.TEST_FROM + 2_000),  # the first ones are the demo's
+}
+PEOPLE = 20  # of the edits and of the defenses
+PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS = 50, 100, 200
+PROMPTS = (0, 4, 5, 10, 13, 19)  # of the defenses and of the paper's guidance: hair, face, skin, clothes, ...
+BUDGET = 0.06
+RECOGNISERS = ("recognizer", "judge")
+
+CPU = torch.device("cpu")
+
+
+class Table:
+    """Prints rows of what was measured beside what is asked, and counts the misses."""
+
+    def __init__(self) -> None:
+        self.missed = 0
+        print("| what | measured | target | |\n|---|---|---|---|", flush=True)
+
+    def row(self, what: str, measured: str, target: str = "", met: bool | None = None) -> None:
+        """met: whether the target is; None where there is none."""
+        self.missed += met is False
+        print(f"| {what} | {measured} | {target} | {_verdict(met)} |", flush=True)
+
+
+def _verdict(met: bool | None) -> str:
+    return {True: "met", False: "**missed**", None: ""}[met]
+
+
+def print_nothing(text: str) -> None:
+    """The evaluations' own lines say what the table says."""
+
+
+class Models:
+    """The mini set, loaded once."""
+
+    def __init__(self) -> None:
+        self.chosen = models.MODEL_SETS["mini"]
+        self.editor = self.edit_with(self.chosen)
+        self.recognizers = {
+            name: models.load_recognizer(getattr(self.chosen, name), CPU, torch.float32)
+            for name in RECOGNISERS
+        }
+
+    @staticmethod
+    def edit_with(chosen: models.ModelSet) -> models.Editor:
+        return models.load_editor(chosen, "instruct-pix2pix", CPU, torch.float32, progress=False)
+
+    @torch.no_grad()
+    def similarity(self, name: str, edits: np.ndarray, sources: np.ndarray) -> np.ndarray:
+        """FR of edits (N, P, H, W, 3) to the sources (N, H, W, 3) -> (N, P)."""
+        box = [[(0, 0, edits.shape[3], edits.shape[2])]]
+        values = []
+        for images, source in zip(edits, sources, strict=True):
+            to_source = models.face_similarity_to(
+                self.recognizers[name], to_tensor(source).expand(len(images), -1, -1, -1), box * len(images)
+            )
+            values.append(to_source(to_tensor(images)).numpy())
+        return np.stack(values)
+
+
+def check_vae(table: Table, people: range, loaded: Models) -> None:
+    pictures, outputs = train_vae.reconstructions(loaded.editor.pipeline.vae, people[:PEOPLE_OF_VAE], CPU)
+    values = train_vae.psnr(pictures, outputs)
+    face = train_vae.psnr(pictures[:, *train_vae.CENTRE], outputs[:, *train_vae.CENTRE])
+    table.row(
+        f"VAE reconstruction, {len(pictures)} pictures of {PEOPLE_OF_VAE} people",
+        f"{values.mean():.2f} dB (lowest {values.min():.1f}; the face alone {face.mean():.1f})",
+        ">= 30 dB",
+        bool(values.mean() >= 30),
+    )
+
+
+def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.ndarray:
+    """The edits at the set's defaults -> those of PROMPTS, (PEOPLE, 6, H, W, 3), for the other rows."""
+    found = train_editor.measure(loaded.editor, people[:PEOPLE])
+    save_png(sheet, found.sheet(8))
+    what = f"edits of {PEOPLE} people x 25 prompts"
+    table.row(
+        f"{what}: closer to the generator's inside its mask, on >= 80 % of people",
+        f"{found.prompts_met()} of 25 prompts",
+        ">= 24",
+        found.prompts_met() >= 24,
+    )
+    psnrs = {"the source outside the mask": found.outside, "the generator's edit": found.whole}
+    for name, values in psnrs.items():
+        mean, by_prompt = np.nanmean(values), np.nanmean(values, axis=0)
+        lowest = int(np.nanargmin(by_prompt))
+        table.row(
+            f"... PSNR to {name}",
+            f"{mean:.2f} dB (lowest: {edit_prompts[lowest]!r}, {by_prompt[lowest]:.1f})",
+            ">= 26 dB",
+            bool(mean >= 26),
+        )
+    for name in RECOGNISERS:
+        values = loaded.similarity(name, found.edits, found.sources)
+        by_prompt = values.mean(axis=0)
+        lowest = int(by_prompt.argmin())
+        of_truth = loaded.similarity(name, found.truth, found.sources).mean()
+        table.row(
+            f"... FR(source, edit) by the {name}",
+            f"{values.mean():.3f} (lowest: {edit_prompts[lowest]!r}, {by_prompt[lowest]:.2f}; "
+            f"the generator's own edits {of_truth:.3f})",
+            ">= 0.75",
+            bool(values.mean() >= 0.75),
+        )
+    seconds = found.seconds
+    table.row("... time of an edit, in batches of 25", f"{seconds:.2f} s", "<= 1.0 s", seconds <= 1)
+    return found.edits[:, list(PROMPTS)]
+
+
+def check_guidance(table: Table, people: range, loaded: Models) -> None:
+    """The same at the paper's guidance, for a few prompts: reported, nothing is asked of it."""
+    chosen = dataclasses.replace(loaded.chosen, guidance_scale=7.5, image_guidance_scale=1.5)
+    found = train_editor.measure(Models.edit_with(chosen), people[:PEOPLE], prompts=PROMPTS)
+    met = found.prompts_met()
+    table.row(
+        f"edits at the paper's guidance 1.5 / 7.5, {PEOPLE} people x {len(PROMPTS)} prompts",
+        f"{met} of {len(PROMPTS)} prompts closer, outside {np.nanmean(found.outside):.1f} dB, "
+        f"whole {found.whole.mean():.1f} dB",
+    )
+
+
+def check_recognisers(table: Table, people: range, loaded: Models) -> None:
+    for name in RECOGNISERS:
+        found = train_recognizer.evaluate(
+            loaded.recognizers[name], people[:PEOPLE_OF_RECOGNISERS], print_nothing
+        )
+        what = f"{name}, {PEOPLE_OF_RECOGNISERS} people"
+        plain, edited, other = found["eer_plain"], found["eer_edited"], found["cosine_different"]
+        table.row(f"{what}: equal error rate", f"{plain:.2%}", "<= 1.5 %", plain <= 0.015)
+        table.row("... with one of the two edited", f"{edited:.2%}", "<= 4 %", edited <= 0.04)
+        table.row(
+            "... mean cosine of different people (of one person's pictures)",
+            f"{other:.3f} ({found['cosine_same']:.3f})",
+            "<= 0.25",
+            other <= 0.25,
+        )
+
+
+def check_clip(table: Table, people: range, loaded: Models) -> None:
+    found = train_clip.evaluate(Path(loaded.chosen.clip), CPU, people[:PEOPLE_OF_CLIP], print_nothing)
+    table.row(
+        f"CLIP, {PEOPLE_OF_CLIP} people: the right prompt nearest to the edit direction",
+        f"{found['direction_top1']:.1%} (worst prompt {found['worst_prompt_top1']:.0%})",
+        ">= 70 %",
+        found["direction_top1"] >= 0.7,
+    )
+
+
+def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarray) -> None:
+    """FR of the edits of protected portraits beside that of the unprotected ones, `clean`."""
+    people = people[:PEOPLE]
+    sources = np.array(world.render([(person, 0, None) for person in people]))  # (N, H, W, 3)
+    unprotected = {name: loaded.similarity(name, clean, sources).mean() for name in RECOGNISERS}
+    limits = {"noise": {"recognizer": 0.95, "judge": 0.95}, "facelock": {"recognizer": 0.4, "judge": 0.75}}
+    for method in ("noise", "encoder", "vae", "facelock"):
+        protected, seconds = protect(method, people, sources)
+        edits = train_editor.apply(loaded.editor, protected, PROMPTS, seed=0)
+        if method == "facelock":
+            middle = statistics.median(seconds)
+            table.row("one facelock protection, 100 iterations", f"{middle:.1f} s", "<= 15 s", middle <= 15)
+        for name in RECOGNISERS:
+            value = loaded.similarity(name, edits, sources).mean()
+            share, limit, met = value / unprotected[name], limits.get(method, {}).get(name), None
+            if limit:
+                met = share >= limit if method == "noise" else share <= limit
+            table.row(
+                f"{method} at {BUDGET}, {PEOPLE} people x {len(PROMPTS)} prompts: FR by the {name}",
+                f"{value:.3f} of {unprotected[name]:.3f}: {share:.2f} x",
+                f"{'>=' if method == 'noise' else '<='} {limit} x" if limit else "",
+                met,
+            )
+
+
+def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
+    """Protects one by one, as defend.py does -> what it would save, (N, H, W, 3) uint8, and seconds each."""
+    args = defend.parse_args(
+        ["--input_path=-", "--models=mini", f"--defend_method={method}", f"--attack_budget={BUDGET}"]
+    )
+    tools = defend.Tools(args)
+    tools.preload(args)
+    box = [[(0, 0, sources.shape[2], sources.shape[1])]]
+    files, seconds = [], []
+    for person, source in zip(people, sources, strict=True):
+        began = time.perf_counter()
+        seeds = [start_seed(args.seed, f"portrait_{person}")]
+        images = defend.protect(to_tensor(source), args, tools, boxes=box, seeds=seeds)
+        seconds.append(time.perf_counter() - began)
+        files.append(to_uint8_within(images, source[None], BUDGET)[0])
+    return np.stack(files), seconds
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser.add_argument(
+        "--split", choices=tuple(SPLITS), default="validation", help="test: for the final figures only"
+    )
+    args = parser.parse_args(argv)
+    people = SPLITS[args.split]
+    began = time.perf_counter()
+    loaded = Models()
+    table = Table()
+    sheet = world.WORK / f"check-{args.split}.png"
+    check_vae(table, people, loaded)
+    clean = check_edits(table, people, loaded, sheet)
+    check_recognisers(table, people, loaded)
+    check_clip(table, people, loaded)
+    check_defenses(table, people, loaded, clean)
+    check_guidance(table, people, loaded)
+    minutes = (time.perf_counter() - began) / 60
+    print(f"\n{args.split} split, {minutes:.0f} minutes, {table.missed} targets missed; sheet: {sheet}")
+    return 1 if table.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
