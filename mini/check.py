@@ -53,7 +53,7 @@ class Table:
 
     def row(self, what: str, measured: str, target: str = "", met: bool | None = None) -> None:
         """met: whether the target is; None where there is none."""
-        self.missed += met is False
+        self.missed += met is not None and not met  # numpy's bools are not Python's
         print(f"| {what} | {measured} | {target} | {_verdict(met)} |", flush=True)
 
 
