@@ -1,6 +1,7 @@
 # make demo   the main job on the embedded models, and a picture to look at: demo/figure.png
+# make table MODELS=mini IMAGES=DIR BUDGETS="0.03"   the paper's main experiment on your portraits
 # make test   the tests, at most 5 minutes; make test-all adds the slow ones
-# Both create .venv and install into it first. Another Python: make test PYTHON=python3.12
+# All create .venv and install into it first. Another Python: make test PYTHON=python3.12
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -12,7 +13,19 @@ DEMO_PORTRAITS ?= portrait_1000000 portrait_1000001 portrait_1000002 portrait_10
 DEMO_PROMPTS ?= 0,5,13,19
 DEMO_BUDGET ?= 0.06
 
-.PHONY: install demo test test-all lint clean
+# The table's models, portraits, budgets, methods and instructions (none: all), and where it goes (no spaces)
+MODELS ?= mini
+IMAGES ?= assets/portraits/mini
+BUDGETS ?= 0.03
+METHODS ?= noise encoder vae cw facelock
+PROMPTS ?=
+SEED ?= 0
+BATCH ?= 8
+TABLE ?= table
+FIGURE_PROMPTS ?= $(if $(PROMPTS),$(PROMPTS),$(SOME_PROMPTS))
+SOME_PROMPTS = 0,4,11,13,19,23
+
+.PHONY: install demo table test test-all lint clean
 
 install: $(VENV)/installed $(VENV)/installed-dev
 
@@ -46,10 +59,34 @@ demo: $(VENV)/installed
 	$(RUN) evaluation/eval_facial.py --models=mini --by=judge --src_dir=$(DEMO)/portraits \
 		--clean_edit_dir=$(DEMO)/edits/clean --defend_edit_dirs $(DEMO)/edits/facelock --seed=0 \
 		--output=$(DEMO)/facial_judge_metric.csv
-	$(RUN) evaluation/figure.py --src_dir=$(DEMO)/portraits --protected_dirs $(DEMO)/protected/budget_$(DEMO_BUDGET) \
+	$(RUN) evaluation/figure.py grid --difference --src_dir=$(DEMO)/portraits \
+		--protected_dirs $(DEMO)/protected/budget_$(DEMO_BUDGET) \
 		--clean_edit_dir=$(DEMO)/edits/clean --defend_edit_dirs $(DEMO)/edits/facelock --seed=0 \
 		--names $(wordlist 1,2,$(DEMO_PORTRAITS)) --output=$(DEMO)/figure.png
 	@echo "Look at $(DEMO)/figure.png. The mini models are a stand-in: this says nothing about real photos."
+
+# The paper's main experiment: every method and the control, one table, one picture. Run again, it goes on.
+table: $(VENV)/installed
+	@set -e; \
+	run() { echo "python $$*"; $(RUN) "$$@"; }; \
+	edit() { run main_edit.py --models=$(MODELS) --src_dir="$$1" --edit_dir="$$2" --seed=$(SEED) \
+		--batch_size=$(BATCH) $(if $(PROMPTS),--prompts=$(PROMPTS)); }; \
+	edits=; protected=; titles=; \
+	edit "$(IMAGES)" "$(TABLE)/edits/clean"; \
+	for given in $(BUDGETS); do budget=$$(printf %g $$given); for method in $(METHODS); do \
+		run main_defend.py --models=$(MODELS) --image_dir="$(IMAGES)" --output_dir="$(TABLE)/protected/$$method" \
+			--defend_method=$$method --attack_budget=$$budget; \
+		edit "$(TABLE)/protected/$$method/budget_$$budget" "$(TABLE)/edits/$$method/budget_$$budget"; \
+		edits="$$edits $(TABLE)/edits/$$method/budget_$$budget"; \
+		protected="$$protected $(TABLE)/protected/$$method/budget_$$budget"; titles="$$titles $$method,$$budget"; \
+	done; done; \
+	set -- "$(IMAGES)"/*.*; name=$$(basename "$${1%.*}"); \
+	run evaluation/figure.py grid --src_dir="$(IMAGES)" --protected_dirs $$protected \
+		--clean_edit_dir="$(TABLE)/edits/clean" --defend_edit_dirs $$edits --titles $$titles --seed=$(SEED) \
+		--names "$$name" --prompts=$(FIGURE_PROMPTS) --output="$(TABLE)/figure.png"; \
+	run evaluation/eval_all.py --models=$(MODELS) --src_dir="$(IMAGES)" --clean_edit_dir="$(TABLE)/edits/clean" \
+		--defend_edit_dirs $$edits --protected_dirs $$protected --seed=$(SEED) \
+		--output="$(TABLE)/all_metric.csv" --per_image="$(TABLE)/per_image.csv"
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q

@@ -94,11 +94,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     )
     models.add_editor_arguments(parser)
     models.add_face_arguments(parser)
-    parser.add_argument(
-        "--lpips",
-        help=f"perceptual distance: {', '.join(models.LPIPS_TRUNKS)}, or a local directory "
-        "(default: full: vgg, mini: assets/mini/perceptual)",
-    )
+    models.add_perceptual_argument(parser)
     models.add_model_arguments(parser)
 
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Every flag that decides how an image is edited; shared with main_edit.py."""
+    """Every flag but the seed that decides how an image is edited; shared with main_edit.py."""
     parser.add_argument(
         "--num_inference_steps",
         type=utils.positive_int,
@@ -45,15 +45,19 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
     parser.add_argument(
-        "--seed", type=utils.seed_number, default=-1, help="of the editor's noise; -1 draws one"
-    )
-    parser.add_argument(
         "--strength",
         type=strength,
         help="share of the denoising that img2img does, stable-diffusion only (default: 0.5)",
     )
     models.add_editor_arguments(parser)
     models.add_model_arguments(parser)
+
+
+def add_seed_argument(parser: argparse.ArgumentParser) -> None:
+    """--seed"""
+    parser.add_argument(
+        "--seed", type=utils.seed_number, default=-1, help="of the editor's noise; -1 draws one"
+    )
 
 
 def strength(text: str) -> float:
@@ -69,6 +73,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--input_path", type=Path, required=True, help="the image, any image file")
     parser.add_argument("--prompt", required=True, help="the instruction")
     parser.add_argument("--output_path", type=Path, help="a .png (default: edit_NAME.png beside the input)")
+    add_seed_argument(parser)
     add_edit_arguments(parser)
     return parser.parse_args(argv)
 

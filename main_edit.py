@@ -40,6 +40,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         type=Path,
         help="a text file of one's own instructions, one a line (default: the 25 of the paper)",
     )
+    edit.add_seed_argument(parser)
     edit.add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)

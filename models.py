@@ -123,17 +123,12 @@ def set_help(text: str, field: str) -> str:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """--models, --resolution, --device, --dtype and --debug: what every script that loads a model has."""
+    """--models, --device, --dtype and --debug: what every script that loads a model has."""
     parser.add_argument(
         "--models",
         choices=tuple(MODEL_SETS),
         default="full",
         help="full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits",
-    )
-    parser.add_argument(
-        "--resolution",
-        type=positive_int,
-        help=set_help("long side in px at which the editor works; larger images are reduced", "resolution"),
     )
     parser.add_argument("--device", default="auto", help=DEVICE_HELP)
     parser.add_argument("--dtype", choices=DTYPE_NAMES, default="auto", help=DTYPE_HELP)
@@ -141,7 +136,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
-    """--model (or, as the authors' batch scripts call it, --target_model) and --model_id."""
+    """--model (or, as the authors' batch scripts call it, --target_model), --model_id and --resolution."""
     parser.add_argument(
         "--model",
         "--target_model",
@@ -155,6 +150,11 @@ def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
         for name, models in MODEL_SETS.items()
     )
     parser.add_argument("--model_id", help=f"hub id or local directory of the editor (default: {ids})")
+    parser.add_argument(
+        "--resolution",
+        type=positive_int,
+        help=set_help("long side in px at which the editor works; larger images are reduced", "resolution"),
+    )
 
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
@@ -163,12 +163,34 @@ def add_face_arguments(parser: argparse.ArgumentParser) -> None:
         ("recognizer", "face recogniser that the attack sees"),
         ("judge", "face recogniser that no attack sees"),
     ):
-        ids = ", ".join(f"{name}: {shown(getattr(models, field))}" for name, models in MODEL_SETS.items())
         parser.add_argument(
             f"--{field}",
             help=f"{what}: {', '.join(FACENET_URLS)}, a facenet-pytorch state dict, or a local transformers "
-            f"directory (default: {ids})",
+            f"directory (default: {_members(field)})",
         )
+
+
+def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
+    """--lpips"""
+    parser.add_argument(
+        "--lpips",
+        help=f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory "
+        f"(default: {_members('perceptual')})",
+    )
+
+
+def add_clip_argument(parser: argparse.ArgumentParser) -> None:
+    """--clip_id"""
+    parser.add_argument(
+        "--clip_id",
+        dest="clip",
+        help=f"hub id or local directory of a transformers CLIP (default: {_members('clip')})",
+    )
+
+
+def _members(field: str) -> str:
+    """What each model set has for it, as --help shows it."""
+    return ", ".join(f"{name}: {shown(getattr(models, field))}" for name, models in MODEL_SETS.items())
 
 
 def shown(member: str) -> str:
@@ -633,3 +655,43 @@ def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
     state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
     return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+class Clip:
+    """A CLIP (Radford et al. 2021): images and texts -> their projected embeddings, not normalised."""
+
+    def __init__(self, network: Any, processor: Any) -> None:
+        self.network = network
+        self.processor = processor
+
+    def embed_images(self, images: np.ndarray) -> Tensor:
+        """(B, H, W, 3) uint8, resized and standardised by CLIP's own processor -> float32 (B, D)."""
+        import torch
+
+        inputs = self.processor(images=list(images), return_tensors="pt", input_data_format="channels_last")
+        pixels = inputs["pixel_values"].to(self.network.device, self.network.dtype)
+        with torch.no_grad():
+            return self.network.get_image_features(pixel_values=pixels).pooler_output.float()
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """-> float32 (B, D); a text longer than CLIP reads is cut."""
+        import torch
+
+        tokens = self.processor.tokenizer(list(texts), return_tensors="pt", padding=True, truncation=True)
+        with torch.no_grad():
+            found = self.network.get_text_features(**tokens.to(self.network.device))
+        return found.pooler_output.float()
+
+
+def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
+    """A transformers CLIPModel with its processor, from a hub id or a local directory. Raises UserError."""
+    from transformers import CLIPModel, CLIPProcessor
+
+    with _loading("CLIP", member):
+        where = _from_hub(member)
+        network = CLIPModel.from_pretrained(member, dtype=dtype, **where)
+        return Clip(_frozen(network, device, dtype), CLIPProcessor.from_pretrained(member, **where))

@@ -108,13 +108,18 @@ def record_of(
         arguments[key] = models.shown(value) if isinstance(value, str) else value
     arguments["dtype"] = str(dtype).removeprefix("torch.")
     arguments["model_id"] = models.shown(chosen.editors[args.model])
-    versions = {"python": platform.python_version()}
+    return {"seed": args.seed, "arguments": arguments, "versions": versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of Python and of what decides about pixels."""
+    found = {"python": platform.python_version()}
     for package in PACKAGES:
         try:
-            versions[package] = metadata.version(package)
+            found[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
-            versions[package] = "not installed"
-    return {"seed": args.seed, "arguments": arguments, "versions": versions}
+            found[package] = "not installed"
+    return found
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:

@@ -137,6 +137,14 @@ def seed_number(text: str) -> int:
     return value
 
 
+def known_seed(text: str) -> int:
+    """argparse type: a whole number of at least 0."""
+    value = seed_number(text)
+    if value == -1:
+        raise argparse.ArgumentTypeError("-1 would draw a seed; one is asked for that is known")
+    return value
+
+
 def budget_size(text: str) -> float:
     """argparse type: an L-infinity budget in the [-1, 1] range that can change at least one 8-bit level."""
     value = positive_float(text)

@@ -1,8 +1,8 @@
-"""What the evaluation scripts share: finding edits, pairing them by file stem, intervals, tables.
+"""What the evaluation scripts share: finding edits, pairing them by file stem, scoring, intervals, tables.
 
 Directories, as main_edit.py makes them: a *row* of a table is a directory that holds
 `seed{S}/prompt{i}/NAME.png`. A given directory may be such a one, one above it (each matching child is a
-row), or a `seed{S}` itself.
+row), or a `seed{S}` itself. A metric is a pure function of two batches; files are read here, each once.
 """
 
 from __future__ import annotations
@@ -13,27 +13,30 @@ import io
 import math
 import re
 import sys
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 # The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py`
 # above it.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import models
+import runs
 import utils
 from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from torch import Tensor
 
 CONFIDENCE = 0.95
 RESAMPLES = 9999
 FEW_IMAGES = 30  # below this a bootstrap interval is only a hint
-
-# One value: (seed, prompt, name) -> value, of one row
-Values = dict[tuple[int, int, str], float]
+# Recorded flags that may well differ between the edits of one table
+SEPARATE = runs.FREE | {"src_dir", "cheat"}
 
 
 @dataclass(frozen=True)
@@ -44,23 +47,55 @@ class Row:
     directory: Path  # holds seed{S}
 
 
-@dataclass(frozen=True)
-class Pair:
-    """One edit and the image that it is compared with."""
+class Key(NamedTuple):
+    """Which edit: the same one in every row."""
 
     seed: int
     prompt: int
     name: str  # the files' stem
-    edit: Path
-    reference: Path
+
+
+Values = dict[Key, float]  # of one row
+
+
+@dataclass(frozen=True)
+class Edits:
+    """All that is to be scored, paired by stem."""
+
+    rows: list[Row]
+    clean: Row | None  # the edits of the unprotected images, if they are given; may be one of the rows
+    files: dict[Row, dict[Key, Path]]  # of the rows and of `clean`; the same keys in each
+    sources: dict[str, Path]  # by stem; empty if none are given
+    texts: dict[int, str]  # the instructions, where they are known
+    baseline: Row | None  # one of the rows
+
+    @property
+    def keys(self) -> list[Key]:
+        return list(self.files[self.rows[0]])
+
+    @property
+    def prompts(self) -> list[int]:
+        return sorted({key.prompt for key in self.keys})
 
 
 # ---------------------------------------------------------------------------------------------------------
 # flags
 
 
-def add_arguments(parser: argparse.ArgumentParser, metric: str) -> None:
-    """The flags of every evaluation script; `metric` names its CSV file."""
+def make_parser(doc: str, metric: str, *, sources: bool, clean: bool) -> argparse.ArgumentParser:
+    """The flags of every evaluation script.
+
+    metric: names its CSV file. sources, clean: whether --src_dir and --clean_edit_dir are needed; where the
+    sources are, --clean_edit_dir can be given in any case.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=utils.HelpFormatter)
+    if sources:
+        parser.add_argument("--src_dir", type=Path, required=True, help="the source images")
+    if sources or clean:
+        row = ": the row 'clean'" if sources else ""
+        parser.add_argument(
+            "--clean_edit_dir", type=Path, required=clean, help=f"edits of the unprotected images{row}"
+        )
     parser.add_argument(
         "--defend_edit_dirs",
         type=Path,
@@ -69,7 +104,7 @@ def add_arguments(parser: argparse.ArgumentParser, metric: str) -> None:
         help="edits of protected images: each holds seed{S}/, or holds directories that do",
     )
     parser.add_argument(
-        "--seed", type=int, nargs="+", required=True, help="the S of seed{S}, one or more"
+        "--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more"
     )
     parser.add_argument(
         "--prompts",
@@ -78,14 +113,31 @@ def add_arguments(parser: argparse.ArgumentParser, metric: str) -> None:
         help="numbers of the instructions to score (default: all that were edited)",
     )
     parser.add_argument(
+        "--prompt_file",
+        type=Path,
+        help="the instructions' texts, one a line (default: as the run.json of the edits has them, "
+        "else the paper's)",
+    )
+    parser.add_argument(
         "--common", action="store_true", help="score the images that all directories have and name the rest"
     )
+    parser.add_argument("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
     parser.add_argument(
         "--output",
         type=Path,
         help=f"where the table goes (default: {metric}_metric.csv in the working directory)",
     )
     parser.add_argument("--per_image", type=Path, metavar="FILE", help="a CSV with one line an edit, too")
+    parser.add_argument(
+        "--batch_size", type=utils.positive_int, default=16, help="images that are scored together"
+    )
+    return parser
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """models.add_model_arguments, but in float32 on any device: a metric is not the place to save."""
+    models.add_model_arguments(parser)
+    parser.set_defaults(dtype="fp32")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -155,75 +207,297 @@ def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] |
     return prompts
 
 
-def find_pairs(
-    rows: Sequence[Row],
-    reference: Row | Path,
-    seeds: Sequence[int],
-    prompts: Sequence[int],
-    common: bool,
-) -> dict[Row, list[Pair]]:
-    """Pairs every row's edits with the reference's files of the same stem.
+def find_edits(args: argparse.Namespace, *, clean_is_row: bool) -> Edits:
+    """Finds what the flags name and pairs it by stem.
 
-    reference: a row (the edits of the clean images: same seed, prompt and stem) or a directory (the sources:
-    same stem).
-    Every directory must have every stem that any has; with `common` only those that all have are paired, and
-    the rest is named on stderr. Raises UserError naming what is missing.
+    Every directory must have every stem that any has; with --common only those that all have are scored, and
+    the rest is named on stderr. Raises UserError naming what is missing or doesn't fit, or a place where the
+    tables can't be written.
     """
-    files: dict[Path, dict[str, Path]] = {}
-    for seed in seeds:
-        for prompt in prompts:
-            for row in (*rows, *([reference] if isinstance(reference, Row) else [])):
-                directory = row.directory / f"seed{seed}" / f"prompt{prompt}"
-                files[directory] = utils.images_by_stem(directory)
-    if isinstance(reference, Path):
-        files[reference] = utils.images_by_stem(reference)
-    every = set().union(*files.values())
-    lacking = {
-        directory: sorted(every - there.keys()) for directory, there in files.items() if every - there.keys()
+    for path in (args.output or Path("table.csv"), args.per_image):
+        if path:
+            utils.check_directory(path.absolute().parent)
+    seeds = sorted(set(args.seed))
+    rows = find_rows(args.defend_edit_dirs, seeds)
+    clean = clean_row(args.clean_edit_dir, seeds) if args.clean_edit_dir else None
+    if clean:  # it may lie beside the others, in a directory given for all of them
+        given = {path.resolve() for path in args.defend_edit_dirs}
+        rows = [
+            row
+            for row in rows
+            if row.directory.resolve() in given or row.directory.resolve() != clean.directory.resolve()
+        ]
+    if not rows:
+        raise UserError(f"{args.defend_edit_dirs[0]}: no edits in it but the clean ones")
+    every_row = [clean, *rows] if clean else rows
+    prompts = prompts_of(every_row, seeds, args.prompts)
+    folders = {
+        (row, seed, prompt): utils.images_by_stem(row.directory / f"seed{seed}" / f"prompt{prompt}")
+        for row in every_row
+        for seed in seeds
+        for prompt in prompts
     }
-    shared = sorted(every.intersection(*files.values()))
+    src_dir = getattr(args, "src_dir", None)
+    sources = utils.images_by_stem(src_dir) if src_dir else {}
+    there = {row.directory / f"seed{s}" / f"prompt{i}": set(found) for (row, s, i), found in folders.items()}
+    names = shared_names(there | ({src_dir: set(sources)} if src_dir else {}), args.common)
+    rows = every_row if clean_is_row else rows
+    return Edits(
+        rows=rows,
+        clean=clean,
+        files={
+            row: {
+                Key(seed, prompt, name): folders[row, seed, prompt][name]
+                for seed in seeds
+                for prompt in prompts
+                for name in names
+            }
+            for row in every_row
+        },
+        sources={name: sources[name] for name in names} if src_dir else {},
+        texts=texts_of(every_row, seeds, args.prompt_file),
+        baseline=find_row(rows, args.baseline) if args.baseline else None,
+    )
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """The row of this name, or with it in its path. Raises UserError unless there is just one."""
+    exact = [row for row in rows if name in (row.method, str(row.directory))]
+    matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
+    if len(matching) != 1:
+        known = ", ".join(row.method for row in rows)
+        raise UserError(f"--baseline {name}: {len(matching)} rows are called so ({known})")
+    return matching[0]
+
+
+def shared_names(there: dict[Path, set[str]], common: bool) -> list[str]:
+    """The stems that all directories have, sorted. Raises UserError naming what some lack, unless `common`:
+    then it is named on stderr.
+    """
+    every = set().union(*there.values())
+    lacking = {directory: sorted(every - names) for directory, names in there.items() if every - names}
     if lacking:
         text = "; ".join(f"{directory}: {', '.join(names)}" for directory, names in lacking.items())
         if not common:
             raise UserError(f"images are missing ({text}); --common scores those that all have")
         print(f"left out, not in every directory: {text}", file=sys.stderr)
+    shared = sorted(every.intersection(*there.values()))
     if not shared:
         raise UserError("no image is in every directory")
-
-    def reference_of(seed: int, prompt: int) -> dict[str, Path]:
-        if isinstance(reference, Row):
-            return files[reference.directory / f"seed{seed}" / f"prompt{prompt}"]
-        return files[reference]
-
-    return {
-        row: [
-            Pair(
-                seed,
-                prompt,
-                name,
-                files[row.directory / f"seed{seed}" / f"prompt{prompt}"][name],
-                reference_of(seed, prompt)[name],
-            )
-            for seed in seeds
-            for prompt in prompts
-            for name in shared
-        ]
-        for row in rows
-    }
+    return shared
 
 
-def load_edit(pair: Pair) -> np.ndarray:
-    """The edit's pixels, (H, W, 3) uint8. Raises UserError if its reference has another size."""
-    edit = utils.load_image(pair.edit)
-    size = utils.image_size(pair.reference)
-    if size is not None and edit.size != size:
-        raise UserError(f"{pair.edit} is {edit.size[1]}x{edit.size[0]}, {pair.reference} {size[1]}x{size[0]}")
-    return edit.pixels
+def texts_of(rows: Sequence[Row], seeds: Sequence[int], file: Path | None) -> dict[int, str]:
+    """The instructions by number: the file's, else what main_edit.py recorded, else the paper's.
+
+    Raises UserError if a record tells another text than the file or than another record: then the same
+    number is not the same edit. Other settings that differ (guidance, steps, weights) are warned of.
+    """
+    texts = utils.choose_prompts(None, file) if file else {}
+    origin = dict.fromkeys(texts, file)
+    settings: dict[str, tuple[object, Path]] = {}
+    differing: dict[str, str] = {}
+    for directory in [row.directory / f"seed{seed}" for row in rows for seed in seeds]:
+        record = runs.read_record(directory) or {}
+        for number, text in record.get("prompts", {}).items():
+            if texts.setdefault(int(number), text) != text:
+                known = texts[int(number)]
+                raise UserError(
+                    f"prompt{number} is {known!r} in {origin[int(number)]}, but {text!r} in {directory}"
+                )
+            origin.setdefault(int(number), directory)
+        for flag, value in record.get("arguments", {}).items():
+            known, where = settings.setdefault(flag, (value, directory))
+            if flag not in SEPARATE and known != value:
+                differing.setdefault(flag, f"--{flag} was {known} for {where}, {value} for {directory}")
+    for warning in differing.values():
+        print(f"warning: {warning}", file=sys.stderr)
+    return texts or dict(utils.edit_prompts)
 
 
-def load_pair(pair: Pair) -> tuple[np.ndarray, np.ndarray]:
-    """The edit's and the reference's pixels, (H, W, 3) uint8. Raises UserError if their sizes differ."""
-    return load_edit(pair), utils.load_image(pair.reference).pixels
+# ---------------------------------------------------------------------------------------------------------
+# scoring
+
+
+class Scorer(Protocol):
+    """A metric of an edit and its source, by embeddings: the sources' are computed once and kept."""
+
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        """A source (H, W, 3) uint8 at the edits' size."""
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Tensor]:
+        """Edits (B, H, W, 3) uint8 -> metric -> (B,); NaN where it can't be measured."""
+
+
+AgainstClean = Callable[["Tensor", "Tensor"], "Tensor"]  # two (B, 3, H, W) in [-1, 1] -> (B,)
+
+
+@dataclass
+class Results:
+    """Values by metric and row, and what could not be read."""
+
+    values: dict[str, dict[Row, Values]]
+    damaged: list[str]
+
+    def exit_status(self) -> int:
+        """Names the damaged images; 1 if there are any."""
+        for line in self.damaged:
+            print(f"left out of every row: {line}", file=sys.stderr)
+        return 1 if self.damaged else 0
+
+
+def score(
+    edits: Edits,
+    against_clean: dict[str, AgainstClean],
+    scorers: Sequence[Scorer],
+    batch_size: int,
+    on_source: Callable[[str, np.ndarray], None] | None = None,
+) -> Results:
+    """Reads each file once and gives it to all metrics.
+
+    against_clean: metrics of an edit and the edit of the unprotected image. An image that can't be read is
+    left out of every row alike. on_source: gets each source's name and pixels, too. Raises UserError naming
+    an edit whose size is not the clean edit's, or if nothing can be read.
+    """
+    import numpy as np
+    from tqdm import tqdm
+
+    sizes = {path: utils.image_size(path) for files in edits.files.values() for path in files.values()}
+    if against_clean:
+        _check_sizes(edits, sizes)
+    damaged: list[str] = []
+    keys = _learn_sources(edits, sizes, scorers, damaged, on_source)
+    values = defaultdict(lambda: {row: {} for row in edits.rows})
+    with tqdm(total=len(keys), unit="edit", leave=False) as bar:
+        for batch in _batches(edits, keys, sizes, batch_size):
+            loaded, images = [], {row: [] for row in edits.files}
+            for key in batch:
+                try:
+                    found = {row: utils.load_image(files[key]).pixels for row, files in edits.files.items()}
+                except UserError as error:
+                    damaged.append(str(error))
+                    continue
+                loaded.append(key)
+                for row, pixels in found.items():
+                    images[row].append(pixels)
+            bar.update(len(batch))
+            if not loaded:
+                continue
+            clean = utils.to_tensor(np.stack(images[edits.clean])) if against_clean else None
+            for row in edits.rows:
+                pixels = np.stack(images[row])  # (B, H, W, 3)
+                found = {}
+                if against_clean and row != edits.clean:
+                    tensor = utils.to_tensor(pixels)
+                    found = {name: metric(tensor, clean) for name, metric in against_clean.items()}
+                for scorer in scorers:
+                    found |= scorer(pixels, loaded)
+                for name, column in found.items():
+                    pairs = zip(loaded, column.tolist(), strict=True)
+                    values[name][row] |= {key: value for key, value in pairs if not math.isnan(value)}
+    if not any(any(rows.values()) for rows in values.values()):
+        raise UserError(f"nothing could be scored{': ' if damaged else ''}{'; '.join(damaged[:3])}")
+    return Results(dict(values), damaged)
+
+
+def _check_sizes(edits: Edits, sizes: dict[Path, tuple[int, int] | None]) -> None:
+    for row in edits.rows:
+        for key, path in edits.files[row].items():
+            reference = edits.files[edits.clean][key]
+            size, wanted = sizes[path], sizes[reference]
+            if size and wanted and size != wanted:
+                raise UserError(
+                    f"{path} is {size[1]}x{size[0]}, but {reference} is {wanted[1]}x{wanted[0]}"
+                )
+
+
+def _learn_sources(
+    edits: Edits,
+    sizes: dict[Path, tuple[int, int] | None],
+    scorers: Sequence[Scorer],
+    damaged: list[str],
+    on_source: Callable[[str, np.ndarray], None] | None,
+) -> list[Key]:
+    """Shows every source to the scorers, at the sizes of its edits -> the keys whose source can be read."""
+    import numpy as np
+    from PIL import Image
+    from tqdm import tqdm
+
+    wanted = defaultdict(set)
+    for row in edits.rows:
+        for key, path in edits.files[row].items():
+            wanted[key.name].add(sizes[path])
+    unread = set()
+    for name, path in tqdm(edits.sources.items(), unit="source", leave=False, disable=not edits.sources):
+        try:
+            pixels = utils.load_image(path).pixels
+        except UserError as error:
+            damaged.append(str(error))
+            unread.add(name)
+            continue
+        if on_source:
+            on_source(name, pixels)
+        for size in sorted(wanted[name] - {None}):
+            at_size = pixels
+            if size != pixels.shape[:2]:
+                at_size = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+            for scorer in scorers:
+                scorer.add_source(name, np.array(at_size))
+    return [key for key in edits.keys if key.name not in unread]
+
+
+def _batches(
+    edits: Edits, keys: Sequence[Key], sizes: dict[Path, tuple[int, int] | None], batch_size: int
+) -> Iterator[list[Key]]:
+    """Keys whose edits have one size, row by row."""
+    groups = defaultdict(list)
+    for key in keys:
+        groups[tuple(sizes[files[key]] for files in edits.files.values())].append(key)
+    for group in groups.values():
+        for first in range(0, len(group), batch_size):
+            yield group[first : first + batch_size]
+
+
+class ClipScorer:
+    """What CLIP-S and CLIP-I share: each image is embedded once.
+
+    metrics: by name, functions of embeddings of edits, sources and instructions, (B, D) each -> (B,).
+    """
+
+    def __init__(
+        self,
+        clip: models.Clip,
+        metrics: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
+        texts: dict[int, str],
+    ) -> None:
+        self.clip = clip
+        self.metrics = metrics
+        self.texts = dict(zip(texts, clip.embed_texts(list(texts.values())), strict=True))
+        self.sources: dict[tuple[str, tuple[int, int]], Tensor] = {}
+
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        (self.sources[name, pixels.shape[:2]],) = self.clip.embed_images(pixels[None])
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Tensor]:
+        import torch
+
+        edits = self.clip.embed_images(images)  # (B, D)
+        sources = torch.stack([self.sources[key.name, images.shape[1:3]] for key in keys])
+        texts = torch.stack([self.texts[key.prompt] for key in keys])
+        return {name: metric(edits, sources, texts) for name, metric in self.metrics.items()}
+
+
+def clip_scorer(
+    args: argparse.Namespace,
+    edits: Edits,
+    metrics: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
+) -> ClipScorer:
+    """Loads CLIP. Raises UserError, also for a prompt whose text is not known."""
+    unknown = [f"prompt{number}" for number in edits.prompts if number not in edits.texts]
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
+    clip = models.load_clip(models.choose(args).clip, *models.set_up(args))
+    return ClipScorer(clip, metrics, {number: edits.texts[number] for number in edits.prompts})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,15 +514,23 @@ class Mean:
     n: int  # images
     n_inf: int  # values left out because they are infinite
 
+    def interval(self) -> str:
+        """For the screen; empty where there is none."""
+        return "" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
+
+    def cells(self) -> list[str]:
+        """For a CSV: value, both ends, n."""
+        return [*map(number, (self.value, self.low, self.high)), str(self.n)]
+
 
 def image_means(values: Values) -> dict[str, float]:
     """Each image's mean over its prompts and seeds, of the finite values:
     prompts of one image are not independent.
     """
     per_image: dict[str, list[float]] = {}
-    for (_, _, name), value in values.items():
+    for key, value in values.items():
         if math.isfinite(value):
-            per_image.setdefault(name, []).append(value)
+            per_image.setdefault(key.name, []).append(value)
     return {name: sum(found) / len(found) for name, found in per_image.items()}
 
 
@@ -257,6 +539,13 @@ def mean_of(values: Values) -> Mean:
     means = list(image_means(values).values())
     infinite = sum(not math.isfinite(value) for value in values.values())
     return Mean(average(means), *bootstrap(means), len(means), infinite)
+
+
+def difference_of(values: Values, baseline: Values) -> Mean:
+    """The mean paired difference, edit by edit, where both are finite; an interval over images as above."""
+    finite = {key for key, value in values.items() if math.isfinite(value)}
+    finite &= {key for key, value in baseline.items() if math.isfinite(value)}
+    return mean_of({key: values[key] - baseline[key] for key in finite})
 
 
 def average(samples: Sequence[float]) -> float:
@@ -290,47 +579,67 @@ def bootstrap(samples: Sequence[float]) -> tuple[float, float]:
 # tables
 
 
-def report(
-    results: dict[Row, Values], metric: str, args: argparse.Namespace, *, infinite: bool = False
-) -> None:
-    """Writes the CSV (and --per_image) and prints the table. `infinite`: whether to count infinite values."""
-    prompts = sorted({prompt for values in results.values() for _, prompt, _ in values})
-    means = {row: mean_of(values) for row, values in results.items()}
+def report(results: Results, metric: str, args: argparse.Namespace, baseline: Row | None) -> None:
+    """Writes one metric's CSV (and --per_image) and prints its table."""
+    of_rows = results.values[metric]
+    rows = list(of_rows)
+    prompts = sorted({key.prompt for values in of_rows.values() for key in values})
+    means = {row: mean_of(values) for row, values in of_rows.items()}
+    differences = {
+        row: difference_of(of_rows[row], of_rows[baseline]) for row in rows if baseline and row != baseline
+    }
     header = ["method", *(f"prompt{i}" for i in prompts), "mean", "ci_low", "ci_high", "n"]
+    header += ["n_inf"] if metric == "psnr" else []
+    header += ["diff", "diff_low", "diff_high", "diff_n"] if baseline else []
     lines = []
-    for row, values in results.items():
+    for row, values in of_rows.items():
         mean = means[row]
-        of_prompts = [{key: v for key, v in values.items() if key[1] == i} for i in prompts]
+        of_prompts = [{key: v for key, v in values.items() if key.prompt == i} for i in prompts]
         columns = [average(list(image_means(part).values())) for part in of_prompts]
         line = [row.method, *map(number, (*columns, mean.value, mean.low, mean.high)), str(mean.n)]
-        lines.append([*line, str(mean.n_inf)] if infinite else line)
-    output = args.output or Path(f"{metric}_metric.csv")
-    write_csv(output, [*header, "n_inf"] if infinite else header, lines)
+        line += [str(mean.n_inf)] if metric == "psnr" else []
+        if baseline:
+            line += differences[row].cells() if row in differences else [""] * 4
+        lines.append(line)
+    path = args.output or Path(f"{metric}_metric.csv")
+    write_csv(path, header, lines)
     if args.per_image:
         write_csv(
             args.per_image,
             ["method", "seed", "prompt", "name", "value"],
             [
-                [row.method, str(seed), str(prompt), name, number(value)]
-                for row, values in results.items()
-                for (seed, prompt, name), value in values.items()
+                [row.method, str(key.seed), str(key.prompt), key.name, number(value)]
+                for row, values in of_rows.items()
+                for key, value in sorted(values.items())
             ],
         )
-    print_table(metric, means, infinite)
-    print(f"{output}: {len(prompts)} prompts, {len(lines)} rows")
+    print_table(metric, means, differences, baseline)
+    print(f"{path}: {len(prompts)} prompts, {len(lines)} rows")
 
 
-def print_table(metric: str, means: dict[Row, Mean], infinite: bool) -> None:
-    """The table as a person reads it: mean, interval, n."""
-    width = max(len("method"), *(len(row.method) for row in means))
-    value_width = max(8, len(metric))
-    inf = "  inf" if infinite else ""
-    print(f"{'method':{width}}  {metric:>{value_width}}  {'95 % interval':>18}  {'n':>4}{inf}")
+def print_table(
+    metric: str, means: dict[Row, Mean], differences: dict[Row, Mean], baseline: Row | None
+) -> None:
+    """The table as a person reads it: mean, interval, n, difference to the baseline."""
+    lines = [["method", metric, f"{CONFIDENCE:.0%} interval", "n"]]
+    lines[0] += ["inf"] if metric == "psnr" else []
+    lines[0] += [f"minus {baseline.method}"] if baseline else []
     for row, mean in means.items():
-        interval = "" if math.isnan(mean.low) else f"{mean.low:.3f} to {mean.high:.3f}"
-        count = f"  {mean.n_inf:>3}" if infinite else ""
-        print(f"{row.method:{width}}  {mean.value:{value_width}.3f}  {interval:>18}  {mean.n:>4}{count}")
-    if any(mean.n < FEW_IMAGES for mean in means.values()):
+        line = [row.method, f"{mean.value:.3f}", mean.interval(), str(mean.n)]
+        line += [str(mean.n_inf)] if metric == "psnr" else []
+        if baseline:
+            found = differences.get(row)
+            line.append(f"{found.value:+.3f} ({found.interval()})" if found else "")
+        lines.append(line)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        print("  ".join([line[0].ljust(widths[0]), *map(str.rjust, line[1:], widths[1:])]).rstrip())
+    warn_of_few(means.values())
+
+
+def warn_of_few(means: Iterable[Mean]) -> None:
+    """Says so where there are too few images for an exact interval."""
+    if any(mean.n < FEW_IMAGES for mean in means):
         print(f"(fewer than {FEW_IMAGES} images: the intervals are approximate)")
 
 

@@ -1,10 +1,9 @@
-"""FR: how much of the person is left in an edit, the cosine similarity of its face to the source's.
-Low is protected.
+"""FR, how much of the person is left: cosine similarity of the face in an edit to the face in its source.
 
     python evaluation/eval_facial.py --src_dir portraits --clean_edit_dir edits/clean \\
-        --defend_edit_dirs edits/facelock edits/vae --seed 0
+        --defend_edit_dirs edits/facelock --seed 0
     python evaluation/eval_facial.py --by judge --src_dir portraits --clean_edit_dir edits/clean \\
-        --defend_edit_dirs edits/facelock edits/vae --seed 0
+        --defend_edit_dirs edits/facelock --seed 0
 
 Writes facial_metric.csv, or facial_judge_metric.csv, into the working directory. facelock optimises the
 recogniser itself, so FR by the recogniser overstates what it protects: report the judge's, which no attack
@@ -16,18 +15,19 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import common
 
 import models
 import utils
-from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import torch
     from torch import Tensor
+
+METRICS = {"recognizer": "facial", "judge": "facial_judge"}  # by whom -> its name
 
 
 def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -37,40 +37,86 @@ def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:
     return cosine_similarity(embeddings, references, dim=1)
 
 
-class FaceEmbedder:
-    """Images -> embedding of their largest face.
+class FaceScorer:
+    """FR of an edit's largest face by one recogniser or both; the faces are looked for once.
 
-    Where an edit shows none, its source's box is used and counted.
+    Where an edit shows none, its source's box is used, and `no_face` is 1 instead of 0. A source without a
+    face is noted in `faceless`, and its edits are not measured.
     """
 
-    def __init__(self, chosen: models.ModelSet, by: str, args: argparse.Namespace) -> None:
-        device, dtype = models.set_up(args)
+    def __init__(
+        self, recognizers: dict[str, models.Recognizer], detector: models.FaceDetector, device: torch.device
+    ) -> None:
+        self.recognizers = recognizers  # by the metric's name
+        self.detector = detector
         self.device = device
-        self.recognizer = models.load_recognizer(getattr(chosen, by), device, dtype)
-        self.detector = models.FaceDetector(chosen.detect_faces, device)
+        self.boxes: dict[tuple[str, tuple[int, int]], models.Box | None] = {}
+        self.sources: dict[tuple[str, str, tuple[int, int]], Tensor] = {}
+        self.faceless: set[str] = set()
 
-    def box(self, pixels: np.ndarray) -> models.Box | None:
-        """The largest face of an image (H, W, 3) uint8."""
-        return next(iter(self.detector(pixels)), None)
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        size = pixels.shape[:2]
+        box = self.boxes[name, size] = next(iter(self.detector(pixels)), None)
+        if box is None:
+            self.faceless.add(name)
+            return
+        for metric, embedding in self._embed(pixels[None], [box]).items():
+            self.sources[metric, name, size] = embedding[0]
 
-    def embed(self, pixels: np.ndarray, box: models.Box) -> Tensor:
-        """The face in the box of an image (H, W, 3) uint8 -> (1, D), unit length."""
+    def __call__(self, images: np.ndarray, keys: Sequence[common.Key]) -> dict[str, Tensor]:
         import torch
 
+        size = images.shape[1:3]
+        of_sources = [self.boxes[key.name, size] for key in keys]
+        found = [next(iter(self.detector(image)), None) for image in images]
+        whole = (0, 0, size[1], size[0])  # stands in where there is no value to be had
+        boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
+        measured = torch.tensor([source is not None for source in of_sources])
+        values = {"no_face": torch.tensor([float(box is None) for box in found])}
+        for metric, embeddings in self._embed(images, boxes).items():
+            references = [
+                self.sources.get((metric, key.name, size), torch.zeros_like(embeddings[0])) for key in keys
+            ]
+            values[metric] = facial_similarity(embeddings, torch.stack(references))
+        return {name: torch.where(measured, column, torch.nan) for name, column in values.items()}
+
+    def _embed(self, images: np.ndarray, boxes: Sequence[models.Box]) -> dict[str, Tensor]:
+        """One face of each image, (B, H, W, 3) uint8 -> (B, D), of unit length, by each recogniser."""
+        import torch
+
+        tensor = utils.to_tensor(images).to(self.device)
         with torch.no_grad():
-            return self.recognizer.embed(utils.to_tensor(pixels).to(self.device), [[box]])
+            return {
+                metric: recognizer.embed(tensor, [[box] for box in boxes]).cpu()
+                for metric, recognizer in self.recognizers.items()
+            }
+
+    def report(self, results: common.Results) -> int:
+        """Tells how many edits show no face, and which sources don't -> the exit status: 1 for the latter."""
+        for row, values in results.values["no_face"].items():
+            if count := int(sum(values.values())):
+                print(f"{row.method}: no face was found in {count} of {len(values)} edits")
+        if self.faceless:
+            names = ", ".join(sorted(self.faceless))
+            print(f"no face found in the source, FR not measured: {names}", file=sys.stderr)
+        return 1 if self.faceless else 0
+
+
+def load(args: argparse.Namespace, by: Sequence[str]) -> FaceScorer:
+    """The recognisers (of METRICS) that the flags name, with the detector. Raises UserError."""
+    chosen = models.choose(args)
+    device, dtype = models.set_up(args)
+    recognizers = {METRICS[name]: models.load_recognizer(getattr(chosen, name), device, dtype) for name in by}
+    return FaceScorer(recognizers, models.FaceDetector(chosen.detect_faces, device), device)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--src_dir", type=Path, required=True, help="the source images")
-    parser.add_argument("--clean_edit_dir", type=Path, help="edits of the clean images: the row 'clean'")
+    parser = common.make_parser(__doc__, "facial", sources=True, clean=False)
     parser.add_argument(
-        "--by", choices=("recognizer", "judge"), default="recognizer", help="whose embeddings are compared"
+        "--by", choices=tuple(METRICS), default="recognizer", help="whose embeddings are compared"
     )
-    common.add_arguments(parser, "facial")
     models.add_face_arguments(parser)
-    models.add_model_arguments(parser)
+    common.add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -80,49 +126,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    rows = common.find_rows(args.defend_edit_dirs, args.seed)
-    if args.clean_edit_dir:
-        rows = [common.clean_row(args.clean_edit_dir, args.seed), *rows]
-    prompts = common.prompts_of(rows, args.seed, args.prompts)
-    pairs = common.find_pairs(rows, args.src_dir, args.seed, prompts, args.common)
-    embedder = FaceEmbedder(models.choose(args), args.by, args)
-    results, undetected = score(pairs, embedder)
-    name = "facial" if args.by == "recognizer" else "facial_judge"
-    common.report(results, name, args)
-    for row, count in undetected.items():
-        if count:
-            print(f"{row.method}: no face was found in {count} of {len(pairs[row])} edits")
-    return 0
-
-
-def score(
-    pairs: dict[common.Row, list[common.Pair]], embedder: FaceEmbedder
-) -> tuple[dict[common.Row, common.Values], dict[common.Row, int]]:
-    """FR of every pair, and how many edits of each row show no face. Sources are embedded once.
-
-    Raises UserError naming the sources in which no face is found.
-    """
-    boxes, sources, faceless = {}, {}, []
-    for path in sorted({pair.reference for found in pairs.values() for pair in found}):
-        pixels = utils.load_image(path).pixels
-        boxes[path] = embedder.box(pixels)
-        if boxes[path] is None:
-            faceless.append(str(path))
-        else:
-            sources[path] = embedder.embed(pixels, boxes[path])  # (1, D)
-    if faceless:
-        raise UserError(f"no face found in the source: {', '.join(faceless)}")
-    results, undetected = {}, {}
-    for row, found in pairs.items():
-        results[row], undetected[row] = {}, 0
-        for pair in found:
-            pixels = common.load_edit(pair)
-            box = embedder.box(pixels)
-            undetected[row] += box is None
-            embedding = embedder.embed(pixels, box or boxes[pair.reference])
-            value = facial_similarity(embedding, sources[pair.reference]).item()
-            results[row][pair.seed, pair.prompt, pair.name] = value
-    return results, undetected
+    edits = common.find_edits(args, clean_is_row=True)
+    faces = load(args, [args.by])
+    results = common.score(edits, {}, [faces], args.batch_size)
+    common.report(results, METRICS[args.by], args, edits.baseline)
+    return max(faces.report(results), results.exit_status())
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import common
@@ -40,9 +39,7 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the clean images")
-    common.add_arguments(parser, "psnr")
+    parser = common.make_parser(__doc__, "psnr", sources=False, clean=True)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
@@ -53,17 +50,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    clean = common.clean_row(args.clean_edit_dir, args.seed)
-    rows = common.find_rows(args.defend_edit_dirs, args.seed)
-    prompts = common.prompts_of([clean, *rows], args.seed, args.prompts)
-    results = {}
-    for row, pairs in common.find_pairs(rows, clean, args.seed, prompts, args.common).items():
-        values = results[row] = {}
-        for pair in pairs:
-            edit, reference = map(utils.to_tensor, common.load_pair(pair))
-            values[pair.seed, pair.prompt, pair.name] = psnr(edit, reference).item()
-    common.report(results, "psnr", args, infinite=True)
-    return 0
+    edits = common.find_edits(args, clean_is_row=False)
+    results = common.score(edits, {"psnr": psnr}, [], args.batch_size)
+    common.report(results, "psnr", args, edits.baseline)
+    return results.exit_status()
 
 
 if __name__ == "__main__":

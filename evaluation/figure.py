@@ -1,59 +1,95 @@
-"""A picture of what protection does: source, protected, difference x10, and the edits of both.
+"""Pictures for a paper: a grid of edits, and a metric against the budget or the purification.
 
-    python evaluation/figure.py --src_dir portraits --protected_dirs protected/facelock/budget_0.03 \\
-        --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock/budget_0.03 --seed 0 --prompts 0,3 \\
-        --names alice bob --output figure.png
+    python evaluation/figure.py grid --src_dir portraits --clean_edit_dir edits/clean --seed 0 \\
+        --protected_dirs protected/facelock/budget_0.03 --defend_edit_dirs edits/facelock/budget_0.03 \\
+        --prompts 0,3 --names alice --output grid.png
+    python evaluation/figure.py plot --tables all_metric.csv --metric facial_judge --output budgets.pdf
+    python evaluation/figure.py plot --tables none=all_metric.csv jpeg75=jpeg75/all_metric.csv \\
+        --metric facial_judge --output purified.png
 
-One line a portrait and instruction; with several --protected_dirs and --defend_edit_dirs (in the same order),
-the columns of each method stand side by side. PNG or PDF, by the ending of --output.
+PNG or PDF, by the ending of --output. Each has flags of its own: figure.py grid --help
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
+import re
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import common
+import eval_all
 
 import utils
 from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    from matplotlib.figure import Figure
 
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
+GRID = """A grid: columns are the source, its edit and, method by method, the protected image and its edit;
+a line is a portrait and an instruction. --protected_dirs and --defend_edit_dirs go in the same order.
+"""
+PLOT = """A metric with its 95 % interval, a line a method: against the budget, if the table's directories are
+called budget_{B}; or, with several tables as LABEL=FILE, against their labels (purifications, say).
+The tables are those of eval_all.py or of one metric's script.
+"""
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--src_dir", type=Path, required=True, help="the source images")
-    parser.add_argument(
+    kinds = parser.add_subparsers(required=True, metavar="grid|plot")
+    grid = kinds.add_parser(
+        "grid", help="portraits and their edits", description=GRID, formatter_class=utils.HelpFormatter
+    )
+    grid.set_defaults(make=make_grid)
+    grid.add_argument("--src_dir", type=Path, required=True, help="the source images")
+    grid.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the sources")
+    grid.add_argument(
         "--protected_dirs", type=Path, nargs="+", required=True, help="the protected images of each method"
     )
-    parser.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the sources")
-    parser.add_argument(
+    grid.add_argument(
         "--defend_edit_dirs",
         type=Path,
         nargs="+",
         required=True,
         help="edits of the protected images, each holding seed{S}/",
     )
-    parser.add_argument("--seed", type=int, required=True, help="the S of seed{S}")
-    parser.add_argument(
+    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories)")
+    grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
+    grid.add_argument(
         "--prompts",
         type=utils.number_list,
         metavar="I,J,...",
         help="numbers of the instructions to show (default: all that were edited)",
     )
-    parser.add_argument("--prompt_file", type=Path, help="the instructions' texts, if they are one's own")
-    parser.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
-    parser.add_argument("--output", type=Path, default=Path("figure.png"), help="a .png or .pdf")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    grid.add_argument("--prompt_file", type=Path, help="the instructions' texts, if they are one's own")
+    grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
+    grid.add_argument(
+        "--difference", action="store_true", help=f"a column with the protection itself, x{AMPLIFY}"
+    )
+    plot = kinds.add_parser(
+        "plot", help="a metric's curve", description=PLOT, formatter_class=utils.HelpFormatter
+    )
+    plot.set_defaults(make=make_plot)
+    plot.add_argument(
+        "--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files, each with its place"
+    )
+    plot.add_argument(
+        "--metric", help="the column to show (default: the one metric of the file: its mean)"
+    )
+    plot.add_argument("--xlabel", help="default: budget, or nothing")
+    for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
+        kind.add_argument("--output", type=Path, default=Path(name), help="a .png or .pdf")
+        kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
@@ -65,20 +101,38 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() not in (".png", ".pdf"):
         raise UserError(f"{args.output}: a figure is written as .png or .pdf")
+    utils.check_directory(args.output.absolute().parent)
+    return args.make(args)
+
+
+def save(figure: Figure, output: Path) -> None:
+    """Writes the file, whole or not at all. Raises UserError."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format=output.suffix[1:].lower())
+    utils.write_file(output, buffer.getvalue())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the grid
+
+
+def make_grid(args: argparse.Namespace) -> int:
     clean = common.clean_row(args.clean_edit_dir, [args.seed])
     rows = common.find_rows(args.defend_edit_dirs, [args.seed])
-    if len(rows) != len(args.protected_dirs):
-        raise UserError(f"{len(args.protected_dirs)} --protected_dirs, but {len(rows)} directories of edits")
+    titles = args.titles or [row.method for row in rows]
+    if len(rows) != len(args.protected_dirs) or len(rows) != len(titles):
+        raise UserError(
+            f"{len(args.protected_dirs)} --protected_dirs, but {len(rows)} directories of edits"
+            + (f" and {len(titles)} titles" if args.titles else "")
+        )
     prompts = common.prompts_of([clean, *rows], [args.seed], args.prompts)
-    texts = utils.choose_prompts(None, args.prompt_file)
+    texts = common.texts_of([clean, *rows], [args.seed], args.prompt_file)
     sources = utils.images_by_stem(args.src_dir)
     names = args.names or sorted(sources)
     lines = [(name, prompt) for name in names for prompt in prompts]
-    cells = [
-        picture_row(name, prompt, sources, args, clean, rows) for name, prompt in lines
-    ]
+    cells = [picture_row(name, prompt, sources, args, clean, rows) for name, prompt in lines]
     labels = [f"{name}\n{texts.get(prompt, f'prompt {prompt}')}" for name, prompt in lines]
-    draw(cells, labels, titles(rows), args.output)
+    save(draw(cells, labels, column_titles(titles, args.difference)), args.output)
     print(f"{args.output}: {len(lines)} lines, {len(cells[0])} columns")
     return 0
 
@@ -91,15 +145,17 @@ def picture_row(
     clean: common.Row,
     rows: Sequence[common.Row],
 ) -> list[np.ndarray]:
-    """source, (protected, difference) of each method, edit of the source, edit of each protected."""
-    source = _pixels(sources, name, args.src_dir)
-    cells = [source]
-    for directory in args.protected_dirs:
-        protected = _pixels(utils.images_by_stem(directory), name, directory)
-        cells += [protected, difference(protected, source)]
-    for row in (clean, *rows):
+    """source, its edit, then of each method: protected, (difference), its edit."""
+
+    def edit_of(row: common.Row) -> np.ndarray:
         folder = row.directory / f"seed{args.seed}" / f"prompt{prompt}"
-        cells.append(_pixels(utils.images_by_stem(folder), name, folder))
+        return _pixels(utils.images_by_stem(folder), name, folder)
+
+    source = _pixels(sources, name, args.src_dir)
+    cells = [source, edit_of(clean)]
+    for directory, row in zip(args.protected_dirs, rows, strict=True):
+        protected = _pixels(utils.images_by_stem(directory), name, directory)
+        cells += [protected, *([difference(protected, source)] if args.difference else []), edit_of(row)]
     return cells
 
 
@@ -118,20 +174,18 @@ def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
 
 
-def titles(rows: Sequence[common.Row]) -> list[str]:
+def column_titles(methods: Sequence[str], with_difference: bool) -> list[str]:
     """One title a column, in the order of `picture_row`."""
-    many = len(rows) > 1
-    shown = [f"\n{row.method}" if many else "" for row in rows]
-    columns = ["source"]
-    for method in shown:
-        columns += [f"protected{method}", f"difference x{AMPLIFY}{method}"]
-    return [*columns, "edit of source", *(f"edit of protected{method}" for method in shown)]
+    titles = ["source", "edit of source"]
+    for method in methods:
+        shown = f"\n{method}" if len(methods) > 1 else ""
+        titles += [f"protected{shown}", *([f"difference x{AMPLIFY}"] if with_difference else [])]
+        titles.append(f"edit of protected{shown}")
+    return titles
 
 
-def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence[str], output: Path) -> None:
-    """Lays the pictures out with labels and writes the file, whole or not at all."""
-    import io
-
+def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence[str]) -> Figure:
+    """Lays the pictures out with labels."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(CELL * (len(columns) + 1), CELL * len(cells) + 0.5), dpi=DPI)
@@ -147,9 +201,114 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
                 axis.set_title(columns[column], fontsize=8)
         axes[line, 0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
     figure.tight_layout(pad=0.3)
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format=output.suffix[1:].lower())
-    utils.write_file(output, buffer.getvalue())
+    return figure
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the plot
+
+
+@dataclass(frozen=True)
+class Point:
+    """One row of a table."""
+
+    method: str  # the last part of its directory that is no budget
+    place: str  # on the axis; empty for a row that belongs to none, such as the clean edits' among budgets
+    value: float
+    low: float  # NaN where there is no interval
+    high: float
+
+
+def make_plot(args: argparse.Namespace) -> int:
+    tables = {}
+    for given in args.tables:
+        label, _, file = given.rpartition("=")
+        if label in tables:
+            raise UserError(f"--tables: {'two tables have no label' if not label else f'two are {label}'}")
+        tables[label] = Path(file)
+    points = [
+        point for label, file in tables.items() for point in read_points(file, args.metric, label)
+    ]
+    by_budget = list(tables) == [""]
+    if by_budget and not any(point.place for point in points):
+        raise UserError(f"{tables['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
+    xlabel = args.xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
+    shown = eval_all.COLUMNS[args.metric].title if args.metric in eval_all.COLUMNS else args.metric or "mean"
+    save(draw_plot(points, shown, xlabel), args.output)
+    places = {point.place for point in points if point.place}
+    print(f"{args.output}: {len({point.method for point in points})} methods, {len(places)} places")
+    return 0
+
+
+def read_points(file: Path, metric: str | None, label: str) -> list[Point]:
+    """A table's rows. Raises UserError if it is none or has no such metric."""
+    try:
+        with open(file, newline="", encoding="utf-8") as opened:
+            rows = list(csv.DictReader(opened))
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: not a readable table ({utils.first_line(error)})") from None
+    ends = (f"{metric}_low", f"{metric}_high") if metric else ("ci_low", "ci_high")
+    column = metric or "mean"
+    wanted = {"method", column, *ends}
+    if not rows or not wanted <= rows[0].keys():
+        there = ", ".join(name[:-4] for name in (rows[0] if rows else ()) if name.endswith("_low"))
+        raise UserError(f"{file}: no columns {', '.join(sorted(wanted))} (metrics there: {there or 'none'})")
+    points = []
+    for row in rows:
+        parts = [part for part in Path(row["method"]).parts if part != "/"]
+        budgets = [part[7:] for part in parts if re.fullmatch(r"budget_[\d.e-]+", part)]
+        rest = [part for part in parts if not re.fullmatch(r"(budget_|seed)[\d.e-]+", part)]
+        value, low, high = (float(row[name] or "nan") for name in (column, *ends))
+        if row[column]:
+            budget = budgets[-1] if budgets else ""
+            method = rest[-1] if rest else row["method"]
+            if label and budget:
+                method += f", {budget}"
+            points.append(Point(method, label or budget, value, low, high))
+    return points
+
+
+def draw_plot(points: Sequence[Point], ylabel: str, xlabel: str) -> Figure:
+    """A line a method over numbers, to scale; points beside each other over names. A row without a place is a
+    dashed line.
+    """
+    import numpy as np
+    from matplotlib.figure import Figure
+
+    places = list(dict.fromkeys(point.place for point in points if point.place))
+    to_scale = all(_is_number(place) for place in places)
+    at = {place: float(place) if to_scale else number for number, place in enumerate(places)}
+    methods = list(dict.fromkeys(point.method for point in points))
+    figure = Figure(figsize=(6, 3.5), dpi=DPI)
+    axis = figure.subplots()
+    for index, method in enumerate(methods):
+        own = sorted((p for p in points if p.method == method and p.place), key=lambda p: at[p.place])
+        for point in points:
+            if point.method == method and not point.place:
+                axis.axhline(point.value, linestyle="--", color="grey", label=method)
+        if own:
+            beside = 0 if to_scale else 0.5 * ((index + 0.5) / len(methods) - 0.5)
+            axis.errorbar(
+                [at[point.place] + beside for point in own],
+                [point.value for point in own],
+                yerr=np.nan_to_num([[p.value - p.low for p in own], [p.high - p.value for p in own]]),
+                marker="o",
+                capsize=3,
+                linestyle="-" if to_scale else "",
+                label=method,
+            )
+    axis.set_xticks(list(at.values()), list(at))
+    if not to_scale:
+        axis.tick_params(axis="x", rotation=30)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    figure.tight_layout()
+    return figure
+
+
+def _is_number(text: str) -> bool:
+    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
 
 
 if __name__ == "__main__":

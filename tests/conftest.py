@@ -34,7 +34,7 @@ def refuse_name():
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> SimpleNamespace:
-    """Directories of tiny random models: editor, img2img, recognizer, judge, perceptual."""
+    """Directories of tiny random models: editor, img2img, recognizer, judge, perceptual, clip."""
     import tiny
 
     root = tmp_path_factory.mktemp("models")
@@ -45,6 +45,7 @@ def tiny_models(tmp_path_factory) -> SimpleNamespace:
         recognizer=tiny.write_recognizer(root / "recognizer"),
         judge=tiny.write_convnext(root / "judge"),
         perceptual=tiny.write_perceptual(root / "perceptual"),
+        clip=tiny.write_clip(root / "clip"),
     )
 
 

@@ -3,21 +3,33 @@
 from __future__ import annotations
 
 import csv
+import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import common
+import eval_all
+import eval_clip_i
+import eval_clip_s
 import eval_facial
+import eval_lpips
 import eval_psnr
+import eval_ssim
 import figure
 import numpy as np
 import pytest
 import tiny
 import torch
 from PIL import Image
+from scipy import stats
 
 import models
+import utils
 from utils import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 NAMES = ("anna", "ben", "cleo")
 
@@ -145,10 +157,14 @@ def test_pairing_is_by_stem(world):
         (lambda w: write(w / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(40)), [], ["40x40", "32x32"]),
         (lambda w: (w / "edits/clean/seed5").rename(w / "edits/clean/seed6"), [], ["no seed5"]),
         (
-            lambda w: (w / "edits/clean/seed5/prompt0/ben.png").write_text("x"),
+            lambda w: Image.open(w / "edits/clean/seed5/prompt0/ben.png").save(
+                w / "edits/clean/seed5/prompt0/ben.bmp"
+            ),
             [],
-            ["ben.png", "not a readable"],
+            ["ben.bmp=ben.png", "same stem"],
         ),
+        (lambda w: None, ["--baseline", "vae"], ["--baseline vae", "budget_0.02"]),
+        (lambda w: None, ["--baseline", "facelock"], ["2 rows"]),
     ],
 )
 def test_what_is_missing_is_named_and_nothing_is_written(world, capsys, break_it, flags, says):
@@ -167,14 +183,361 @@ def test_common_scores_what_all_have_and_names_the_rest(world, capsys):
     assert "ben" in capsys.readouterr().err
 
 
+def test_a_damaged_edit_is_left_out_of_every_row_alike(world, capsys):
+    (world / "edits/facelock/budget_0.03/seed5/prompt3/ben.png").write_text("x")
+    assert eval_psnr.main(psnr_args(world, "--per_image", "each.csv")) == 1
+    error = capsys.readouterr().err
+    assert f"left out of every row: {world}/edits/facelock/budget_0.03/seed5/prompt3/ben.png: not a" in error
+    each = table(Path("each.csv"))
+    assert len(each) == 2 * 5
+    assert not [row for row in each if (row["prompt"], row["name"]) == ("3", "ben")]
+    assert [row["n"] for row in table(Path("psnr_metric.csv"))] == ["3", "3"]
+
+
+def test_nothing_but_damaged_edits_is_an_error(world, capsys):
+    for path in (world / "edits/clean/seed5").rglob("*.png"):
+        path.write_bytes(path.read_bytes()[:100])
+    assert eval_psnr.main(psnr_args(world)) == 1
+    assert "nothing could be scored" in capsys.readouterr().err
+    assert not Path("psnr_metric.csv").exists()
+
+
+def test_the_clean_edits_may_lie_beside_the_others(world):
+    edits = world / "edits"
+    (edits / "facelock/budget_0.03").rename(edits / "vae")
+    args = f"--clean_edit_dir {edits}/clean --defend_edit_dirs {edits} --seed 5".split()
+    assert eval_psnr.main(args) == 0
+    assert [row["method"] for row in table(Path("psnr_metric.csv"))] == [f"{edits}/vae"]
+    args[args.index(str(edits))] = str(edits / "clean")  # asked for, it is compared with itself
+    assert eval_psnr.main(args) == 0
+    (row,) = table(Path("psnr_metric.csv"))
+    assert (row["mean"], row["n"], row["n_inf"]) == ("", "0", "6")
+
+
+def test_several_seeds_are_one_mean(world):
+    for directory, levels in (("edits/clean", 0), ("edits/facelock/budget_0.02", 4)):
+        for prompt in (0, 3):
+            for number, name in enumerate(NAMES):
+                place = f"{directory}/seed6/prompt{prompt}/{name}.png"
+                write(world / place, shifted(tiny.portrait(32, seed=number), levels))
+    args = psnr_args(world, "--prompts", "0", "--output", "t.csv")
+    args[args.index("--defend_edit_dirs") + 1] += "/budget_0.02"
+    args.insert(args.index("5") + 1, "6")
+    assert eval_psnr.main(args) == 0
+    (row,) = table(Path("t.csv"))
+    of_images = [(level_psnr(1 + i) + level_psnr(4)) / 2 for i in range(3)]
+    assert float(row["mean"]) == pytest.approx(np.mean(of_images), abs=1e-3)
+    args.remove("6")
+    args[args.index("5")] = "7"
+    assert eval_psnr.main(args) == 1
+
+
+def test_the_baseline_is_compared_in_pairs(world, capsys):
+    assert eval_psnr.main(psnr_args(world, "--baseline", "budget_0.03", "--prompts", "0")) == 0
+    first, second = table(Path("psnr_metric.csv"))
+    expected = np.mean([level_psnr(1 + i) - level_psnr(8) for i in range(3)])
+    assert float(first["diff"]) == pytest.approx(expected, abs=1e-3)
+    assert float(first["diff_low"]) < float(first["diff"]) < float(first["diff_high"])
+    assert (first["diff_n"], second["diff"]) == ("3", "")
+    assert f"{expected:+.3f}" in capsys.readouterr().out
+
+
+def test_differences_are_of_the_pairs_that_both_have():
+    a, b, c = (common.Key(0, 0, name) for name in "abc")
+    found = common.difference_of({a: 1.0, b: 5.0, c: math.inf}, {a: 3.0, c: 1.0})
+    assert (found.value, found.n) == (-2.0, 1)
+
+
+def test_an_instruction_must_be_the_same_in_every_row(world, capsys):
+    record = {"seed": 5, "arguments": {"guidance_scale": 7.5}, "prompts": {"0": "Turn it red"}}
+    places = [world / "edits" / name / "seed5/run.json" for name in ("clean", "facelock/budget_0.03")]
+    places[0].write_text(json.dumps(record))
+    places[1].write_text(json.dumps(record | {"arguments": {"guidance_scale": 1.0}}))
+    assert eval_psnr.main(psnr_args(world)) == 0
+    warning = capsys.readouterr().err
+    assert "--guidance_scale was 7.5" in warning and "1.0 for" in warning
+    places[1].write_text(json.dumps(record | {"prompts": {"0": "Turn it blue"}}))
+    assert eval_psnr.main(psnr_args(world)) == 1
+    error = capsys.readouterr().err
+    assert "Turn it red" in error and "Turn it blue" in error
+    (world / "own.txt").write_text("Turn it green\n")
+    assert eval_psnr.main(psnr_args(world, "--prompt_file", str(world / "own.txt"))) == 1
+    assert "Turn it green" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the other metrics
+
+
+@pytest.fixture(scope="module")
+def real_pairs() -> tuple[torch.Tensor, torch.Tensor]:
+    """Two bundled portraits and a photograph, and the same with noise: (3, 3, 96, 96)."""
+    generator = np.random.default_rng(0)
+    assets = ROOT / "assets/portraits"
+    files = [*sorted((assets / "mini").glob("*.png"))[:2], assets / "astronaut.png"]
+    images = np.stack([utils.load_image(path).pixels[:96, :96] for path in files])
+    noisy = np.clip(images + generator.normal(0, [[[[4]]], [[[12]]], [[[30]]]], images.shape), 0, 255)
+    return utils.to_tensor(images), utils.to_tensor(noisy.round().astype(np.uint8))
+
+
+def test_psnr_and_ssim_agree_with_torchmetrics(real_pairs):
+    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+
+    images, noisy = real_pairs
+    found = eval_psnr.psnr(noisy, images), eval_ssim.ssim(noisy, images)
+    for k in range(len(images)):
+        unit = (noisy[k : k + 1] + 1) / 2, (images[k : k + 1] + 1) / 2
+        assert found[0][k] == pytest.approx(PeakSignalNoiseRatio(data_range=1.0)(*unit).item(), abs=1e-3)
+        ssim = StructuralSimilarityIndexMeasure(data_range=1.0)(*unit).item()
+        assert found[1][k] == pytest.approx(ssim, abs=1e-3)
+        assert 0.1 < ssim < 0.99
+
+
+def test_ssim_of_known_pairs():
+    image = utils.to_tensor(tiny.portrait(32))
+    assert eval_ssim.ssim(image, image).item() == pytest.approx(1.0)
+    a, b = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)  # in [0, 1]: 0.4 and 0.7
+    expected = (2 * 0.4 * 0.7 + 1e-4) / (0.4**2 + 0.7**2 + 1e-4)  # of constant images, C1 = 0.01^2
+    assert eval_ssim.ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
+    with pytest.raises(UserError, match="11 px"):
+        eval_ssim.ssim(image[..., :10, :], image[..., :10, :])
+
+
+def test_lpips_is_that_of_the_library(world, tiny_models, real_pairs):
+    network = models.load_perceptual(str(tiny_models.perceptual), torch.device("cpu"), torch.float32)
+    images, noisy = real_pairs
+    values = eval_lpips.lpips_distance(network, noisy, images)
+    assert values.tolist() == pytest.approx([network(a, b).item() for a, b in zip(noisy, images)], rel=1e-4)
+    assert eval_lpips.lpips_distance(network, images, images).tolist() == [0, 0, 0]
+    flags = ["--models", "mini", "--lpips", str(tiny_models.perceptual), "--device", "cpu"]
+    assert eval_lpips.main(psnr_args(world, *flags)) == 0
+    (_, row) = table(Path("lpips_metric.csv"))
+    assert float(row["mean"]) > 0 and "n_inf" not in row
+
+
+def test_clip_metrics_by_hand():
+    """Edits and sources in a plane, the instruction along the first axis."""
+    edits = torch.tensor([[3.0, 4.0], [1.0, 0.0], [2.0, 2.0], [1.0, 1.0 + 1e-7]])
+    sources = torch.tensor([[0.0, 2.0], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]])
+    texts = torch.tensor([[1.0, 0.0], [0.0, 2.0], [5.0, 5.0], [0.0, 1.0]])
+    assert eval_clip_i.clip_i(edits, sources).tolist() == pytest.approx([4 / 5, 0.5**0.5, 1.0, 1.0])
+    assert eval_clip_s.clip_s(edits, sources, texts).tolist() == pytest.approx([3 / 13**0.5, -1.0, 1.0, 0.0])
+
+
+@pytest.fixture
+def clip_args(world, tiny_models) -> list[str]:
+    return (
+        f"--src_dir {world}/portraits --clean_edit_dir {world}/edits/clean "
+        f"--defend_edit_dirs {world}/edits/facelock --seed 5 --models mini --device cpu "
+        f"--clip_id {tiny_models.clip}"
+    ).split()
+
+
+def test_clip_scripts(world, clip_args, tiny_models):
+    assert eval_clip_i.main([*clip_args, "--per_image", "i.csv"]) == 0
+    assert eval_clip_s.main([*clip_args, "--per_image", "s.csv"]) == 0
+    rows = table(Path("clip_i_metric.csv"))
+    assert rows[0]["method"] == "clean"
+    assert float(rows[0]["mean"]) == pytest.approx(1, abs=1e-5)  # the clean edits here are the sources
+    assert len(table(Path("clip_s_metric.csv"))) == 3
+    clip = models.load_clip(str(tiny_models.clip), torch.device("cpu"), torch.float32)
+    source = tiny.portrait(32, seed=1)
+    edit = np.array(Image.open(world / "edits/facelock/budget_0.03/seed5/prompt3/ben.png"))
+    a, b = clip.embed_images(np.stack([source, edit]))
+    text = clip.embed_texts([utils.edit_prompts[3]])[0]
+    expected = {"i": torch.cosine_similarity(a, b, dim=0), "s": torch.cosine_similarity(b - a, text, dim=0)}
+    for metric, value in expected.items():
+        (row,) = [
+            row
+            for row in table(Path(f"{metric}.csv"))
+            if row["method"].endswith("0.03") and row["name"] == "ben" and row["prompt"] == "3"
+        ]
+        assert float(row["value"]) == pytest.approx(value.item(), abs=1e-4)
+
+
+def test_clip_s_scores_the_instructions_that_were_used(world, clip_args, capsys):
+    """In the edits' run.json, in --prompt_file, or else the paper's; an unknown one is no number at all."""
+    values = []
+    own = world / "own.txt"
+    own.write_text("a\nb\nc\nLet there be light\n")
+    for case in ("paper", "file", "record"):
+        if case == "record":
+            record = {"seed": 5, "arguments": {}, "prompts": {"0": "a", "3": "Let there be light"}}
+            (world / "edits/clean/seed5/run.json").write_text(json.dumps(record))
+        flags = ["--prompt_file", str(own)] if case == "file" else []
+        assert eval_clip_s.main([*clip_args, *flags]) == 0
+        values.append(table(Path("clip_s_metric.csv"))[2]["prompt3"])
+    assert values[0] != values[1] == values[2]
+    own.write_text("a\n")
+    (world / "edits/clean/seed5/run.json").unlink()
+    capsys.readouterr()
+    assert eval_clip_s.main([*clip_args, "--prompt_file", str(own)]) == 1
+    assert "prompt3" in capsys.readouterr().err
+
+
+def test_sources_of_another_size_are_brought_to_the_edits(world, clip_args):
+    assert eval_clip_i.main(clip_args) == 0
+    before = [float(row["mean"]) for row in table(Path("clip_i_metric.csv"))]
+    for name in NAMES:
+        path = world / f"portraits/{name}.png"
+        Image.open(path).resize((64, 64), Image.Resampling.NEAREST).save(path.with_suffix(".bmp"))
+        path.unlink()
+    assert eval_clip_i.main(clip_args) == 0
+    after = [float(row["mean"]) for row in table(Path("clip_i_metric.csv"))]
+    assert after == pytest.approx(before, abs=0.02) and after != before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# all at once
+
+
+@pytest.fixture
+def all_args(clip_args, tiny_models) -> list[str]:
+    more = {name: str(getattr(tiny_models, name)) for name in ("recognizer", "judge")}
+    more["lpips"] = str(tiny_models.perceptual)
+    return [*clip_args, *(part for name, path in more.items() for part in (f"--{name}", path))]
+
+
+def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
+    assert eval_all.main([*all_args, "--per_image", "each.csv"]) == 0
+    shown = capsys.readouterr().out
+    text = Path("all_metric.md").read_text()
+    assert text.strip() in shown
+    head = next(line for line in text.splitlines() if line.startswith("| method"))
+    titles = ["CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓", "FR ↓", "FR, judge ↓", "no face", "n"]
+    assert [cell.strip() for cell in head.strip("|").split("|")] == ["method", *titles]
+    assert "intervals are approximate" in text
+    together = table(Path("all_metric.csv"))
+    assert [row["method"].split("/")[-1] for row in together] == ["clean", "budget_0.02", "budget_0.03"]
+    assert (together[0]["psnr"], together[1]["psnr_n_inf"]) == ("", "0")
+
+    def flags(*names: str) -> list[str]:
+        cut = list(all_args)
+        for name in ("--src_dir", "--clip_id", "--lpips", "--recognizer", "--judge", "--models", "--device"):
+            if name not in names:
+                del cut[cut.index(name) : cut.index(name) + 2]
+        return cut
+
+    loads = ("--models", "--device")
+    faces = flags("--src_dir", "--recognizer", "--judge", *loads)
+    singles = [
+        ("psnr", eval_psnr, flags()),
+        ("ssim", eval_ssim, flags()),
+        ("lpips", eval_lpips, flags("--lpips", *loads)),
+        ("clip_s", eval_clip_s, flags("--src_dir", "--clip_id", *loads)),
+        ("clip_i", eval_clip_i, flags("--src_dir", "--clip_id", *loads)),
+        ("facial", eval_facial, faces),
+        ("facial_judge", eval_facial, [*faces, "--by", "judge"]),
+    ]
+    for metric, script, argv in singles:
+        assert script.main(argv) == 0
+        single = {row["method"]: row for row in table(Path(f"{metric}_metric.csv"))}
+        for row in together:
+            if row["method"] in single:
+                own = single[row["method"]]
+                for ours, theirs in ((metric, "mean"), (f"{metric}_low", "ci_low"), (f"{metric}_n", "n")):
+                    assert row[ours] == own[theirs] or float(row[ours]) == pytest.approx(
+                        float(own[theirs]), abs=2e-5
+                    )
+    each = table(Path("each.csv"))
+    assert len(each) == 3 * 2 * 3 and list(each[0])[4:] == list(eval_all.COLUMNS)
+
+
+def test_eval_all_reads_and_embeds_every_file_once(world, all_args, monkeypatch):
+    decoded, embedded = [], {"clip": 0, "faces": 0}
+
+    def load_image(path, load=utils.load_image):
+        decoded.append(path)
+        return load(path)
+
+    def embed_images(self, images, embed=models.Clip.embed_images):
+        embedded["clip"] += len(images)
+        return embed(self, images)
+
+    def embed(self, images, boxes, embed=models.Recognizer.embed):
+        embedded["faces"] += len(images)
+        return embed(self, images, boxes)
+
+    monkeypatch.setattr(utils, "load_image", load_image)
+    monkeypatch.setattr(models.Clip, "embed_images", embed_images)
+    monkeypatch.setattr(models.Recognizer, "embed", embed)
+    assert eval_all.main(all_args) == 0
+    files = [*(world / "portraits").rglob("*.png"), *(world / "edits").rglob("*.png")]
+    assert sorted(decoded) == sorted(files)
+    assert embedded == {"clip": len(files), "faces": 2 * len(files)}  # by the recogniser and by the judge
+
+
+def test_batch_size_order_and_suffixes_change_nothing(world, all_args, monkeypatch):
+    assert eval_all.main([*all_args, "--per_image", "a.csv", "--batch_size", "1"]) == 0
+    for path in (world / "edits/facelock").rglob("*.png"):
+        Image.open(path).save(path.with_suffix(".bmp"))
+        path.unlink()
+    for path in (world / "portraits").iterdir():
+        Image.open(path).save(path.with_suffix(".tif"))
+        path.unlink()
+    listed = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda self: reversed(list(listed(self))))
+    assert eval_all.main([*all_args, "--per_image", "b.csv", "--batch_size", "4"]) == 0
+    for one, other in zip(table(Path("a.csv")), table(Path("b.csv")), strict=True):
+        for name, value in one.items():
+            assert other[name] == value or float(other[name]) == pytest.approx(float(value), abs=1e-5)
+
+
+def test_a_damaged_source_is_left_out_of_every_metric(world, all_args, capsys):
+    (world / "portraits/ben.png").write_text("x")
+    assert eval_all.main(all_args) == 1
+    assert "portraits/ben.png" in capsys.readouterr().err
+    for row in table(Path("all_metric.csv")):
+        assert {value for name, value in row.items() if name.endswith("_n")} <= {"2", ""}
+
+
+def test_eval_all_tells_how_visible_a_protection_is(world, all_args, capsys):
+    for levels, folder in ((3, "budget_0.03"), (2, "budget_0.02")):
+        for number, name in enumerate(NAMES):
+            protected = shifted(tiny.portrait(32, seed=number), levels)
+            write(world / "protected/facelock" / folder / f"{name}.png", protected)
+    flags = ["--protected_dirs", f"{world}/protected/facelock", "--baseline", "clean", "--output", "o/t.csv"]
+    assert eval_all.main([*all_args, *flags]) == 0
+    first, second = table(Path("o/t_protected.csv"))
+    assert first["method"].endswith("facelock/budget_0.02")
+    assert [float(row["linf"]) for row in (first, second)] == pytest.approx([4 / 255, 6 / 255], rel=1e-5)
+    assert float(first["psnr"]) == pytest.approx(level_psnr(2), abs=1e-3)
+    lines = table(Path("o/t_minus_baseline.csv"))
+    assert len(lines) == 2 and float(lines[1]["facial"]) < 0
+    text = Path("o/t.md").read_text()
+    assert "minus clean, in pairs" in text and "protected images against their sources" in text
+    write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(40))
+    capsys.readouterr()
+    assert eval_all.main([*all_args, *flags]) == 1  # and the rest is there
+    assert "40x40" in capsys.readouterr().err
+    assert [row["linf_n"] for row in table(Path("o/t_protected.csv"))] == ["2", "2"]
+    (world / "protected/facelock/budget_0.02/ben.png").unlink()
+    assert eval_all.main([*all_args, *flags]) == 1
+    assert "budget_0.02: ben" in capsys.readouterr().err
+    assert eval_all.main([*all_args, "--output", "t.md"]) == 1
+
+
 # ---------------------------------------------------------------------------------------------------------
 # statistics
 
 
+def values(**of_names: list[float]) -> common.Values:
+    """Values of prompts 0, 1, ... by name."""
+    return {common.Key(0, i, name): v for name, found in of_names.items() for i, v in enumerate(found)}
+
+
 def test_the_mean_is_over_images_not_over_edits():
-    values = {(0, 0, "a"): 1.0, (0, 1, "a"): 1.0, (0, 2, "a"): 1.0, (0, 0, "b"): 3.0}
-    mean = common.mean_of(values)
+    mean = common.mean_of(values(a=[1.0, 1.0, 1.0], b=[3.0]))
     assert (mean.value, mean.n) == (2.0, 2)
+
+
+def test_the_interval_of_a_simple_sample_is_the_textbook_one():
+    """Of 400 normal values the bootstrap interval is that of the normal distribution, mean +- 1.96 s / 20."""
+    sample = np.random.default_rng(1).normal(3, 2, size=400)
+    low, high = common.bootstrap(sample.tolist())
+    half = stats.norm.ppf(0.975) * sample.std(ddof=1) / 20
+    assert low == pytest.approx(sample.mean() - half, abs=0.03 * half)
+    assert high == pytest.approx(sample.mean() + half, abs=0.03 * half)
 
 
 def test_the_interval_covers_about_as_often_as_it_says():
@@ -238,83 +601,160 @@ def test_the_judge_has_a_file_and_values_of_its_own(facial_args):
     assert recognizer[1]["mean"] != judge[1]["mean"]
 
 
-class Embedder:
-    """A FaceEmbedder that finds a face only in bright images, and embeds the mean colour inside the box."""
+def faces_in_bright_images(threshold: float = 100):
+    """A detector that finds a face, the upper left corner, in bright images only."""
+    return lambda pixels: [(0, 0, 16, 16), (0, 0, 4, 4)] if pixels.mean() > threshold else []
 
-    def __init__(self, threshold: float) -> None:
-        self.threshold = threshold
+
+class MeanColour:
+    """A recogniser whose embedding is the mean colour in the box, in [0, 2]."""
+
+    def __init__(self) -> None:
         self.boxes = []
 
-    def box(self, pixels):
-        return (0, 0, 16, 16) if pixels.mean() > self.threshold else None
-
-    def embed(self, pixels, box):
-        self.boxes.append(box)
-        x0, y0, x1, y1 = box
-        return torch.from_numpy(pixels[y0:y1, x0:x1].mean(axis=(0, 1)))[None]
+    def embed(self, images, boxes):
+        self.boxes += [box for (box,) in boxes]
+        crops = [image[:, y0:y1, x0:x1] for image, ((x0, y0, x1, y1),) in zip(images, boxes, strict=True)]
+        return torch.stack([crop.mean(dim=(1, 2)) + 1 for crop in crops])
 
 
-def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(tmp_path):
-    write(tmp_path / "source.png", np.full((32, 32, 3), 200, np.uint8))
-    write(tmp_path / "edit.png", np.full((32, 32, 3), 10, np.uint8))
-    row = common.Row("m", tmp_path)
-    pair = common.Pair(0, 0, "x", tmp_path / "edit.png", tmp_path / "source.png")
-    embedder = Embedder(threshold=100)
-    values, undetected = eval_facial.score({row: [pair]}, embedder)
-    assert undetected == {row: 1}
-    assert embedder.boxes == [(0, 0, 16, 16), (0, 0, 16, 16)]
-    assert values[row][0, 0, "x"] == pytest.approx(1.0)
+def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
+    recognizer = MeanColour()
+    scorer = eval_facial.FaceScorer({"facial": recognizer}, faces_in_bright_images(), torch.device("cpu"))
+    scorer.add_source("x", np.full((32, 32, 3), 200, np.uint8))
+    edits = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (10, 180)])
+    key = common.Key(0, 0, "x")
+    found = scorer(edits, [key, key])
+    assert found["no_face"].tolist() == [1, 0]
+    assert found["facial"].tolist() == pytest.approx([1, 1])  # grey is grey
+    assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
+    row = common.Row("m", Path())
+    results = common.Results({"no_face": {row: values(x=[1.0, 0.0])}}, [])
+    assert scorer.report(results) == 0
+    assert "no face was found in 1 of 2 edits" in capsys.readouterr().out
 
 
-def test_a_source_without_a_face_is_named(tmp_path):
-    write(tmp_path / "dark.png", np.zeros((32, 32, 3), np.uint8))
-    pair = common.Pair(0, 0, "x", tmp_path / "dark.png", tmp_path / "dark.png")
-    with pytest.raises(UserError, match=r"dark\.png"):
-        eval_facial.score({common.Row("m", tmp_path): [pair]}, Embedder(threshold=100))
+def test_a_source_without_a_face_is_named_and_the_rest_is_scored(world, facial_args, monkeypatch, capsys):
+    """`cleo` is darkened in source and edits."""
+    for path in world.rglob("cleo.png"):
+        write(path, tiny.portrait(32, seed=2) // 8)
+    monkeypatch.setattr(models, "FaceDetector", lambda find, device: faces_in_bright_images(60))
+    assert eval_facial.main([*facial_args, "--per_image", "each.csv"]) == 1
+    assert "cleo" in capsys.readouterr().err
+    assert {row["name"] for row in table(Path("each.csv"))} == {"anna", "ben"}
+    assert [row["n"] for row in table(Path("facial_metric.csv"))] == ["2", "2", "2"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# as a command
+
+
+def test_the_scripts_run_in_their_folder_and_above_it(world):
+    edits = world / "edits"
+    tables = []
+    for place, script in ((ROOT, "evaluation/eval_ssim.py"), (ROOT / "evaluation", "eval_ssim.py")):
+        out = world / f"{len(tables)}.csv"
+        flags = f"--clean_edit_dir {edits}/clean --defend_edit_dirs {edits}/facelock --seed 5 --output {out}"
+        command = [sys.executable, script, *flags.split()]
+        run = subprocess.run(command, cwd=place, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        tables.append(out.read_text())
+    assert tables[0] == tables[1] and len(tables[0].splitlines()) == 3
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the figure
 
 
-def test_figure_shows_what_it_says(world, monkeypatch):
+def grid_args(world: Path, *more: str) -> list[str]:
+    return (
+        f"grid --src_dir {world}/portraits --protected_dirs {world}/protected "
+        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock/budget_0.03 --seed 5"
+    ).split() + [*more]
+
+
+def test_the_grid_shows_what_it_says(world, monkeypatch):
     for number, name in enumerate(NAMES):
         write(world / "protected" / f"{name}.png", shifted(tiny.portrait(32, seed=number), 2))
     seen = {}
 
-    def record(cells, labels, columns, output, draw=figure.draw):
+    def record(cells, labels, columns, draw=figure.draw):
         seen.update(cells=cells, labels=labels, columns=columns)
-        draw(cells, labels, columns, output)
+        return draw(cells, labels, columns)
 
     monkeypatch.setattr(figure, "draw", record)
-    args = (
-        f"--src_dir {world}/portraits --protected_dirs {world}/protected "
-        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock/budget_0.03 "
-        "--seed 5 --names ben cleo --output f.png"
-    ).split()
+    args = grid_args(world, "--difference", "--names", "ben", "cleo", "--output", "f.png")
     assert figure.main(args) == 0
     assert seen["columns"] == [
-        "source", "protected", "difference x10", "edit of source", "edit of protected"
+        "source", "edit of source", "protected", "difference x10", "edit of protected"
     ]  # fmt: skip
     assert [label.split("\n")[0] for label in seen["labels"]] == ["ben", "ben", "cleo", "cleo"]
-    source, protected, difference, clean, edited = seen["cells"][1]  # ben, prompt 3
+    assert seen["labels"][1].split("\n")[1] == utils.edit_prompts[3]
+    source, clean, protected, difference, edited = seen["cells"][1]  # ben, prompt 3
     assert np.array_equal(source, tiny.portrait(32, seed=1)) and np.array_equal(clean, source)
     assert np.array_equal(protected, shifted(source, 2)) and np.array_equal(edited, shifted(source, 11))
     assert set(np.unique(difference)) == {128 - 20, 128 + 20}
     with Image.open("f.png") as picture:
         assert picture.width > 5 * 100 and picture.height > 4 * 100
     assert figure.main([*args[:-1], "f.jpg"]) == 1
+    args[args.index("--protected_dirs") + 1 : args.index("--clean_edit_dir")] = [f"{world}/protected"] * 2
+    place = args.index("--defend_edit_dirs") + 1
+    args[place:place] = [f"{world}/edits/facelock/budget_0.02"]
+    args.remove("--difference")
+    assert figure.main([*args, "--titles", "weak", "strong"]) == 0
+    assert seen["columns"][2:] == [
+        "protected\nweak", "edit of protected\nweak", "protected\nstrong", "edit of protected\nstrong"
+    ]  # fmt: skip
+    assert figure.main([*args, "--titles", "weak"]) == 1
 
 
-def test_figure_names_what_is_missing(world, capsys):
-    args = (
-        f"--src_dir {world}/portraits --protected_dirs {world}/portraits "
-        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock/budget_0.03 "
-        "--seed 5 --names nobody --output f.pdf"
-    ).split()
+def test_the_grid_names_what_is_missing(world, capsys):
+    args = grid_args(world, "--names", "nobody", "--output", "f.pdf")
+    args[args.index("--protected_dirs") + 1] = f"{world}/portraits"
     assert figure.main(args) == 1
     assert "nobody" in capsys.readouterr().err
     assert not Path("f.pdf").exists()
     args[args.index("nobody")] = "anna"
     assert figure.main(args) == 0
     assert Path("f.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_the_plot_shows_a_metric_against_budget(world, monkeypatch):
+    assert eval_psnr.main(psnr_args(world)) == 0
+    seen = {}
+
+    def record(points, ylabel, xlabel, draw=figure.draw_plot):
+        seen.update(points=points, ylabel=ylabel, figure=draw(points, ylabel, xlabel))
+        return seen["figure"]
+
+    monkeypatch.setattr(figure, "draw_plot", record)
+    assert figure.main(["plot", "--tables", "psnr_metric.csv", "--output", "p.pdf"]) == 0
+    assert Path("p.pdf").read_bytes().startswith(b"%PDF")
+    found = [(point.method, point.place) for point in seen["points"]]
+    assert found == [("facelock", "0.02"), ("facelock", "0.03")]
+    rows = table(Path("psnr_metric.csv"))
+    (line,) = seen["figure"].axes[0].lines[:1]
+    assert line.get_xdata() == pytest.approx([0.02, 0.03])
+    assert line.get_ydata() == pytest.approx([float(row["mean"]) for row in rows])
+    assert seen["points"][0].low == float(rows[0]["ci_low"])
+
+
+def test_the_plot_shows_a_metric_against_purification(world, all_args, monkeypatch, capsys):
+    assert eval_all.main(all_args) == 0
+    points = []
+    monkeypatch.setattr(figure, "draw_plot", lambda found, *labels: points.extend(found) or figure.draw_plot)
+    monkeypatch.setattr(figure, "save", lambda *args: None)
+    argv = ["plot", "--tables", "none=all_metric.csv", "jpeg:75=all_metric.csv", "--metric", "facial"]
+    assert figure.main(argv) == 0
+    found = [(point.method, point.place) for point in points[:2]]
+    assert found == [("clean", "none"), ("facelock, 0.02", "none")]
+    assert points[3].place == "jpeg:75" and points[0].value == pytest.approx(1)
+    capsys.readouterr()
+    for broken, says in (
+        (["--tables", "none=all_metric.csv", "--metric", "beauty"], "clip_s"),
+        (["--tables", "a=all_metric.csv", "a=all_metric.csv", "--metric", "psnr"], "two are a"),
+        (["--tables", "nothing.csv"], "nothing.csv"),
+        (["--tables", "all_metric.md"], "all_metric.md"),
+    ):
+        assert figure.main(["plot", *broken]) == 1
+        assert says in capsys.readouterr().err

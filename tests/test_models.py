@@ -19,7 +19,7 @@ import torchvision
 from huggingface_hub.errors import RepositoryNotFoundError
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import AutoModel
+from transformers import AutoModel, CLIPModel, CLIPProcessor
 
 import defend
 import edit
@@ -433,6 +433,35 @@ def test_lpips_trunks_are_torchvisions(monkeypatch, name):
 
 
 # ---------------------------------------------------------------------------------------------------------
+# CLIP
+
+
+def test_clip_embeds_as_its_library_does(tiny_models):
+    """Projected, not normalised, prepared by the model's own processor; alone or in a batch."""
+    clip = models.load_clip(str(tiny_models.clip), CPU, F32)
+    network = CLIPModel.from_pretrained(tiny_models.clip)
+    processor = CLIPProcessor.from_pretrained(tiny_models.clip)
+    pictures = np.stack([tiny.portrait((48, 64), seed=k) for k in range(3)])
+    texts = ["a beard", "a much longer sentence about a hat that goes on and on"]
+    with torch.no_grad():
+        inputs = processor(images=[Image.fromarray(pixels) for pixels in pictures], return_tensors="pt")
+        wanted = network.get_image_features(**inputs).pooler_output
+        tokens = processor(text=texts[0], return_tensors="pt")
+        of_text = network.get_text_features(**tokens).pooler_output
+    found = clip.embed_images(pictures)
+    assert torch.allclose(found, wanted, atol=1e-5) and not torch.allclose(found.norm(dim=1), torch.ones(3))
+    assert torch.allclose(clip.embed_images(pictures[1:2]), found[1:2], atol=1e-5)
+    assert torch.allclose(clip.embed_texts(texts)[:1], of_text, atol=1e-5)
+    assert clip.embed_texts(["x" * 500]).shape == (1, 8)
+
+
+def test_the_bundled_clip_is_float32_on_cpu():
+    clip = models.load_clip(models.MODEL_SETS["mini"].clip, CPU, F32)
+    assert clip.network.dtype == F32 and not any(p.requires_grad for p in clip.network.parameters())
+    assert clip.embed_texts(["Let it be snowy"]).dtype == F32
+
+
+# ---------------------------------------------------------------------------------------------------------
 # weights that can't be had
 
 
@@ -446,6 +475,7 @@ LOADS = {
     "editor": (ABSENT, lambda: load_any_editor(editor_set(ABSENT))),
     "vggface2": ("vggface2", lambda: models.load_recognizer("vggface2", CPU, F32)),
     "lpips": ("squeeze", lambda: models.load_perceptual("squeeze", CPU, F32)),
+    "clip": (ABSENT, lambda: models.load_clip(ABSENT, CPU, F32)),
 }
 
 
@@ -496,6 +526,7 @@ def test_a_directory_that_is_not_there_is_not_asked_of_the_hub(member, monkeypat
         lambda: models.load_vae(editor_set(member), PIX2PIX, CPU, F32),
         lambda: models.load_recognizer(member, CPU, F32),
         lambda: models.load_perceptual(member, CPU, F32),
+        lambda: models.load_clip(member, CPU, F32),
     ):
         with pytest.raises(UserError, match="--models mini") as caught:
             load()

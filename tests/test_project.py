@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
+import cheats
+import eval_all
+import eval_facial
+import figure
 import numpy as np
 import portraits
+import purify
 import pytest
 import torch
 import yaml
@@ -52,6 +59,33 @@ def test_ci_calls_make_test():
     assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
 
 
+def test_make_table_runs_every_method():
+    (line,) = re.findall(r"^METHODS \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert sorted(line.split()) == sorted(utils.METHOD_NAMES)
+
+
+@pytest.mark.slow
+def test_make_table_is_the_whole_experiment(tmp_path):
+    """One bundled portrait, the control and one method; run again, it has nothing left to make."""
+    source = tmp_path / "portraits/portrait_1000000.png"
+    source.parent.mkdir()
+    source.write_bytes(BUNDLED[0].read_bytes())
+    (tmp_path / "venv/bin").mkdir(parents=True)
+    for name in ("bin/python", "installed"):  # that of this run stands in, and nothing is installed
+        (tmp_path / "venv" / name).touch()
+    make = ["make", "table", f"VENV={tmp_path}/venv", f"RUN={sys.executable}", "METHODS=noise encoder"]
+    make += [f"IMAGES={source.parent}", f"TABLE={tmp_path}/table", "BUDGETS=0.06 0.030", "PROMPTS=0,13"]
+    outputs = [
+        subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)
+    ]
+    rows = (tmp_path / "table/all_metric.csv").read_text().splitlines()[1:]
+    places = [f"{method}/budget_{budget}" for budget in ("0.06", "0.03") for method in ("noise", "encoder")]
+    assert [row.split(",")[0] for row in rows] == ["clean", *(f"{tmp_path}/table/edits/{p}" for p in places)]
+    assert (tmp_path / "table/figure.png").stat().st_size > 10_000
+    assert outputs[0].count(" 0 there already, 0 failed") == 1 + 2 * len(places)
+    assert outputs[1].count(": 0 written") == 1 + 2 * len(places)
+
+
 @pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http|#)([^)]+)\)", README))))
 def test_readme_links_lead_somewhere(link):
     assert (ROOT / link).exists()
@@ -59,13 +93,14 @@ def test_readme_links_lead_somewhere(link):
 
 def test_readme_names_flags_that_exist(capsys):
     known = set()
-    for script in (defend, edit, main_defend, main_edit):
+    scripts = (defend, edit, main_defend, main_edit, eval_all, eval_facial, purify, cheats, figure)
+    for command in [*((script, []) for script in scripts), (figure, ["grid"]), (figure, ["plot"])]:
         with pytest.raises(SystemExit):
-            script.parse_args(["--help"])
+            command[0].parse_args([*command[1], "--help"])
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
-    table = [line for line in README.splitlines() if line.startswith("| `--")]
-    named = {flag for line in table for flag in re.findall(r"--\w+", line.split("|")[1])}
-    assert len(named) > 25 and named <= known
+    foreign = {"--include", "--write", "--first", "--count"}  # of hf, and of mini/portraits.py
+    named = set(re.findall(r"(?<![-\w])--\w+", README)) - foreign
+    assert len(named) > 45 and named <= known
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -21,6 +21,10 @@ from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -125,6 +129,28 @@ def write_img2img(directory: Path, seed: int = 0) -> Path:
         feature_extractor=None,
         requires_safety_checker=False,
     ).save_pretrained(directory)
+    return directory
+
+
+def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
+    """A transformers CLIPModel with its CLIPProcessor."""
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    shape = {
+        "hidden_size": WIDTH,
+        "intermediate_size": 2 * WIDTH,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+    }
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = {**shape, **special, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
+    vision = {**shape, "image_size": size, "patch_size": 8}
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
+    CLIPModel(config).eval().save_pretrained(directory)
+    images = CLIPImageProcessor(
+        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
+    )
+    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(directory)
     return directory
 
 
