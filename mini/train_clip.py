@@ -17,6 +17,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import portraits
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,7 @@ from tokenizer import build_tokenizer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
+import models
 from utils import edit_prompts, pick_device, to_tensor
 
 SIZE, PATCH, WIDTH = 64, 8, 128  # px, px, vision width
@@ -95,17 +97,17 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 def evaluate(
     out: Path, device: torch.device, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Loads what was exported and measures it on the generator's own edits of people never trained on."""
+    """Loads what was exported, as the scripts do, and measures it on the generator's own edits of people
+    never trained on.
+    """
     count = len(identities)
-    model = CLIPModel.from_pretrained(out, dtype=torch.float32).to(device).eval()
-    processor = CLIPProcessor.from_pretrained(out)
+    clip = models.load_clip(str(out), device, torch.float32)
     instructions = list(edit_prompts.values())
-    tokens = processor.tokenizer(instructions, return_tensors="pt", padding=True, truncation=True).to(device)
-    texts = text_embedding(model, tokens)  # (25, D)
+    texts = clip.embed_texts(instructions)  # (25, D)
     requests = [(i, 0, prompt) for i in identities for prompt in (None, *edit_prompts)]
-    pictures = world.pictures(requests, SIZE)
-    batches = [to_tensor(pictures[row : row + 250]).to(device) for row in range(0, len(pictures), 250)]
-    embeddings = torch.cat([image_embedding(model, batch) for batch in batches])
+    pictures = world.render(requests)
+    rows = range(0, len(pictures), 250)
+    embeddings = torch.cat([clip.embed_images(np.array(pictures[row : row + 250])) for row in rows])
     embeddings = embeddings.unflatten(0, (count, 1 + len(edit_prompts)))  # (count, 26, D)
     source, edits = embeddings[:, :1], embeddings[:, 1:]
     scores = F.cosine_similarity((edits - source)[:, :, None], texts[None, None], dim=-1)  # (count, 25, 25)
@@ -133,7 +135,7 @@ def evaluate(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = world.parser_of(__doc__, steps=1_500, identities=1_500, batch=64, lr=1e-3, seed=2, out="clip")
+    parser = world.parser_of(__doc__, steps=500, identities=700, batch=64, lr=1e-3, seed=2, out="clip")
     return world.parse(parser, argv)
 
 

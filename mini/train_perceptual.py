@@ -28,7 +28,9 @@ from torch import nn
 
 from utils import edit_prompts, pick_device, positive_int, to_tensor
 
-USUAL = 0.5  # the mean distance of different people's portraits
+# The mean distance of different people's portraits. With 0.5 its gradient in facelock was as large as the
+# face term's, and the defense moved both recognisers less; chosen on validation identities.
+USUAL = 0.3
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.15}
 CALIBRATION_PAIRS = 100
 VALIDATION_COUNT = 64
@@ -134,7 +136,7 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = world.parser_of(
-        __doc__, steps=600, identities=1_000, batch=32, lr=5e-4, seed=1, out="perceptual"
+        __doc__, steps=250, identities=300, batch=32, lr=5e-4, seed=1, out="perceptual"
     )
     parser.add_argument("--images", type=positive_int, default=4, help="of each, every second edited")
     return world.parse(parser, argv)

@@ -38,8 +38,10 @@ from utils import edit_prompts, pick_device, positive_int, to_tensor
 SIZE = 64  # px, the side of what the recognisers see
 MARGIN, SCALE = 0.3, 24.0  # CosFace: cosine margin, and the factor that makes logits of cosines
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.03, "tint": 0.4}
-SURROUNDINGS = 0.4  # the share of training pictures that get another portrait's hair, clothes and background,
-RAMP = 0.35  # reached after this part of the training: from the start, the judge learned nothing at all
+# The share of training pictures that get another portrait's hair, clothes and background, and the part of the
+# training after which it is reached: with all of it from the start the judge learned nothing.
+SURROUNDINGS, RAMP = 0.4, 0.35
+STEPS, JUDGE_STEPS = 6_000, 16_000  # with 6,000 the judge hardly saw what an attack on the other one does
 JUDGE_SEED = 1_000  # is added to --seed for the judge
 
 VALIDATION_COUNT = 200  # identities
@@ -163,12 +165,14 @@ def export(model: PreTrainedModel, out: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = world.parser_of(
-        __doc__, steps=6_000, identities=3_000, batch=64, lr=1e-3, seed=0, out="recognizer"
+        __doc__, steps=STEPS, identities=3_000, batch=64, lr=1e-3, seed=0, out="recognizer"
     )
     parser.add_argument("--judge", action="store_true", help="train the judge instead of the recogniser")
     parser.add_argument("--images", type=positive_int, default=8, help="of each, two of three edited")
-    parser.set_defaults(out=None)  # depends on --judge
-    return world.parse(parser, argv)
+    parser.set_defaults(out=None, steps=None)  # depend on --judge
+    args = world.parse(parser, argv)
+    args.steps = args.steps or (JUDGE_STEPS if args.judge else STEPS)
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -157,7 +157,7 @@ def evaluate(folder: Path, args: argparse.Namespace) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = world.parser_of(
-        __doc__, steps=5_000, identities=2_000, batch=16, lr=2e-3, seed=0, out="editor/vae"
+        __doc__, steps=4_500, identities=2_000, batch=16, lr=2e-3, seed=0, out="editor/vae"
     )
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence per latent value")
     parser.add_argument("--eval_identities", type=positive_int, default=50, help="of the validation range")
