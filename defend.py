@@ -92,6 +92,11 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="measure face similarity after a VAE round trip for other methods than facelock, too",
     )
+    parser.add_argument(
+        "--checkpointing",
+        action="store_true",
+        help="less memory, more time: the VAE's activations are computed again for each gradient",
+    )
     models.add_editor_arguments(parser)
     models.add_face_arguments(parser)
     models.add_perceptual_argument(parser)
@@ -135,6 +140,7 @@ class Tools:
     def __init__(self, args: argparse.Namespace) -> None:
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
         self.kind = args.model
+        self.checkpointing = args.checkpointing
         self.models = models.choose(args)
         self.device, self.dtype = models.set_up(args)
 
@@ -157,7 +163,9 @@ class Tools:
 
     @cached_property
     def vae(self) -> models.WorkingVAE:
-        return models.load_vae(self.models, self.kind, self.device, self.dtype)
+        return models.load_vae(
+            self.models, self.kind, self.device, self.dtype, checkpointing=self.checkpointing
+        )
 
     @cached_property
     def recognizer(self) -> models.Recognizer:
@@ -195,7 +203,8 @@ class Report:
     similarity: dict[str, str] = field(default_factory=dict)  # recogniser -> "0.93 -> 0.21" or "not measured"
 
     def __str__(self) -> str:
-        text = f"{self.path}: L-infinity {self.linf:.4f} (budget {self.budget:g}), PSNR {self.psnr:.1f} dB"
+        text = f"{utils.one_line(str(self.path))}: L-infinity {self.linf:.4f} (budget {self.budget:g})"
+        text += f", PSNR {self.psnr:.1f} dB"
         if self.similarity:
             values = ", ".join(f"{name} {value}" for name, value in self.similarity.items())
             text += f"\n  face similarity after a VAE round trip, source -> protected: {values}"
@@ -378,16 +387,19 @@ def _round_trip_similarity(name: str, subject: Subject, saved: Any, tools: Tools
 class LossBar:
     """A tqdm bar over a batch's iterations; shows the mean loss where `pgd` waits for the device anyway."""
 
-    def __init__(self, num_iters: int, label: str) -> None:
+    def __init__(self, num_iters: int, label: str, shown: bool = True) -> None:
         from tqdm import tqdm
 
         from methods import CHECK_EVERY
 
         self.every = CHECK_EVERY
-        self.bar = tqdm(total=num_iters, desc=label, unit="it", leave=False)
+        self.num_iters = num_iters
+        self.bar = tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not shown)
 
     def __call__(self, i: int, losses: torch.Tensor) -> None:
-        if (i + 1) % self.every == 0 or i + 1 == self.bar.total:
+        if self.bar.disable:
+            return
+        if (i + 1) % self.every == 0 or i + 1 == self.num_iters:
             self.bar.set_postfix(loss=f"{losses.mean().item():.4g}", refresh=False)
         self.bar.update()
 

@@ -118,7 +118,7 @@ def run(args: argparse.Namespace) -> int:
         print(warning, file=sys.stderr)
     (pixels,) = edit_portraits([portrait], [args.prompt], editor, args.seed)
     utils.save_png(output, pixels, portrait.alpha)
-    print(f"{output}: {args.prompt!r}, seed {args.seed}")
+    print(utils.one_line(f"{output}: {args.prompt!r}, seed {args.seed}"))
     return 0
 
 

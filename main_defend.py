@@ -39,7 +39,55 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    team = runs.Team.gather(args)
     directory = args.output_dir / f"budget_{args.attack_budget:g}"
+    images, args.seed = team.once(lambda: prepare(args, directory))
+    tools = defend.Tools(args)
+    in_effect = {**dict.fromkeys(defend.KNOBS), **defend.knobs_in_effect(args)}
+    record = runs.record_of(args, tools.models, tools.dtype, in_effect)
+    team.once(lambda: runs.check_record(directory, record))
+    tools.preload(args)
+
+    items = [
+        runs.Item(image, directory / f"{image.stem}.png", size, label=image.name) for image, size in images
+    ]
+    warnings = {models.size_warning(tools.models, size) for _, size in images if size}
+    for warning in sorted(filter(None, warnings)) if team.is_first else ():
+        print(warning, file=sys.stderr)
+
+    def load(item: runs.Item) -> defend.Subject:
+        return defend.load_subject(item.source, args, tools)
+
+    def work(batch: list[runs.Item], subjects: list[defend.Subject], wanted: list[bool]) -> None:
+        outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
+        bar = defend.LossBar(args.num_iters, args.defend_method, shown=team.is_first)
+        try:
+            reports = defend.protect_subjects(subjects, outputs, args, tools, bar)
+        finally:
+            bar.close()
+        for report in reports:
+            bar.bar.write(str(report))
+
+    with runs.writing(directory, record, team):
+        summary = runs.run_batches(
+            runs.batches(items, args.batch_size),
+            load,
+            work,
+            overwrite=args.overwrite,
+            debug=args.debug,
+            unit="portrait",
+            team=team,
+        )
+    return runs.finish(summary, team, directory)
+
+
+def prepare(
+    args: argparse.Namespace, directory: Path
+) -> tuple[list[tuple[Path, tuple[int, int] | None]], int]:
+    """All that can be checked before models are loaded -> the images with their sizes, and the seed.
+
+    Raises UserError.
+    """
     images = runs.find_images(args.image_dir)
     if directory.resolve() == args.image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
@@ -48,44 +96,7 @@ def run(args: argparse.Namespace) -> int:
     recorded = runs.read_record(directory)
     if args.seed == -1 and recorded is not None:
         raise UserError(f"{directory} was begun with --seed {recorded.get('seed')}; give that, not -1")
-    args.seed = utils.draw_seed(args.seed)
-    tools = defend.Tools(args)
-    in_effect = {**dict.fromkeys(defend.KNOBS), **defend.knobs_in_effect(args)}
-    record = runs.record_of(args, tools.models, tools.dtype, in_effect)
-    record = runs.check_record(directory, record)
-    tools.preload(args)
-    runs.write_record(directory, record)
-
-    items = [
-        runs.Item(image, directory / f"{image.stem}.png", utils.image_size(image), label=image.name)
-        for image in images
-    ]
-    warnings = {models.size_warning(tools.models, item.size) for item in items if item.size}
-    for warning in sorted(filter(None, warnings)):
-        print(warning, file=sys.stderr)
-
-    def load(item: runs.Item) -> defend.Subject:
-        return defend.load_subject(item.source, args, tools)
-
-    def work(batch: list[runs.Item], subjects: list[defend.Subject], wanted: list[bool]) -> None:
-        outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
-        bar = defend.LossBar(args.num_iters, args.defend_method)
-        try:
-            reports = defend.protect_subjects(subjects, outputs, args, tools, bar)
-        finally:
-            bar.close()
-        for report in reports:
-            bar.bar.write(str(report))
-
-    summary = runs.run_batches(
-        runs.batches(items, args.batch_size),
-        load,
-        work,
-        overwrite=args.overwrite,
-        debug=args.debug,
-        unit="portrait",
-    )
-    return summary.print(directory)
+    return [(image, utils.image_size(image)) for image in images], utils.draw_seed(args.seed)
 
 
 if __name__ == "__main__":

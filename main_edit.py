@@ -52,19 +52,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    team = runs.Team.gather(args)
     chosen = edit.choose(args)
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
-    images = runs.find_images(args.src_dir)
-    utils.check_directory(args.edit_dir)
-    args.seed = _draw_new_seed(args)
+    images, args.seed = team.once(lambda: prepare(args))
     directory = args.edit_dir / f"seed{args.seed}"
     device, dtype = models.set_up(args)
     unread = {"strength" if args.model == "instruct-pix2pix" else "image_guidance_scale": None}
     record = runs.record_of(args, chosen, dtype, unread)
     record["prompts"] = {str(number): text for number, text in prompts.items()}
-    record = runs.check_record(directory, record)
+    team.once(lambda: runs.check_record(directory, record))
     editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
-    runs.write_record(directory, record)
 
     items = [
         runs.Item(
@@ -74,11 +72,11 @@ def run(args: argparse.Namespace) -> int:
             label=f"prompt{number}/{image.name}",
             prompt=text,
         )
-        for image, size in ((image, utils.image_size(image)) for image in images)
+        for image, size in images
         for number, text in prompts.items()
     ]
-    warnings = {models.size_warning(chosen, item.size) for item in items if item.size}
-    for warning in sorted(filter(None, warnings)):
+    warnings = {models.size_warning(chosen, size) for _, size in images if size}
+    for warning in sorted(filter(None, warnings)) if team.is_first else ():
         print(warning, file=sys.stderr)
 
     def load(item: runs.Item) -> Portrait:
@@ -90,23 +88,30 @@ def run(args: argparse.Namespace) -> int:
             if is_wanted:
                 utils.save_png(item.output, pixels, portrait.alpha)
 
-    summary = runs.run_batches(
-        runs.batches(items, args.batch_size),
-        load,
-        work,
-        overwrite=args.overwrite,
-        debug=args.debug,
-        unit="edit",
-    )
-    return summary.print(directory)
+    with runs.writing(directory, record, team):
+        summary = runs.run_batches(
+            runs.batches(items, args.batch_size),
+            load,
+            work,
+            overwrite=args.overwrite,
+            debug=args.debug,
+            unit="edit",
+            team=team,
+        )
+    return runs.finish(summary, team, directory)
 
 
-def _draw_new_seed(args: argparse.Namespace) -> int:
-    """The seed; for -1 one whose folder doesn't exist yet."""
+def prepare(args: argparse.Namespace) -> tuple[list[tuple[Path, tuple[int, int] | None]], int]:
+    """All that can be checked before models are loaded -> the images with their sizes, and the seed.
+
+    For -1 that is one whose folder doesn't exist yet. Raises UserError.
+    """
+    images = runs.find_images(args.src_dir)
+    utils.check_directory(args.edit_dir)
     seed = utils.draw_seed(args.seed)
     while args.seed == -1 and (args.edit_dir / f"seed{seed}").exists():
         seed = utils.draw_seed(-1)
-    return seed
+    return [(image, utils.image_size(image)) for image in images], seed
 
 
 if __name__ == "__main__":

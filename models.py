@@ -109,6 +109,7 @@ FACENET_URLS = {
 FACENET_CROP = 160  # px
 FACENET_SCALE = 127.5 / 128  # facenet's fixed standardisation (v - 127.5) / 128, for values in [-1, 1]
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # lpips name -> torchvision's
+HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
 DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks at them
 
 
@@ -149,7 +150,7 @@ def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
         f"{name}: {', '.join(shown(model_id) for model_id in models.editors.values())}"
         for name, models in MODEL_SETS.items()
     )
-    parser.add_argument("--model_id", help=f"hub id or local directory of the editor (default: {ids})")
+    parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
     parser.add_argument(
         "--resolution",
         type=positive_int,
@@ -184,7 +185,7 @@ def add_clip_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--clip_id",
         dest="clip",
-        help=f"hub id or local directory of a transformers CLIP (default: {_members('clip')})",
+        help=f"{HUB_HELP} of a transformers CLIP (default: {_members('clip')})",
     )
 
 
@@ -278,30 +279,32 @@ def _loading(what: str, member: str) -> Iterator[None]:
         ) from None
 
 
-def _from_hub(member: str) -> dict[str, Any]:
-    """The `from_pretrained` keywords for a hub id or a local directory.
+def _from_hub(member: str) -> tuple[str, dict[str, Any]]:
+    """A hub id, or ID@REVISION, or a local directory -> what `from_pretrained` wants: name and keywords.
 
     Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
     five retries; without a network, what an earlier run has downloaded is used.
     """
     from huggingface_hub import HfApi, constants
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
     from huggingface_hub.file_download import repo_folder_name
 
     if Path(member).is_dir():
-        return {"local_files_only": True}
+        return member, {"local_files_only": True}
     if Path(member).is_absolute() or member.startswith(".") or member.count("/") > 1:
         raise FileNotFoundError("no such directory")
+    name, _, revision = member.partition("@")
+    fixed = {"revision": revision} if revision else {}
     try:
-        HfApi().model_info(member, timeout=10)
-    except (RepositoryNotFoundError, HFValidationError):  # a gated one is among the former
+        HfApi().model_info(name, timeout=10, **fixed)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # a gated one is among them
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
-        if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=member, repo_type="model")).exists():
+        if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).exists():
             reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
             raise ConnectionError(reason) from None
-        return {"local_files_only": True}
-    return {}
+        fixed["local_files_only"] = True
+    return name, fixed
 
 
 def _frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
@@ -329,13 +332,21 @@ class WorkingVAE:
         return self.vae.decode(latents.to(self.vae.dtype))
 
 
-def load_vae(models: ModelSet, kind: str, device: torch.device, dtype: torch.dtype) -> WorkingVAE:
-    """The editor's autoencoder alone, from its `vae` folder: all that a defense needs. Raises UserError."""
+def load_vae(
+    models: ModelSet, kind: str, device: torch.device, dtype: torch.dtype, *, checkpointing: bool = False
+) -> WorkingVAE:
+    """The editor's autoencoder alone, from its `vae` folder: all that a defense needs. Raises UserError.
+
+    checkpointing: whether a gradient computes activations again instead of keeping them.
+    """
     from diffusers import AutoencoderKL
 
     member = models.editors[kind]
     with _loading("the VAE of", member):
-        vae = AutoencoderKL.from_pretrained(member, subfolder="vae", dtype=dtype, **_from_hub(member))
+        name, where = _from_hub(member)
+        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=dtype, **where)
+    if checkpointing:
+        vae.enable_gradient_checkpointing()
     return WorkingVAE(_frozen(vae, device, dtype), models.resolution)
 
 
@@ -390,12 +401,13 @@ def load_editor(
     }
     with _loading("the editor", member):
         # A checker that blanks an edit would be counted as protection, so there is none.
+        name, where = _from_hub(member)
         pipeline = getattr(diffusers, pipelines[kind]).from_pretrained(
-            member,
+            name,
             dtype=dtype,
             safety_checker=None,
             requires_safety_checker=False,
-            **_from_hub(member),
+            **where,
         )
         if models.scheduler is not None:
             scheduler = getattr(diffusers, models.scheduler)
@@ -653,7 +665,9 @@ def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
     import torchvision
 
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
-    state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
+    state = torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", weights_only=True, check_hash=True
+    )
     return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}
 
 
@@ -692,6 +706,6 @@ def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
     from transformers import CLIPModel, CLIPProcessor
 
     with _loading("CLIP", member):
-        where = _from_hub(member)
-        network = CLIPModel.from_pretrained(member, dtype=dtype, **where)
-        return Clip(_frozen(network, device, dtype), CLIPProcessor.from_pretrained(member, **where))
+        name, where = _from_hub(member)
+        network = CLIPModel.from_pretrained(name, dtype=dtype, **where)
+        return Clip(_frozen(network, device, dtype), CLIPProcessor.from_pretrained(name, **where))

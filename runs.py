@@ -1,4 +1,4 @@
-"""What main_defend.py and main_edit.py share: finding inputs, batches, resume, run.json, the summary.
+"""What main_defend.py and main_edit.py share: inputs, batches, processes, resume, run.json, the summary.
 
 Items are anything with a `source` path, an `output` path and a `size` (H, W); pixels are none of this file's
 business.
@@ -7,21 +7,42 @@ business.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import os
 import platform
+import re
+import signal
+import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any, TypeVar
 
 import models
-from utils import IMAGE_SUFFIXES, UserError, first_line, images_by_stem, positive_int, write_file
+from utils import (
+    IMAGE_SUFFIXES,
+    UserError,
+    first_line,
+    images_by_stem,
+    one_line,
+    pick_device,
+    positive_int,
+    write_file,
+)
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock there
+    fcntl = None
 
 # Flags that don't change pixels beyond rounding: a run may be resumed with other values of these.
-FREE = {"batch_size", "check", "debug", "device", "edit_dir", "judge", "output_dir", "overwrite"}
+FREE = {
+    "batch_size", "check", "checkpointing", "debug", "device", "edit_dir", "judge", "output_dir", "overwrite"
+}  # fmt: skip
 # Recorded beside the arguments, in a form of their own
 ELSEWHERE = {"seed", "prompts", "prompt_file"}
 PACKAGES = [
@@ -60,7 +81,8 @@ def find_images(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: no image files in it ({' '.join(sorted(IMAGE_SUFFIXES))})")
     folders = sorted(entry.name for entry in directory.iterdir() if entry.is_dir() and entry.name[0] != ".")
     if folders:
-        print(f"{directory}: sub-directories are not searched: {', '.join(folders)}", file=sys.stderr)
+        text = f"{directory}: sub-directories are not searched: {', '.join(folders)}"
+        print(one_line(text), file=sys.stderr)
     return images
 
 
@@ -174,6 +196,137 @@ def _pixels(record: dict[str, Any]) -> dict[str, Any]:
 
 
 # ---------------------------------------------------------------------------------------------------------
+# processes
+
+Made = TypeVar("Made")
+
+
+@dataclass(frozen=True)
+class Team:
+    """The processes that share a run: one, or those that torchrun or accelerate launch started."""
+
+    rank: int = 0
+    size: int = 1
+    parent: int = 0  # the launcher's process number
+
+    @classmethod
+    def gather(cls, args: argparse.Namespace) -> Team:
+        """Joins the other processes, if a launcher started any. Raises UserError for a bad --device."""
+        size = int(os.environ.get("WORLD_SIZE", "1"))
+        if size == 1:
+            return cls()
+        from accelerate import PartialState
+
+        # Without cpu=, processes on CPUs don't see each other.
+        state = PartialState(cpu=pick_device(args.device).type == "cpu")
+        return cls(state.process_index, size, os.getppid())
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def is_orphan(self) -> bool:
+        """Whether the launcher is gone: then nobody waits for this process any more."""
+        return self.size > 1 and os.getppid() != self.parent
+
+    def once(self, work: Callable[[], Made]) -> Made:
+        """Does it in the first process alone and gives what comes of it to all; a UserError there ends all,
+        with one line.
+        """
+        if self.size == 1:
+            return work()
+        from accelerate.utils import broadcast_object_list
+
+        message: list[Any] = [None]
+        if self.is_first:
+            try:
+                message = [(work(), None)]
+            except UserError as error:
+                message = [(None, str(error))]
+        broadcast_object_list(message)
+        made, error = message[0]
+        if error is None:
+            return made
+        if self.is_first:
+            raise UserError(error)
+        sys.exit(1)
+
+    def all(self, mine: Made) -> list[Made]:
+        """Everybody's, in order of the processes."""
+        if self.size == 1:
+            return [mine]
+        from accelerate.utils import gather_object
+
+        return gather_object([mine])
+
+
+class Lock:
+    """Keeps a second run out of a directory while any process of the first one lives.
+
+    A shared flock on DIRECTORY/.lock, once an exclusive one has shown that nobody else has it: the system
+    gives it up when a process ends, however it ends. The file says who they are.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        directory.mkdir(parents=True, exist_ok=True)
+        self.path = directory / ".lock"
+        self.file = open(self.path, "a+")  # noqa: SIM115 (open as long as it is held)
+
+    def take(self, team: Team) -> None:
+        """To be called by every process. Raises UserError if another run is at work there."""
+        team.once(self._begin)
+        if not team.is_first:
+            self._flock(exclusive=False)
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
+        team.all(None)  # nobody goes on before all have it
+
+    def _begin(self) -> None:
+        self._flock(exclusive=True)
+        self.file.truncate(0)
+        self._flock(exclusive=False)
+
+    def _flock(self, exclusive: bool) -> None:
+        if fcntl is None:
+            return
+        try:
+            fcntl.flock(self.file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self.file.seek(0)
+            who = ", ".join(self.file.read().splitlines())
+            raise UserError(
+                f"{self.path.parent}: another run is writing into it ({who}); wait for its end, or stop it"
+            ) from None
+        except OSError as error:  # some network file systems have no locks
+            print(f"warning: {self.path} can't be locked ({error.strerror})", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def writing(directory: Path, record: dict[str, Any], team: Team) -> Iterator[None]:
+    """Locks a directory of results, removes what a killed run left and writes run.json.
+
+    Raises UserError, as Lock and check_record do.
+    """
+    lock = Lock(directory)
+
+    def begin() -> None:
+        clean_up(directory)
+        write_record(directory, check_record(directory, record))
+
+    with lock.file:
+        lock.take(team)
+        team.once(begin)
+        yield
+
+
+def clean_up(directory: Path) -> None:
+    """Removes the temporary files that a killed run left in a directory of results, or one below."""
+    for path in [*directory.glob(".*.tmp"), *directory.glob("*/.*.tmp")]:
+        if re.fullmatch(r"\..+\.\d+\.tmp", path.name):
+            path.unlink(missing_ok=True)
+
+
+# ---------------------------------------------------------------------------------------------------------
 # the loop
 
 Loaded = TypeVar("Loaded")
@@ -186,14 +339,54 @@ class Summary:
     made: int = 0
     skipped: int = 0
     failed: list[str] = field(default_factory=list)
+    signal: int = 0  # that stopped it
 
-    def print(self, where: Path) -> int:
-        """Prints it and returns the exit status: 1 if anything failed."""
+    @property
+    def status(self) -> int:
+        """The exit status: 1 if anything failed, 128 + n after signal n."""
+        return 128 + self.signal if self.signal else 1 if self.failed else 0
+
+    def print(self, where: Path) -> None:
+        """The last lines of a run."""
         parts = [f"{self.made} written", f"{self.skipped} there already", f"{len(self.failed)} failed"]
-        print(f"{where}: {', '.join(parts)}")
+        print(one_line(f"{where}: {', '.join(parts)}{'; stopped' if self.signal else ''}"))
         for line in self.failed:
             print(f"  failed: {line}", file=sys.stderr)
-        return 1 if self.failed else 0
+
+
+def finish(summary: Summary, team: Team, where: Path) -> int:
+    """Adds up what the processes did and prints it once -> the exit status, the same for all."""
+    whole = Summary()
+    for part in team.all(summary):
+        whole.made += part.made
+        whole.skipped += part.skipped
+        whole.failed += part.failed
+        whole.signal = max(whole.signal, part.signal)
+    if team.is_first:
+        whole.print(where)
+    return whole.status
+
+
+class Stop:
+    """Ctrl-C or SIGTERM once: the current batch is finished and saved. Again: at once."""
+
+    def __init__(self) -> None:
+        self.signal = 0
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _hear(self, number: int, _: Any) -> None:
+        if self.signal:
+            raise KeyboardInterrupt
+        self.signal = number
+        print("stopping after this batch (once more: at once)", file=sys.stderr)
 
 
 def run_batches(
@@ -204,42 +397,80 @@ def run_batches(
     overwrite: bool,
     debug: bool,
     unit: str,
+    team: Team = Team(),
 ) -> Summary:
-    """Goes through batches, carries on past what fails, and counts.
+    """Goes through this process's batches, carries on past what fails, and counts.
 
     A batch of which any file is missing is computed whole, so its arithmetic is that of an undisturbed run;
     `work(items, loaded, wanted)` writes those that are wanted. A file that `load` can't read drops out of its
-    batch alone; an error in `work` fails the whole batch.
+    batch alone; an error in `work` fails the whole batch. Where memory doesn't suffice for a batch, it and
+    the following are cut in halves.
     """
     from tqdm import tqdm
 
+    own = work_list[team.rank :: team.size]
+    stop = Stop()
     summary = Summary()
-    with tqdm(total=sum(map(len, work_list)), unit=unit) as bar:
-        for batch in work_list:
+    largest = max(map(len, own), default=1)
+    with tqdm(total=sum(map(len, own)), unit=unit, disable=not team.is_first) as bar, stop.listening():
+        for batch in own:
+            if stop.signal or team.is_orphan:
+                summary.signal = stop.signal or signal.SIGTERM
+                break
             wanted = {item.output for item in batch if overwrite or not item.output.exists()}
             summary.skipped += len(batch) - len(wanted)
-            items, loaded = [], []
+            todo: list[tuple[Item, Loaded]] = []
             for item in batch if wanted else ():
                 try:
-                    loaded.append(load(item))
-                    items.append(item)
+                    todo.append((item, load(item)))
                 except Exception as error:  # a bad file, or a detector out of memory: the others may still do
                     if debug:
                         raise
                     if item.output in wanted:
                         _note(summary, item, error, bar)
-            try:
-                if any(item.output in wanted for item in items):
-                    work(items, loaded, [item.output in wanted for item in items])
-                    summary.made += sum(item.output in wanted for item in items)
-            except Exception as error:  # out of memory, a full disk...: the other batches may still do
-                if debug:
-                    raise
-                for item in items:
-                    if item.output in wanted:
+            while todo:
+                part = todo[:largest]
+                items, loaded = map(list, zip(*part, strict=True))
+                mine = [item for item in items if item.output in wanted]
+                too_many = False
+                try:
+                    if mine:
+                        work(items, loaded, [item.output in wanted for item in items])
+                        summary.made += len(mine)
+                except Exception as error:  # out of memory, a full disk...: the other batches may still do
+                    too_many = out_of_memory(error) and len(part) > 1
+                    if debug and not too_many:
+                        raise
+                    for item in mine if not too_many else ():
                         _note(summary, item, error, bar)
+                if too_many:
+                    largest = (len(part) + 1) // 2
+                    bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
+                    free_memory()
+                    continue
+                todo = todo[len(part) :]
             bar.update(len(batch))
     return summary
+
+
+def out_of_memory(error: Exception) -> bool:
+    """Whether an error says that a device or the machine has no memory left."""
+    import torch
+
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+
+
+def free_memory() -> None:
+    """Gives back what the failed attempt still holds."""
+    import gc
+
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _note(summary: Summary, item: Item, error: Exception, bar: Any) -> None:
@@ -248,6 +479,6 @@ def _note(summary: Summary, item: Item, error: Exception, bar: Any) -> None:
         if isinstance(error, UserError)
         else f"{type(error).__name__}: {first_line(error)}"
     )
-    line = text if str(item.source) in text else f"{item.label}: {text}"
+    line = one_line(text if str(item.source) in text else f"{item.label}: {text}")
     summary.failed.append(line)
     bar.write(f"failed: {line}", file=sys.stderr)

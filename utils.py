@@ -165,7 +165,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
     except UserError as error:
         if args.debug:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
     except KeyboardInterrupt:
         if args.debug:
             raise
@@ -185,6 +185,11 @@ def first_line(error: BaseException) -> str:
     """An exception's text up to its first line break, for one-line messages."""
     lines = str(error).strip().splitlines()
     return lines[0] if lines else type(error).__name__
+
+
+def one_line(text: str) -> str:
+    """Text for the screen: line breaks and other control characters of file names are shown as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -231,7 +236,7 @@ def start_seed(seed: int, stem: str) -> int:
 
     So a portrait gets the same start whatever the batch size, the order or the number of processes.
     """
-    digest = hashlib.sha256(f"{seed}:{stem}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
@@ -247,6 +252,9 @@ def pick_device(name: str) -> torch.device:
     """`auto` or a torch device name -> a device that is really there. Raises UserError if it is not."""
     import torch
 
+    local = os.environ.get("LOCAL_RANK")  # a launcher numbers the processes of a machine
+    if local is not None and name in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.device("cuda", int(local))
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")
@@ -337,7 +345,8 @@ def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
 def images_by_stem(directory: Path) -> dict[str, Path]:
     """The image files of a directory by stem, sorted by name; hidden files and other things are left.
 
-    Raises UserError: no such directory, or two files with the same stem, whose results would be one file.
+    Links to files count, also broken ones: whoever reads them says so. Raises UserError: no such directory,
+    or two files with the same stem, whose results would be one file.
     """
     if not directory.exists():
         raise UserError(f"{directory}: no such directory")
@@ -345,7 +354,8 @@ def images_by_stem(directory: Path) -> dict[str, Path]:
         raise UserError(f"{directory}: not a directory")
     files: dict[str, list[Path]] = {}
     for path in sorted(directory.iterdir()):
-        if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".") and path.is_file():
+        is_image = path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")
+        if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
             files.setdefault(path.stem, []).append(path)
     twins = ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]
     if twins:

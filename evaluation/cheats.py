@@ -23,7 +23,7 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import common
 
@@ -168,9 +168,8 @@ def reseed(
     ours = dict.fromkeys(("cheats", "clean_edit_dir", "other_seed", "shift"))  # nothing that edits reads them
     record = runs.record_of(args, chosen, dtype, unread | ours)
     record |= {"seed": seed, "prompts": {str(number): text for number, text in texts.items()}}
-    record = runs.check_record(directory, record)
+    runs.check_record(directory, record)
     editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
-    runs.write_record(directory, record)
 
     def work(batch: list[runs.Item], portraits: list[utils.Portrait], wanted: list[bool]) -> None:
         edited = edit.edit_portraits(portraits, [item.prompt for item in batch], editor, seed)
@@ -181,7 +180,7 @@ def reseed(
     def load(item: runs.Item) -> utils.Portrait:
         return utils.load_portrait(item.source, chosen.resolution)
 
-    return _make(args, items, load, work, directory, args.batch_size)
+    return _make(args, items, load, work, directory, record, args.batch_size)
 
 
 def alter(
@@ -193,7 +192,6 @@ def alter(
     arguments = {"cheat": cheat} | ({"shift": args.shift} if cheat == "shifted" else {})
     record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
     record["prompts"] = {str(number): text for number, text in texts.items() if text}
-    runs.write_record(directory, runs.check_record(directory, record))
 
     def work(batch: list[runs.Item], loaded: list[utils.Portrait], _: list[bool]) -> None:
         import numpy as np
@@ -204,7 +202,7 @@ def alter(
                 pixels = np.asarray(OF_EDITS[cheat](Image.fromarray(pixels), args.shift))
             utils.save_png(item.output, pixels)
 
-    return _make(args, items, lambda item: utils.load_image(item.source), work, directory, 1)
+    return _make(args, items, lambda item: utils.load_image(item.source), work, directory, record, 1)
 
 
 def _make(
@@ -213,17 +211,20 @@ def _make(
     load: Callable[[runs.Item], utils.Portrait],
     work: Callable[[list[runs.Item], list[utils.Portrait], list[bool]], None],
     directory: Path,
+    record: dict[str, Any],
     batch_size: int,
 ) -> int:
-    summary = runs.run_batches(
-        runs.batches(items, batch_size),
-        load,
-        work,
-        overwrite=args.overwrite,
-        debug=args.debug,
-        unit="picture",
-    )
-    return summary.print(directory)
+    team = runs.Team()
+    with runs.writing(directory, record, team):
+        summary = runs.run_batches(
+            runs.batches(items, batch_size),
+            load,
+            work,
+            overwrite=args.overwrite,
+            debug=args.debug,
+            unit="picture",
+        )
+    return runs.finish(summary, team, directory)
 
 
 if __name__ == "__main__":

@@ -280,7 +280,7 @@ def shared_names(there: dict[Path, set[str]], common: bool) -> list[str]:
         text = "; ".join(f"{directory}: {', '.join(names)}" for directory, names in lacking.items())
         if not common:
             raise UserError(f"images are missing ({text}); --common scores those that all have")
-        print(f"left out, not in every directory: {text}", file=sys.stderr)
+        print(utils.one_line(f"left out, not in every directory: {text}"), file=sys.stderr)
     shared = sorted(every.intersection(*there.values()))
     if not shared:
         raise UserError("no image is in every directory")
@@ -342,7 +342,7 @@ class Results:
     def exit_status(self) -> int:
         """Names the damaged images; 1 if there are any."""
         for line in self.damaged:
-            print(f"left out of every row: {line}", file=sys.stderr)
+            print(utils.one_line(f"left out of every row: {line}"), file=sys.stderr)
         return 1 if self.damaged else 0
 
 
@@ -654,4 +654,4 @@ def write_csv(path: Path, header: Sequence[str], lines: Sequence[Sequence[str]])
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(header)
     writer.writerows(lines)
-    utils.write_file(path, buffer.getvalue().encode())
+    utils.write_file(path, buffer.getvalue().encode(errors="surrogateescape"))

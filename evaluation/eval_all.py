@@ -65,13 +65,6 @@ VISIBLE = {  # of a protected image against its source: less is seen the other w
 }
 
 
-def linf(images: np.ndarray, references: np.ndarray) -> float:
-    """max |image - reference| of two (H, W, 3) uint8 images, in the [-1, 1] range of the budgets."""
-    import numpy as np
-
-    return float(np.abs(images.astype(int) - references.astype(int)).max()) * utils.LEVEL
-
-
 @dataclass
 class Visibility:
     """How far protected images are from their sources, as these come by."""
@@ -101,7 +94,7 @@ class Visibility:
                 metric: function(utils.to_tensor(image), reference).item()
                 for metric, function in self.metrics.items()
             }
-            for metric, value in (found | {"linf": linf(image, source)}).items():
+            for metric, value in (found | {"linf": utils.linf(image, source)}).items():
                 self.values.setdefault(metric, {}).setdefault(row, {})[key] = value
 
 

@@ -208,7 +208,7 @@ def run(args: argparse.Namespace) -> int:
         purifiers["vae"] = through_vae(models.load_vae(chosen, args.model, device, dtype), device)
         arguments |= {"model_id": models.shown(chosen.editors[args.model]), "resolution": chosen.resolution}
     record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
-    runs.write_record(args.output_dir, runs.check_record(args.output_dir, record))
+    team = runs.Team()
 
     items = [
         runs.Item(path, args.output_dir / f"{path.stem}.png", None, label=path.name) for path in images
@@ -219,15 +219,16 @@ def run(args: argparse.Namespace) -> int:
             pixels = purify(portrait.pixels, args.method, purifiers, args.seed, item.source.stem)
             utils.save_png(item.output, pixels)
 
-    summary = runs.run_batches(
-        runs.batches(items, 1),
-        lambda item: utils.load_image(item.source),
-        work,
-        overwrite=args.overwrite,
-        debug=args.debug,
-        unit="image",
-    )
-    return summary.print(args.output_dir)
+    with runs.writing(args.output_dir, record, team):
+        summary = runs.run_batches(
+            runs.batches(items, 1),
+            lambda item: utils.load_image(item.source),
+            work,
+            overwrite=args.overwrite,
+            debug=args.debug,
+            unit="image",
+        )
+    return runs.finish(summary, team, args.output_dir)
 
 
 if __name__ == "__main__":

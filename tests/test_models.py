@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import json
+import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -228,20 +231,65 @@ def test_facenet_by_name_is_read_as_weights_only(facenet, monkeypatch, name):
     )
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+@pytest.mark.parametrize("member", ["recognizer", "vae", "clip"])
+def test_a_pickle_that_would_run_code_is_refused(member, tmp_path, tiny_models):
+    """A state dict on its own, and a directory that has pickles instead of safetensors."""
     ran = tmp_path / "ran"
 
     class Evil:
         def __reduce__(self):
             return Path.touch, (ran,)
 
-    torch.save({"conv2d_1a.conv.weight": Evil()}, tmp_path / "evil.pt")
-    torch.load(tmp_path / "evil.pt", weights_only=False)
+    if member == "recognizer":
+        path = place = tmp_path / "evil.pt"
+    else:
+        source, name = {
+            "vae": (tiny_models.editor, "vae/diffusion_pytorch_model.bin"),
+            "clip": (tiny_models.clip, "pytorch_model.bin"),
+        }[member]
+        place = shutil.copytree(source, tmp_path / "evil")
+        path = place / name
+        next(path.parent.glob("*.safetensors")).unlink()
+    torch.save({"conv2d_1a.conv.weight": Evil()}, path)
+    torch.load(path, weights_only=False)
     assert ran.exists()  # the bait works
     ran.unlink()
+    load = {
+        "recognizer": models.load_recognizer,
+        "vae": lambda member, *where: models.load_vae(editor_set(member), PIX2PIX, *where),
+        "clip": models.load_clip,
+    }[member]
     with pytest.raises(UserError) as caught:
-        models.load_recognizer(str(tmp_path / "evil.pt"), CPU, F32)
-    assert not ran.exists() and "\n" not in str(caught.value) and "evil.pt" in str(caught.value)
+        load(str(place), CPU, F32)
+    assert not ran.exists() and "\n" not in str(caught.value) and "evil" in str(caught.value)
+
+
+def test_code_beside_the_weights_is_not_run(tmp_path, tiny_models):
+    """A recogniser's directory whose config names a module of its own."""
+    place = shutil.copytree(tiny_models.recognizer, tmp_path / "evil")
+    (place / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Net: pass\n")
+    config = json.loads((place / "config.json").read_text())
+    config["auto_map"] = {"AutoModel": "evil.Net"}
+    (place / "config.json").write_text(json.dumps(config))
+    with contextlib.suppress(UserError):
+        models.load_recognizer(str(place), CPU, F32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpointing_changes_memory_and_no_number(tiny_models):
+    """Each block's forward runs again in the backward pass; latents and gradient stay the same."""
+    found = []
+    for checkpointing in (False, True):
+        chosen = editor_set(tiny_models.editor)
+        vae = models.load_vae(chosen, PIX2PIX, CPU, F32, checkpointing=checkpointing)
+        calls = []
+        vae.vae.encoder.mid_block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        x = images(1, 3, 32, 32).requires_grad_()
+        latent = vae.encode(x).latent_dist.mean
+        (gradient,) = torch.autograd.grad(latent.square().sum(), x)
+        found.append((len(calls), latent.detach(), gradient))
+    assert [calls for calls, *_ in found] == [1, 2]
+    assert torch.equal(found[0][1], found[1][1]) and torch.allclose(found[0][2], found[1][2], atol=1e-6)
 
 
 def test_embeddings_of_crops_are_unit_vectors_in_order(recognizer):
@@ -516,7 +564,16 @@ def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):
     with pytest.raises(ConnectionError, match="no route, and it is not in the local cache"):
         models._from_hub("me/model")
     (tmp_path / "models--me--model").mkdir()
-    assert models._from_hub("me/model") == {"local_files_only": True}
+    assert models._from_hub("me/model") == ("me/model", {"local_files_only": True})
+
+
+def test_a_revision_is_asked_for_and_passed_on(monkeypatch):
+    asked = []
+    hub = huggingface_hub.HfApi
+    monkeypatch.setattr(hub, "model_info", lambda self, name, **how: asked.append((name, how)))
+    assert models._from_hub("me/model@v2") == ("me/model", {"revision": "v2"})
+    assert models._from_hub("me/model") == ("me/model", {})
+    assert asked == [("me/model", {"timeout": 10, "revision": "v2"}), ("me/model", {"timeout": 10})]
 
 
 @pytest.mark.parametrize("member", ["/no/such/dir", "./none", "a/b/c"])

@@ -371,7 +371,8 @@ def test_main_defend_gives_what_defend_gives(call, folder, tmp_path, method):
     done = call(main_defend, f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method {method}")
     made = tmp_path / "out" / "budget_0.03"
     assert done.status == 0 and "3 written, 0 there already, 0 failed" in done.out
-    assert sorted(path.name for path in made.iterdir()) == ["face0.png", "face1.png", "face2.png", "run.json"]
+    found = sorted(path.name for path in made.iterdir())
+    assert found == [".lock", "face0.png", "face1.png", "face2.png", "run.json"]
     for name in ("face0", "face2"):
         call(
             defend,
@@ -387,7 +388,7 @@ def test_main_edit_gives_what_edit_gives(call, folder, tmp_path):
     made = tmp_path / "out" / "seed5"
     assert done.status == 0 and "6 written" in done.out
     files = {f"prompt{i}/face{n}.png" for i in (0, 3) for n in range(3)}
-    assert set(tree(made)) == files | {"run.json", "prompt0", "prompt3"}
+    assert set(tree(made)) == files | {".lock", "run.json", "prompt0", "prompt3"}
     call(
         edit,
         f"--input_path {folder}/face1.png --output_path {tmp_path}/single.png --seed 5 --prompt",
@@ -484,8 +485,9 @@ def test_a_drawn_seed_is_not_one_that_has_a_folder(tmp_path, monkeypatch):
     (tmp_path / "seed5").mkdir()
     drawn = iter([5, 6])
     monkeypatch.setattr(utils, "draw_seed", lambda seed: next(drawn))
-    args = main_edit.parse_args(["--src_dir", "x", "--edit_dir", str(tmp_path)])
-    assert main_edit._draw_new_seed(args) == 6
+    tiny.write_portraits(tmp_path / "in", 1)
+    args = main_edit.parse_args(["--src_dir", str(tmp_path / "in"), "--edit_dir", str(tmp_path)])
+    assert main_edit.prepare(args)[1] == 6
 
 
 def test_a_bad_file_among_good_ones(call, folder, tmp_path):
