@@ -155,6 +155,9 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         raise UserError(f"{path}: not a record of a run ({first_line(error)})") from None
     if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
         raise UserError(f"{path}: not a record of a run (no arguments in it)")
+    prompts = record.get("prompts", {})
+    if not isinstance(prompts, dict) or not all(key.isdecimal() for key in prompts):
+        raise UserError(f"{path}: not a record of a run (its prompts are not numbered)")
     return record
 
 
@@ -162,10 +165,13 @@ def check_record(directory: Path, record: dict[str, Any]) -> dict[str, Any]:
     """Compares a run with the one that the directory holds -> the record to be written.
 
     An old record stays as it is, since it tells what made the files; prompts are added. Texts of prompts are
-    compared for the numbers that both have. Raises UserError listing what differs, if it changes pixels.
+    compared for the numbers that both have. Raises UserError listing what differs, if it changes pixels, and
+    for a directory that has images and no record: nobody knows what made them.
     """
     old = read_record(directory)
     if old is None:
+        if any(directory.glob("*.png")) or any(directory.glob("*/*.png")):
+            raise UserError(f"{directory} has images, but no run.json that says what made them")
         return record
     before, now = _pixels(old), _pixels(record)
     differing = [

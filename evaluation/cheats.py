@@ -91,18 +91,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--cheats", nargs="+", choices=NAMES, default=list(NAMES), metavar="CHEAT", help=", ".join(NAMES)
     )
-    parser.add_argument(
-        "--prompts",
-        type=utils.number_list,
-        metavar="I,J,...",
-        help="numbers of the instructions (default: all that were edited)",
-    )
-    parser.add_argument(
-        "--prompt_file",
-        type=Path,
-        help="the instructions' texts, one a line (default: as the run.json of the edits has them, "
-        "else the paper's)",
-    )
+    common.add_prompt_arguments(parser)
     parser.add_argument("--shift", type=utils.positive_int, default=4, help="px")
     parser.add_argument(
         "--seed", type=utils.known_seed, required=True, help="the S of the clean edits' seed{S}"
@@ -123,9 +112,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     clean = common.clean_row(args.clean_edit_dir, [args.seed])
     prompts = common.prompts_of([clean], [args.seed], args.prompts)
-    texts = common.texts_of([clean], [args.seed], args.prompt_file)
-    if args.output_dir.resolve() in (clean.directory.resolve(), clean.directory.resolve().parent):
-        raise UserError(f"{args.output_dir}: is where the clean edits are; the cheats need their own place")
+    texts = common.texts_of([clean], [args.seed], prompts, args.prompt_file)
+    texts = {prompt: texts.get(prompt, "") for prompt in prompts}
+    cheats = [name for name in NAMES if name in args.cheats]  # the one that needs an editor first
+    if clean.directory.resolve() in [(args.output_dir / name).resolve() for name in cheats]:
+        raise UserError(f"{clean.directory}: the clean edits would be overwritten")
     utils.check_directory(args.output_dir)
     folders = {prompt: clean.directory / f"seed{args.seed}" / f"prompt{prompt}" for prompt in prompts}
     edits = {prompt: utils.images_by_stem(folder) for prompt, folder in folders.items()}
@@ -134,7 +125,7 @@ def run(args: argparse.Namespace) -> int:
     names = common.shared_names(there | {args.src_dir: set(sources)}, common=False)
 
     status = 0
-    for cheat in args.cheats:
+    for cheat in cheats:
         directory = args.output_dir / cheat / f"seed{args.seed}"
         items = [
             runs.Item(
@@ -142,20 +133,29 @@ def run(args: argparse.Namespace) -> int:
                 directory / f"prompt{prompt}" / f"{name}.png",
                 utils.image_size(sources[name]),
                 label=f"{cheat}/prompt{prompt}/{name}",
-                prompt=texts.get(prompt),
+                prompt=texts[prompt],
             )
             for name in names
             for prompt in prompts
         ]
-        make = reseed if cheat == "reseeded" else alter
-        status = max(status, make(args, cheat, directory, items, {i: texts.get(i, "") for i in prompts}))
+        if cheat == "reseeded":
+            status = max(status, reseed(args, clean, directory, items, texts))
+        else:
+            status = max(status, alter(args, cheat, directory, items, texts))
     return status
 
 
 def reseed(
-    args: argparse.Namespace, _: str, directory: Path, items: list[runs.Item], texts: dict[int, str]
+    args: argparse.Namespace,
+    clean: common.Row,
+    directory: Path,
+    items: list[runs.Item],
+    texts: dict[int, str],
 ) -> int:
-    """Edits the sources anew, with another seed -> exit status. Raises UserError."""
+    """Edits the sources anew, as the clean edits were made but with another seed -> exit status.
+
+    Raises UserError, also for other settings than the clean edits' run.json has.
+    """
     unknown = [f"prompt{number}" for number, text in texts.items() if not text]
     if unknown:
         raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
@@ -168,14 +168,22 @@ def reseed(
     ours = dict.fromkeys(("cheats", "clean_edit_dir", "other_seed", "shift"))  # nothing that edits reads them
     record = runs.record_of(args, chosen, dtype, unread | ours)
     record |= {"seed": seed, "prompts": {str(number): text for number, text in texts.items()}}
+    of_clean = (runs.read_record(clean.directory / f"seed{args.seed}") or {}).get("arguments", {})
+    differing = [
+        f"--{flag} {value}, not {record['arguments'].get(flag)}"
+        for flag, value in of_clean.items()
+        if flag not in common.SEPARATE and value != record["arguments"].get(flag)
+    ]
+    if differing:
+        raise UserError(f"{clean.directory}: the clean edits were made with {'; '.join(differing)}")
     runs.check_record(directory, record)
     editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
 
     def work(batch: list[runs.Item], portraits: list[utils.Portrait], wanted: list[bool]) -> None:
         edited = edit.edit_portraits(portraits, [item.prompt for item in batch], editor, seed)
-        for item, pixels, is_wanted in zip(batch, edited, wanted, strict=True):
+        for item, portrait, pixels, is_wanted in zip(batch, portraits, edited, wanted, strict=True):
             if is_wanted:
-                utils.save_png(item.output, pixels)
+                utils.save_png(item.output, pixels, portrait.alpha)
 
     def load(item: runs.Item) -> utils.Portrait:
         return utils.load_portrait(item.source, chosen.resolution)
@@ -189,7 +197,9 @@ def alter(
     """Changes the clean edits' pixels, or takes the source's -> exit status."""
     from PIL import Image
 
-    arguments = {"cheat": cheat} | ({"shift": args.shift} if cheat == "shifted" else {})
+    made_from = "src_dir" if cheat == "source" else "clean_edit_dir"
+    arguments = {"cheat": cheat, made_from: str(getattr(args, made_from).resolve())}
+    arguments |= {"shift": args.shift} if cheat == "shifted" else {}
     record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
     record["prompts"] = {str(number): text for number, text in texts.items() if text}
 

@@ -36,7 +36,7 @@ CONFIDENCE = 0.95
 RESAMPLES = 9999
 FEW_IMAGES = 30  # below this a bootstrap interval is only a hint
 # Recorded flags that may well differ between the edits of one table
-SEPARATE = runs.FREE | {"src_dir", "cheat"}
+SEPARATE = runs.FREE | {"src_dir", "clean_edit_dir", "cheat"}
 
 
 @dataclass(frozen=True)
@@ -65,6 +65,7 @@ class Edits:
     rows: list[Row]
     clean: Row | None  # the edits of the unprotected images, if they are given; may be one of the rows
     files: dict[Row, dict[Key, Path]]  # of the rows and of `clean`; the same keys in each
+    sizes: dict[Path, tuple[int, int] | None]  # (H, W) of those files, None if the header can't be read
     sources: dict[str, Path]  # by stem; empty if none are given
     texts: dict[int, str]  # the instructions, where they are known
     baseline: Row | None  # one of the rows
@@ -106,18 +107,7 @@ def make_parser(doc: str, metric: str, *, sources: bool, clean: bool) -> argpars
     parser.add_argument(
         "--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more"
     )
-    parser.add_argument(
-        "--prompts",
-        type=utils.number_list,
-        metavar="I,J,...",
-        help="numbers of the instructions to score (default: all that were edited)",
-    )
-    parser.add_argument(
-        "--prompt_file",
-        type=Path,
-        help="the instructions' texts, one a line (default: as the run.json of the edits has them, "
-        "else the paper's)",
-    )
+    add_prompt_arguments(parser)
     parser.add_argument(
         "--common", action="store_true", help="score the images that all directories have and name the rest"
     )
@@ -134,6 +124,36 @@ def make_parser(doc: str, metric: str, *, sources: bool, clean: bool) -> argpars
     return parser
 
 
+def check_outputs(*paths: Path | None) -> None:
+    """Refuses tables that can't be written or would overwrite each other, before any work.
+
+    Raises UserError.
+    """
+    given = [path for path in paths if path]
+    for path in given:
+        if path.is_dir():
+            raise UserError(f"{path}: is a directory")
+        utils.check_directory(path.absolute().parent)
+    if len({path.resolve() for path in given}) < len(given):
+        raise UserError(f"one table would overwrite the other: {' '.join(map(str, given))}")
+
+
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """--prompts and --prompt_file, of whatever reads edits."""
+    parser.add_argument(
+        "--prompts",
+        type=utils.number_list,
+        metavar="I,J,...",
+        help="numbers of the instructions (default: all that were edited)",
+    )
+    parser.add_argument(
+        "--prompt_file",
+        type=Path,
+        help="the instructions' texts, one a line (default: as the run.json of the edits has them, "
+        "else the paper's)",
+    )
+
+
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """models.add_model_arguments, but in float32 on any device: a metric is not the place to save."""
     models.add_model_arguments(parser)
@@ -145,23 +165,47 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def find_rows(directories: Sequence[Path], seeds: Sequence[int]) -> list[Row]:
-    """The rows that the given directories stand for. Raises UserError if one holds no seed{S}."""
+    """The rows that the given directories stand for; one that is named twice is one row.
+
+    Raises UserError if a directory holds no seed{S}, or not all of them.
+    """
     rows = []
     for given in directories:
         if not given.is_dir():
             raise UserError(f"{given}: no such directory")
-        if re.fullmatch(r"seed\d+", given.name):
-            if [int(given.name[4:])] != list(seeds):
+        if re.fullmatch(r"seed\d+", given.resolve().name):
+            if [int(given.resolve().name[4:])] != list(seeds):
                 raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
-            rows.append(Row(str(given), given.parent))
+            rows.append(Row(_method(given), given.resolve().parent))
             continue
-        here = [given] if _holds_seeds(given, seeds) else []
-        found = here or [child for child in sorted(given.iterdir()) if _holds_seeds(child, seeds)]
+        if _holds_seeds(given, seeds):
+            rows.append(Row(_method(given), given))
+            continue
+        children = [child for child in sorted(given.iterdir()) if child.is_dir()]
+        found = [child for child in children if _holds_seeds(child, seeds)]
         if not found:
             wanted = ", ".join(f"seed{seed}" for seed in seeds)
-            raise UserError(f"{given}: no {wanted} in it or in its sub-directories")
-        rows += [Row(str(child), child) for child in found]
-    return rows
+            deeper = [str(child) for child in children if any(child.glob("*/seed*"))]
+            hint = f", but in those of {', '.join(deeper)}" if deeper else ""
+            raise UserError(f"{given}: no {wanted} in it or in its sub-directories{hint}")
+        rows += [Row(_method(child), child) for child in found]
+    return list({row.directory.resolve(): row for row in reversed(rows)}.values())[::-1]
+
+
+def protected_rows(given: Sequence[Path]) -> list[Path]:
+    """Directories of protected images: each given one, or its budget_{B}. Raises UserError."""
+    found = []
+    for directory in given:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory")
+        budgets = sorted(child for child in directory.glob("budget_*") if child.is_dir())
+        found += budgets or [directory]
+    return found
+
+
+def _method(directory: Path) -> str:
+    """A row's name: the path as it was given. `clean` alone is the unprotected edits'."""
+    return "./clean" if str(directory) == "clean" else str(directory)
 
 
 def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
@@ -177,7 +221,11 @@ def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
 
 
 def _holds_seeds(directory: Path, seeds: Sequence[int]) -> bool:
-    return all((directory / f"seed{seed}").is_dir() for seed in seeds)
+    """Whether it holds seed{S}. Raises UserError if it holds some of them and not the others."""
+    lacking = [f"seed{seed}" for seed in seeds if not (directory / f"seed{seed}").is_dir()]
+    if lacking and len(lacking) < len(seeds):
+        raise UserError(f"{directory}: {', '.join(lacking)} is missing")
+    return not lacking
 
 
 def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] | None) -> list[int]:
@@ -207,16 +255,16 @@ def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] |
     return prompts
 
 
-def find_edits(args: argparse.Namespace, *, clean_is_row: bool) -> Edits:
-    """Finds what the flags name and pairs it by stem.
+def find_edits(
+    args: argparse.Namespace, *, clean_is_row: bool, smallest: int = 0, needs_texts: bool = False
+) -> Edits:
+    """Finds what the flags name, pairs it by stem and checks all that can be checked without reading pixels.
 
     Every directory must have every stem that any has; with --common only those that all have are scored, and
-    the rest is named on stderr. Raises UserError naming what is missing or doesn't fit, or a place where the
-    tables can't be written.
+    the rest is named on stderr. smallest: for metrics that compare with the clean edits, the side in px that
+    they need; then edits must have the clean ones' size. needs_texts: whether each instruction must be known.
+    Raises UserError naming what is missing or doesn't fit.
     """
-    for path in (args.output or Path("table.csv"), args.per_image):
-        if path:
-            utils.check_directory(path.absolute().parent)
     seeds = sorted(set(args.seed))
     rows = find_rows(args.defend_edit_dirs, seeds)
     clean = clean_row(args.clean_edit_dir, seeds) if args.clean_edit_dir else None
@@ -231,6 +279,10 @@ def find_edits(args: argparse.Namespace, *, clean_is_row: bool) -> Edits:
         raise UserError(f"{args.defend_edit_dirs[0]}: no edits in it but the clean ones")
     every_row = [clean, *rows] if clean else rows
     prompts = prompts_of(every_row, seeds, args.prompts)
+    texts = texts_of(every_row, seeds, prompts, args.prompt_file)
+    unknown = [f"prompt{number}" for number in prompts if number not in texts]
+    if needs_texts and unknown:
+        raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
     folders = {
         (row, seed, prompt): utils.images_by_stem(row.directory / f"seed{seed}" / f"prompt{prompt}")
         for row in every_row
@@ -242,22 +294,42 @@ def find_edits(args: argparse.Namespace, *, clean_is_row: bool) -> Edits:
     there = {row.directory / f"seed{s}" / f"prompt{i}": set(found) for (row, s, i), found in folders.items()}
     names = shared_names(there | ({src_dir: set(sources)} if src_dir else {}), args.common)
     rows = every_row if clean_is_row else rows
-    return Edits(
+    files = {
+        row: {
+            Key(seed, prompt, name): folders[row, seed, prompt][name]
+            for seed in seeds
+            for prompt in prompts
+            for name in names
+        }
+        for row in every_row
+    }
+    edits = Edits(
         rows=rows,
         clean=clean,
-        files={
-            row: {
-                Key(seed, prompt, name): folders[row, seed, prompt][name]
-                for seed in seeds
-                for prompt in prompts
-                for name in names
-            }
-            for row in every_row
-        },
+        files=files,
+        sizes={path: utils.image_size(path) for found in files.values() for path in found.values()},
         sources={name: sources[name] for name in names} if src_dir else {},
-        texts=texts_of(every_row, seeds, args.prompt_file),
+        texts=texts,
         baseline=find_row(rows, args.baseline) if args.baseline else None,
     )
+    if smallest:
+        _check_sizes(edits, smallest)
+    return edits
+
+
+def _check_sizes(edits: Edits, smallest: int) -> None:
+    for row in edits.rows:
+        for key, path in edits.files[row].items():
+            reference = edits.files[edits.clean][key]
+            size, wanted = edits.sizes[path], edits.sizes[reference]
+            if size is None or wanted is None:  # not an image; whoever reads it says so
+                continue
+            if size != wanted:
+                raise UserError(
+                    f"{path} is {size[1]}x{size[0]}, but {reference} is {wanted[1]}x{wanted[0]}"
+                )
+            if min(size) < smallest:
+                raise UserError(f"{path} is {size[1]}x{size[0]}; sides of at least {smallest} px are needed")
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
@@ -274,20 +346,27 @@ def shared_names(there: dict[Path, set[str]], common: bool) -> list[str]:
     """The stems that all directories have, sorted. Raises UserError naming what some lack, unless `common`:
     then it is named on stderr.
     """
-    every = set().union(*there.values())
-    lacking = {directory: sorted(every - names) for directory, names in there.items() if every - names}
+    shared = set.intersection(*there.values())
+    lacking = {
+        name: [str(directory) for directory, names in there.items() if name not in names]
+        for name in sorted(set.union(*there.values()) - shared)
+    }
     if lacking:
-        text = "; ".join(f"{directory}: {', '.join(names)}" for directory, names in lacking.items())
+        text = "; ".join(
+            f"{name} in {', '.join(places[:3])}" + (f" and {len(places) - 3} more" if places[3:] else "")
+            for name, places in lacking.items()
+        )
         if not common:
-            raise UserError(f"images are missing ({text}); --common scores those that all have")
+            raise UserError(f"images are missing: {text} (--common scores those that all have)")
         print(utils.one_line(f"left out, not in every directory: {text}"), file=sys.stderr)
-    shared = sorted(every.intersection(*there.values()))
     if not shared:
         raise UserError("no image is in every directory")
-    return shared
+    return sorted(shared)
 
 
-def texts_of(rows: Sequence[Row], seeds: Sequence[int], file: Path | None) -> dict[int, str]:
+def texts_of(
+    rows: Sequence[Row], seeds: Sequence[int], prompts: Sequence[int], file: Path | None
+) -> dict[int, str]:
     """The instructions by number: the file's, else what main_edit.py recorded, else the paper's.
 
     Raises UserError if a record tells another text than the file or than another record: then the same
@@ -299,19 +378,18 @@ def texts_of(rows: Sequence[Row], seeds: Sequence[int], file: Path | None) -> di
     differing: dict[str, str] = {}
     for directory in [row.directory / f"seed{seed}" for row in rows for seed in seeds]:
         record = runs.read_record(directory) or {}
-        for number, text in record.get("prompts", {}).items():
-            if texts.setdefault(int(number), text) != text:
-                known = texts[int(number)]
+        for number, text in ((int(key), text) for key, text in record.get("prompts", {}).items()):
+            if number in prompts and texts.setdefault(number, text) != text:
                 raise UserError(
-                    f"prompt{number} is {known!r} in {origin[int(number)]}, but {text!r} in {directory}"
+                    f"prompt{number} is {texts[number]!r} in {origin[number]}, but {text!r} in {directory}"
                 )
-            origin.setdefault(int(number), directory)
+            origin.setdefault(number, directory)
         for flag, value in record.get("arguments", {}).items():
             known, where = settings.setdefault(flag, (value, directory))
             if flag not in SEPARATE and known != value:
                 differing.setdefault(flag, f"--{flag} was {known} for {where}, {value} for {directory}")
     for warning in differing.values():
-        print(f"warning: {warning}", file=sys.stderr)
+        print(utils.one_line(f"warning: {warning}"), file=sys.stderr)
     return texts or dict(utils.edit_prompts)
 
 
@@ -321,6 +399,8 @@ def texts_of(rows: Sequence[Row], seeds: Sequence[int], file: Path | None) -> di
 
 class Scorer(Protocol):
     """A metric of an edit and its source, by embeddings: the sources' are computed once and kept."""
+
+    problems: list[str]  # why some edits can't be measured
 
     def add_source(self, name: str, pixels: np.ndarray) -> None:
         """A source (H, W, 3) uint8 at the edits' size."""
@@ -338,11 +418,15 @@ class Results:
 
     values: dict[str, dict[Row, Values]]
     damaged: list[str]
+    n_edits: int  # of each row, that should have been scored
+    n_left_out: int  # of them, since they or their source can't be read in some row
 
     def exit_status(self) -> int:
-        """Names the damaged images; 1 if there are any."""
+        """Names and counts the damaged images; 1 if there are any."""
         for line in self.damaged:
-            print(utils.one_line(f"left out of every row: {line}"), file=sys.stderr)
+            print(utils.one_line(f"damaged: {line}"), file=sys.stderr)
+        if self.n_left_out:
+            print(f"{self.n_left_out} of {self.n_edits} edits are left out of every row", file=sys.stderr)
         return 1 if self.damaged else 0
 
 
@@ -356,31 +440,32 @@ def score(
     """Reads each file once and gives it to all metrics.
 
     against_clean: metrics of an edit and the edit of the unprotected image. An image that can't be read is
-    left out of every row alike. on_source: gets each source's name and pixels, too. Raises UserError naming
-    an edit whose size is not the clean edit's, or if nothing can be read.
+    left out of every row alike. on_source: gets each source's name and pixels, too. Raises UserError if
+    nothing can be scored.
     """
     import numpy as np
     from tqdm import tqdm
 
-    sizes = {path: utils.image_size(path) for files in edits.files.values() for path in files.values()}
-    if against_clean:
-        _check_sizes(edits, sizes)
     damaged: list[str] = []
-    keys = _learn_sources(edits, sizes, scorers, damaged, on_source)
+    keys = _learn_sources(edits, scorers, damaged, on_source)
+    n_scored = 0
     values = defaultdict(lambda: {row: {} for row in edits.rows})
     with tqdm(total=len(keys), unit="edit", leave=False) as bar:
-        for batch in _batches(edits, keys, sizes, batch_size):
+        for batch in _batches(edits, keys, batch_size):
             loaded, images = [], {row: [] for row in edits.files}
             for key in batch:
-                try:
-                    found = {row: utils.load_image(files[key]).pixels for row, files in edits.files.items()}
-                except UserError as error:
-                    damaged.append(str(error))
-                    continue
-                loaded.append(key)
-                for row, pixels in found.items():
-                    images[row].append(pixels)
+                found = {}
+                for row, files in edits.files.items():
+                    try:
+                        found[row] = utils.load_image(files[key]).pixels
+                    except UserError as error:
+                        damaged.append(str(error))
+                if len(found) == len(edits.files):
+                    loaded.append(key)
+                    for row, pixels in found.items():
+                        images[row].append(pixels)
             bar.update(len(batch))
+            n_scored += len(loaded)
             if not loaded:
                 continue
             clean = utils.to_tensor(np.stack(images[edits.clean])) if against_clean else None
@@ -396,24 +481,13 @@ def score(
                     pairs = zip(loaded, column.tolist(), strict=True)
                     values[name][row] |= {key: value for key, value in pairs if not math.isnan(value)}
     if not any(any(rows.values()) for rows in values.values()):
-        raise UserError(f"nothing could be scored{': ' if damaged else ''}{'; '.join(damaged[:3])}")
-    return Results(dict(values), damaged)
-
-
-def _check_sizes(edits: Edits, sizes: dict[Path, tuple[int, int] | None]) -> None:
-    for row in edits.rows:
-        for key, path in edits.files[row].items():
-            reference = edits.files[edits.clean][key]
-            size, wanted = sizes[path], sizes[reference]
-            if size and wanted and size != wanted:
-                raise UserError(
-                    f"{path} is {size[1]}x{size[0]}, but {reference} is {wanted[1]}x{wanted[0]}"
-                )
+        reasons = damaged + [problem for scorer in scorers for problem in scorer.problems]
+        raise UserError(f"nothing could be scored: {'; '.join(reasons[:3])}")
+    return Results(dict(values), damaged, len(edits.keys), len(edits.keys) - n_scored)
 
 
 def _learn_sources(
     edits: Edits,
-    sizes: dict[Path, tuple[int, int] | None],
     scorers: Sequence[Scorer],
     damaged: list[str],
     on_source: Callable[[str, np.ndarray], None] | None,
@@ -426,7 +500,7 @@ def _learn_sources(
     wanted = defaultdict(set)
     for row in edits.rows:
         for key, path in edits.files[row].items():
-            wanted[key.name].add(sizes[path])
+            wanted[key.name].add(edits.sizes[path])
     unread = set()
     for name, path in tqdm(edits.sources.items(), unit="source", leave=False, disable=not edits.sources):
         try:
@@ -446,13 +520,11 @@ def _learn_sources(
     return [key for key in edits.keys if key.name not in unread]
 
 
-def _batches(
-    edits: Edits, keys: Sequence[Key], sizes: dict[Path, tuple[int, int] | None], batch_size: int
-) -> Iterator[list[Key]]:
+def _batches(edits: Edits, keys: Sequence[Key], batch_size: int) -> Iterator[list[Key]]:
     """Keys whose edits have one size, row by row."""
     groups = defaultdict(list)
     for key in keys:
-        groups[tuple(sizes[files[key]] for files in edits.files.values())].append(key)
+        groups[tuple(edits.sizes[files[key]] for files in edits.files.values())].append(key)
     for group in groups.values():
         for first in range(0, len(group), batch_size):
             yield group[first : first + batch_size]
@@ -472,6 +544,7 @@ class ClipScorer:
     ) -> None:
         self.clip = clip
         self.metrics = metrics
+        self.problems: list[str] = []
         self.texts = dict(zip(texts, clip.embed_texts(list(texts.values())), strict=True))
         self.sources: dict[tuple[str, tuple[int, int]], Tensor] = {}
 
@@ -492,12 +565,9 @@ def clip_scorer(
     edits: Edits,
     metrics: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
 ) -> ClipScorer:
-    """Loads CLIP. Raises UserError, also for a prompt whose text is not known."""
-    unknown = [f"prompt{number}" for number in edits.prompts if number not in edits.texts]
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
+    """Loads CLIP. Raises UserError."""
     clip = models.load_clip(models.choose(args).clip, *models.set_up(args))
-    return ClipScorer(clip, metrics, {number: edits.texts[number] for number in edits.prompts})
+    return ClipScorer(clip, metrics, {number: edits.texts.get(number, "") for number in edits.prompts})
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -515,8 +585,8 @@ class Mean:
     n_inf: int  # values left out because they are infinite
 
     def interval(self) -> str:
-        """For the screen; empty where there is none."""
-        return "" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
+        """For the screen."""
+        return "-" if math.isnan(self.low) else f"{self.low:.3f} to {self.high:.3f}"
 
     def cells(self) -> list[str]:
         """For a CSV: value, both ends, n."""
@@ -524,14 +594,14 @@ class Mean:
 
 
 def image_means(values: Values) -> dict[str, float]:
-    """Each image's mean over its prompts and seeds, of the finite values:
-    prompts of one image are not independent.
+    """Each image's mean over its prompts and seeds, of the finite values: prompts of one image are not
+    independent. By name, so the order of samples, which the bootstrap sees, is always the same.
     """
     per_image: dict[str, list[float]] = {}
     for key, value in values.items():
         if math.isfinite(value):
             per_image.setdefault(key.name, []).append(value)
-    return {name: sum(found) / len(found) for name, found in per_image.items()}
+    return {name: sum(per_image[name]) / len(per_image[name]) for name in sorted(per_image)}
 
 
 def mean_of(values: Values) -> Mean:
@@ -543,9 +613,8 @@ def mean_of(values: Values) -> Mean:
 
 def difference_of(values: Values, baseline: Values) -> Mean:
     """The mean paired difference, edit by edit, where both are finite; an interval over images as above."""
-    finite = {key for key, value in values.items() if math.isfinite(value)}
-    finite &= {key for key, value in baseline.items() if math.isfinite(value)}
-    return mean_of({key: values[key] - baseline[key] for key in finite})
+    pairs = {key: (value, baseline[key]) for key, value in values.items() if key in baseline}
+    return mean_of({key: a - b for key, (a, b) in pairs.items() if math.isfinite(a) and math.isfinite(b)})
 
 
 def average(samples: Sequence[float]) -> float:
@@ -625,11 +694,11 @@ def print_table(
     lines[0] += ["inf"] if metric == "psnr" else []
     lines[0] += [f"minus {baseline.method}"] if baseline else []
     for row, mean in means.items():
-        line = [row.method, f"{mean.value:.3f}", mean.interval(), str(mean.n)]
+        line = [row.method, shown(mean.value), mean.interval(), str(mean.n)]
         line += [str(mean.n_inf)] if metric == "psnr" else []
         if baseline:
             found = differences.get(row)
-            line.append(f"{found.value:+.3f} ({found.interval()})" if found else "")
+            line.append(f"{shown(found.value, '+')} ({found.interval()})" if found else "")
         lines.append(line)
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
@@ -641,6 +710,11 @@ def warn_of_few(means: Iterable[Mean]) -> None:
     """Says so where there are too few images for an exact interval."""
     if any(mean.n < FEW_IMAGES for mean in means):
         print(f"(fewer than {FEW_IMAGES} images: the intervals are approximate)")
+
+
+def shown(value: float, sign: str = "") -> str:
+    """A value as it stands on the screen."""
+    return "-" if math.isnan(value) else f"{value:{sign}.3f}"
 
 
 def number(value: float) -> str:

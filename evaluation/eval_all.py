@@ -78,14 +78,8 @@ class Visibility:
         """A source's protected images; one that can't be compared leaves the name out of every row."""
         try:
             images = {row: utils.load_image(files[name]).pixels for row, files in self.directories.items()}
-            for row, image in images.items():
-                if image.shape != source.shape:
-                    raise UserError(
-                        f"{self.directories[row][name]} is {image.shape[1]}x{image.shape[0]}, "
-                        f"its source {source.shape[1]}x{source.shape[0]}"
-                    )
         except UserError as error:
-            self.damaged.append(str(error))
+            self.damaged.append(f"{error} (left out of the table of protected images)")
             return
         key = common.Key(0, 0, name)
         reference = utils.to_tensor(source)
@@ -98,21 +92,23 @@ class Visibility:
                 self.values.setdefault(metric, {}).setdefault(row, {})[key] = value
 
 
-def find_protected(given: Sequence[Path], sources: Sequence[str]) -> dict[str, dict[str, Path]]:
+def find_protected(given: Sequence[Path], sources: dict[str, Path]) -> dict[str, dict[str, Path]]:
     """Files by stem of each directory of protected images, or of each budget_{B} in it.
 
-    Raises UserError if one lacks an image.
+    Raises UserError if one lacks an image or has it in another size.
     """
     found = {}
-    for directory in given:
-        if not directory.is_dir():
-            raise UserError(f"{directory}: no such directory")
-        budgets = sorted(child for child in directory.glob("budget_*") if child.is_dir())
-        for place in budgets or [directory]:
-            files = found[str(place)] = utils.images_by_stem(place)
-            lacking = [name for name in sources if name not in files]
-            if lacking:
-                raise UserError(f"images are missing ({place}: {', '.join(lacking)})")
+    for directory in common.protected_rows(given):
+        files = found[str(directory)] = utils.images_by_stem(directory)
+        lacking = [name for name in sources if name not in files]
+        if lacking:
+            raise UserError(f"images are missing: {', '.join(lacking)} in {directory}")
+        for name, source in sources.items():
+            size, wanted = utils.image_size(files[name]), utils.image_size(source)
+            if size and wanted and size != wanted:
+                raise UserError(
+                    f"{files[name]} is {size[1]}x{size[0]}, its source {wanted[1]}x{wanted[0]}"
+                )
     return found
 
 
@@ -140,8 +136,12 @@ def run(args: argparse.Namespace) -> int:
     output = args.output or Path("all_metric.csv")
     if output.suffix == ".md":
         raise UserError(f"{output}: the Markdown table is written beside a .csv; ask for that")
-    edits = common.find_edits(args, clean_is_row=True)
-    protected = find_protected(args.protected_dirs or [], list(edits.sources))
+    of_baseline = output.with_name(f"{output.stem}_minus_baseline.csv")
+    of_protected = output.with_name(f"{output.stem}_protected.csv")
+    common.check_outputs(output, output.with_suffix(".md"), args.per_image, of_baseline, of_protected)
+    smallest = max(eval_ssim.WINDOW, eval_lpips.SMALLEST)
+    edits = common.find_edits(args, clean_is_row=True, smallest=smallest, needs_texts=True)
+    protected = find_protected(args.protected_dirs or [], edits.sources)
     against_clean = {"psnr": eval_psnr.psnr, "ssim": eval_ssim.ssim, "lpips": eval_lpips.load(args)}
     clip_metrics = {
         "clip_s": eval_clip_s.clip_s,
@@ -158,7 +158,10 @@ def run(args: argparse.Namespace) -> int:
         metric: {row.method: common.mean_of(of_row) for row, of_row in of_rows.items() if of_row}
         for metric, of_rows in values.items()
     }
-    note = f"{len(edits.sources)} images x {len(edits.prompts)} prompts x {len(set(args.seed))} seeds"
+    seeds = sorted(set(args.seed))
+    note = f"{len(edits.sources)} images, {len(edits.prompts)} prompts, seed {', '.join(map(str, seeds))}"
+    if results.n_left_out:
+        note += f"; {results.n_left_out} of {results.n_edits} edits left out of every row"
     parts = [markdown(means, COLUMNS, [row.method for row in edits.rows], note)]
     write_table(output, means, [row.method for row in edits.rows])
     if edits.baseline:
@@ -173,20 +176,24 @@ def run(args: argparse.Namespace) -> int:
         rows = [row.method for row in edits.rows if row != edits.baseline]
         what = f"minus {edits.baseline.method}, in pairs"
         parts.append(markdown(differences, COLUMNS, rows, what, sign="+"))
-        write_table(output.with_name(f"{output.stem}_minus_baseline.csv"), differences, rows)
-    if protected and visibility.values:
+        write_table(of_baseline, differences, rows)
+    else:
+        of_baseline.unlink(missing_ok=True)  # an earlier table's
+    if visibility.values:
         seen = {
             metric: {row: common.mean_of(of_row) for row, of_row in of_rows.items()}
             for metric, of_rows in visibility.values.items()
         }
         parts.append(markdown(seen, VISIBLE, list(protected), "protected images against their sources"))
-        write_table(output.with_name(f"{output.stem}_protected.csv"), seen, list(protected))
+        write_table(of_protected, seen, list(protected))
+    else:
+        of_protected.unlink(missing_ok=True)
     if args.per_image:
         write_per_image(args.per_image, values)
     text = "\n\n".join(parts)
-    utils.write_file(output.with_suffix(".md"), (text + "\n").encode())
+    utils.write_file(output.with_suffix(".md"), (text + "\n").encode(errors="surrogateescape"))
     print(text)
-    print(f"{output}: {note}, {len(edits.rows)} rows; the same as Markdown: {output.with_suffix('.md')}")
+    print(f"{output}: {len(edits.rows)} rows; the same as Markdown: {output.with_suffix('.md')}")
     results.damaged += visibility.damaged
     return max(faces.report(results), results.exit_status())
 

@@ -44,6 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    common.check_outputs(args.output, args.per_image)
     edits = common.find_edits(args, clean_is_row=True)
     metrics = {"clip_i": lambda edit, source, _: clip_i(edit, source)}
     results = common.score(edits, {}, [common.clip_scorer(args, edits, metrics)], args.batch_size)

@@ -54,7 +54,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    edits = common.find_edits(args, clean_is_row=True)
+    common.check_outputs(args.output, args.per_image)
+    edits = common.find_edits(args, clean_is_row=True, needs_texts=True)
     results = common.score(edits, {}, [common.clip_scorer(args, edits, {"clip_s": clip_s})], args.batch_size)
     common.report(results, "clip_s", args, edits.baseline)
     return results.exit_status()

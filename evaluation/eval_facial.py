@@ -54,6 +54,12 @@ class FaceScorer:
         self.sources: dict[tuple[str, str, tuple[int, int]], Tensor] = {}
         self.faceless: set[str] = set()
 
+    @property
+    def problems(self) -> list[str]:
+        """Which sources show no face."""
+        names = ", ".join(sorted(self.faceless))
+        return [f"no face found in the source, FR not measured: {names}"] if names else []
+
     def add_source(self, name: str, pixels: np.ndarray) -> None:
         size = pixels.shape[:2]
         box = self.boxes[name, size] = next(iter(self.detector(pixels)), None)
@@ -96,9 +102,8 @@ class FaceScorer:
         for row, values in results.values["no_face"].items():
             if count := int(sum(values.values())):
                 print(f"{row.method}: no face was found in {count} of {len(values)} edits")
-        if self.faceless:
-            names = ", ".join(sorted(self.faceless))
-            print(f"no face found in the source, FR not measured: {names}", file=sys.stderr)
+        for problem in self.problems:
+            print(utils.one_line(problem), file=sys.stderr)
         return 1 if self.faceless else 0
 
 
@@ -126,6 +131,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
+    common.check_outputs(args.output, args.per_image)
     edits = common.find_edits(args, clean_is_row=True)
     faces = load(args, [args.by])
     results = common.score(edits, {}, [faces], args.batch_size)

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
+SMALLEST = 32  # px; from here on each trunk's last layer has pixels left
+
+
 def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:
     """LPIPS (Zhang et al. 2018) of images in [-1, 1], (B, 3, H, W) -> (B,), by an lpips.LPIPS `network`."""
     import torch
@@ -54,7 +57,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    edits = common.find_edits(args, clean_is_row=False)
+    common.check_outputs(args.output, args.per_image)
+    edits = common.find_edits(args, clean_is_row=False, smallest=SMALLEST)
     results = common.score(edits, {"lpips": load(args)}, [], args.batch_size)
     common.report(results, "lpips", args, edits.baseline)
     return results.exit_status()

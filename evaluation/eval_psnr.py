@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    edits = common.find_edits(args, clean_is_row=False)
+    common.check_outputs(args.output, args.per_image)
+    edits = common.find_edits(args, clean_is_row=False, smallest=1)
     results = common.score(edits, {"psnr": psnr}, [], args.batch_size)
     common.report(results, "psnr", args, edits.baseline)
     return results.exit_status()

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 import common
 
 import utils
-from utils import UserError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,14 +31,12 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
 
     By scikit-image, with the paper's Gaussian window and population covariance, on values in [0, 1] (it is
     not the same on [-1, 1]); the mean over channels and all pixels, the border reflected, as torchmetrics has
-    it. Raises UserError for a side under 11 px.
+    it.
     """
     import numpy as np
     import torch
     from skimage.metrics import structural_similarity
 
-    if min(images.shape[-2:]) < WINDOW:
-        raise UserError(f"SSIM needs sides of at least {WINDOW} px")
     # scikit-image leaves a border out of the mean
     border = [(0, 0), (0, 0), (WINDOW // 2,) * 2, (WINDOW // 2,) * 2]
     unit = [
@@ -73,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    edits = common.find_edits(args, clean_is_row=False)
+    common.check_outputs(args.output, args.per_image)
+    edits = common.find_edits(args, clean_is_row=False, smallest=WINDOW)
     results = common.score(edits, {"ssim": ssim}, [], args.batch_size)
     common.report(results, "ssim", args, edits.baseline)
     return results.exit_status()

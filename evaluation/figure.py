@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import numpy as np
     from matplotlib.figure import Figure
 
+MOST_LINES = 60  # of a grid that somebody could still look at
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
@@ -65,13 +66,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories)")
     grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
-    grid.add_argument(
-        "--prompts",
-        type=utils.number_list,
-        metavar="I,J,...",
-        help="numbers of the instructions to show (default: all that were edited)",
-    )
-    grid.add_argument("--prompt_file", type=Path, help="the instructions' texts, if they are one's own")
+    common.add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
     grid.add_argument(
         "--difference", action="store_true", help=f"a column with the protection itself, x{AMPLIFY}"
@@ -101,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     if args.output.suffix.lower() not in (".png", ".pdf"):
         raise UserError(f"{args.output}: a figure is written as .png or .pdf")
-    utils.check_directory(args.output.absolute().parent)
+    common.check_outputs(args.output)
     return args.make(args)
 
 
@@ -119,63 +114,60 @@ def save(figure: Figure, output: Path) -> None:
 def make_grid(args: argparse.Namespace) -> int:
     clean = common.clean_row(args.clean_edit_dir, [args.seed])
     rows = common.find_rows(args.defend_edit_dirs, [args.seed])
+    protected = common.protected_rows(args.protected_dirs)
     titles = args.titles or [row.method for row in rows]
-    if len(rows) != len(args.protected_dirs) or len(rows) != len(titles):
+    if len(rows) != len(protected) or len(rows) != len(titles):
         raise UserError(
-            f"{len(args.protected_dirs)} --protected_dirs, but {len(rows)} directories of edits"
+            f"{len(protected)} directories of protected images, but {len(rows)} of edits"
             + (f" and {len(titles)} titles" if args.titles else "")
         )
     prompts = common.prompts_of([clean, *rows], [args.seed], args.prompts)
-    texts = common.texts_of([clean, *rows], [args.seed], args.prompt_file)
+    texts = common.texts_of([clean, *rows], [args.seed], prompts, args.prompt_file)
     sources = utils.images_by_stem(args.src_dir)
-    names = args.names or sorted(sources)
-    lines = [(name, prompt) for name in names for prompt in prompts]
-    cells = [picture_row(name, prompt, sources, args, clean, rows) for name, prompt in lines]
+    lines = [(name, prompt) for name in args.names or sources for prompt in prompts]
+    if len(lines) > MOST_LINES:
+        raise UserError(f"a grid of {len(lines)} lines: choose some with --names or --prompts")
+    listed = {directory: utils.images_by_stem(directory) for directory in [args.src_dir, *protected]}
+    listed |= {
+        folder: utils.images_by_stem(folder)
+        for row in (clean, *rows)
+        for prompt in prompts
+        for folder in [row.directory / f"seed{args.seed}" / f"prompt{prompt}"]
+    }
+
+    def pixels(directory: Path, name: str) -> np.ndarray:
+        if name not in listed[directory]:
+            raise UserError(f"{directory}: no image {name}")
+        return utils.load_image(listed[directory][name]).pixels
+
+    def edit_of(row: common.Row, name: str, prompt: int) -> np.ndarray:
+        return pixels(row.directory / f"seed{args.seed}" / f"prompt{prompt}", name)
+
+    cells = []
+    for name, prompt in lines:
+        source = pixels(args.src_dir, name)
+        cells.append([source, edit_of(clean, name, prompt)])
+        for directory, row in zip(protected, rows, strict=True):
+            image = pixels(directory, name)
+            if image.shape != source.shape:
+                raise UserError(f"{directory}: {name} has another size than its source")
+            cells[-1] += [image, *([difference(image, source)] if args.difference else [])]
+            cells[-1].append(edit_of(row, name, prompt))
     labels = [f"{name}\n{texts.get(prompt, f'prompt {prompt}')}" for name, prompt in lines]
     save(draw(cells, labels, column_titles(titles, args.difference)), args.output)
     print(f"{args.output}: {len(lines)} lines, {len(cells[0])} columns")
     return 0
 
 
-def picture_row(
-    name: str,
-    prompt: int,
-    sources: dict[str, Path],
-    args: argparse.Namespace,
-    clean: common.Row,
-    rows: Sequence[common.Row],
-) -> list[np.ndarray]:
-    """source, its edit, then of each method: protected, (difference), its edit."""
-
-    def edit_of(row: common.Row) -> np.ndarray:
-        folder = row.directory / f"seed{args.seed}" / f"prompt{prompt}"
-        return _pixels(utils.images_by_stem(folder), name, folder)
-
-    source = _pixels(sources, name, args.src_dir)
-    cells = [source, edit_of(clean)]
-    for directory, row in zip(args.protected_dirs, rows, strict=True):
-        protected = _pixels(utils.images_by_stem(directory), name, directory)
-        cells += [protected, *([difference(protected, source)] if args.difference else []), edit_of(row)]
-    return cells
-
-
-def _pixels(files: dict[str, Path], name: str, directory: Path) -> np.ndarray:
-    if name not in files:
-        raise UserError(f"{directory}: no image {name}")
-    return utils.load_image(files[name]).pixels
-
-
 def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     """(H, W, 3) uint8: what was added to the source, AMPLIFY times, around grey."""
     import numpy as np
 
-    if image.shape != source.shape:
-        raise UserError(f"a protected image is {image.shape[1]}x{image.shape[0]}, its source is not")
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
 
 
 def column_titles(methods: Sequence[str], with_difference: bool) -> list[str]:
-    """One title a column, in the order of `picture_row`."""
+    """One title a column: source, its edit, then of each method protected, (difference), its edit."""
     titles = ["source", "edit of source"]
     for method in methods:
         shown = f"\n{method}" if len(methods) > 1 else ""
@@ -222,21 +214,27 @@ class Point:
 def make_plot(args: argparse.Namespace) -> int:
     tables = {}
     for given in args.tables:
-        label, _, file = given.rpartition("=")
+        label, _, file = ("", "", given) if Path(given).exists() else given.rpartition("=")
         if label in tables:
-            raise UserError(f"--tables: {'two tables have no label' if not label else f'two are {label}'}")
+            raise UserError(f"--tables: {f'two are called {label}' if label else 'two have no label'}")
         tables[label] = Path(file)
+    if len(tables) > 1 and "" in tables:
+        raise UserError(f"--tables: {tables['']} has no label: LABEL=FILE")
     points = [
         point for label, file in tables.items() for point in read_points(file, args.metric, label)
     ]
+    places = [(point.method, point.place) for point in points]
+    twice = [f"{method} at {place or label}" for method, place in places if places.count((method, place)) > 1]
+    if twice:
+        raise UserError(f"--tables: {twice[0]} has two values (a method is the last part of its directory)")
     by_budget = list(tables) == [""]
     if by_budget and not any(point.place for point in points):
         raise UserError(f"{tables['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
     xlabel = args.xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
     shown = eval_all.COLUMNS[args.metric].title if args.metric in eval_all.COLUMNS else args.metric or "mean"
     save(draw_plot(points, shown, xlabel), args.output)
-    places = {point.place for point in points if point.place}
-    print(f"{args.output}: {len({point.method for point in points})} methods, {len(places)} places")
+    n_places = len({place for _, place in places if place})
+    print(f"{args.output}: {len({method for method, _ in places})} methods, {n_places} places")
     return 0
 
 
@@ -258,7 +256,10 @@ def read_points(file: Path, metric: str | None, label: str) -> list[Point]:
         parts = [part for part in Path(row["method"]).parts if part != "/"]
         budgets = [part[7:] for part in parts if re.fullmatch(r"budget_[\d.e-]+", part)]
         rest = [part for part in parts if not re.fullmatch(r"(budget_|seed)[\d.e-]+", part)]
-        value, low, high = (float(row[name] or "nan") for name in (column, *ends))
+        try:
+            value, low, high = (float(row[name] or "nan") for name in (column, *ends))
+        except ValueError as error:
+            raise UserError(f"{file}: {error}") from None
         if row[column]:
             budget = budgets[-1] if budgets else ""
             method = rest[-1] if rest else row["method"]

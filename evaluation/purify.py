@@ -206,7 +206,13 @@ def run(args: argparse.Namespace) -> int:
         chosen = models.choose(args)
         device, dtype = models.set_up(args)
         purifiers["vae"] = through_vae(models.load_vae(chosen, args.model, device, dtype), device)
-        arguments |= {"model_id": models.shown(chosen.editors[args.model]), "resolution": chosen.resolution}
+        arguments |= {
+            "dtype": str(dtype).removeprefix("torch."),
+            "model_id": models.shown(chosen.editors[args.model]),
+            "resolution": chosen.resolution,
+        }
+    elif args.model_id or args.resolution:
+        raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
     record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
     team = runs.Team()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import math
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -27,7 +29,6 @@ from scipy import stats
 
 import models
 import utils
-from utils import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -187,7 +188,8 @@ def test_a_damaged_edit_is_left_out_of_every_row_alike(world, capsys):
     (world / "edits/facelock/budget_0.03/seed5/prompt3/ben.png").write_text("x")
     assert eval_psnr.main(psnr_args(world, "--per_image", "each.csv")) == 1
     error = capsys.readouterr().err
-    assert f"left out of every row: {world}/edits/facelock/budget_0.03/seed5/prompt3/ben.png: not a" in error
+    assert f"damaged: {world}/edits/facelock/budget_0.03/seed5/prompt3/ben.png: not a" in error
+    assert "1 of 6 edits are left out of every row" in error
     each = table(Path("each.csv"))
     assert len(each) == 2 * 5
     assert not [row for row in each if (row["prompt"], row["name"]) == ("3", "ben")]
@@ -214,7 +216,39 @@ def test_the_clean_edits_may_lie_beside_the_others(world):
     assert (row["mean"], row["n"], row["n_inf"]) == ("", "0", "6")
 
 
-def test_several_seeds_are_one_mean(world):
+def test_a_directory_called_clean_is_no_clean_row(world, all_args, monkeypatch):
+    (world / "edits/facelock/budget_0.03").rename(world / "edits/facelock/clean")
+    monkeypatch.chdir(world / "edits/facelock")
+    args = list(all_args)
+    args[args.index("--defend_edit_dirs") + 1] = "clean"
+    assert eval_all.main([*args, "--output", "t.csv"]) == 0
+    first, second = table(Path("t.csv"))
+    assert (first["method"], first["psnr"], second["method"]) == ("clean", "", "./clean")
+    assert float(second["psnr"]) < 40 and first["facial"] != second["facial"]
+
+
+def test_a_directory_named_twice_is_one_row(world):
+    args = psnr_args(world, "--prompts", "0")
+    place = f"{world}/edits/facelock"
+    args[args.index("--defend_edit_dirs") + 1 : args.index("--seed")] = [
+        place, f"{place}/budget_0.02/seed5", f"{place}/../facelock"
+    ]  # fmt: skip
+    assert eval_psnr.main(args) == 0
+    assert len(table(Path("psnr_metric.csv"))) == 2
+
+
+def test_directories_two_levels_up_are_named(world, capsys):
+    args = psnr_args(world)
+    args[args.index("--defend_edit_dirs") + 1] = str(world / "edits")
+    (world / "edits/clean").rename(world / "clean")
+    args[args.index("--clean_edit_dir") + 1] = str(world / "clean")
+    assert eval_psnr.main(args) == 1
+    assert f"no seed5 in it or in its sub-directories, but in those of {world}/edits/facelock" in (
+        capsys.readouterr().err
+    )
+
+
+def test_several_seeds_are_one_mean(world, capsys):
     for directory, levels in (("edits/clean", 0), ("edits/facelock/budget_0.02", 4)):
         for prompt in (0, 3):
             for number, name in enumerate(NAMES):
@@ -227,6 +261,13 @@ def test_several_seeds_are_one_mean(world):
     (row,) = table(Path("t.csv"))
     of_images = [(level_psnr(1 + i) + level_psnr(4)) / 2 for i in range(3)]
     assert float(row["mean"]) == pytest.approx(np.mean(of_images), abs=1e-3)
+    (world / "edits/facelock/budget_0.02/seed6/prompt0").rename(world / "elsewhere")
+    assert eval_psnr.main(args) == 1
+    assert "budget_0.02/seed6: prompt0" in capsys.readouterr().err
+    (world / "edits/facelock/budget_0.02/seed6").rename(world / "seed6")
+    args[args.index("--defend_edit_dirs") + 1] = str(world / "edits/facelock")
+    assert eval_psnr.main(args) == 1
+    assert "budget_0.02: seed6 is missing" in capsys.readouterr().err
     args.remove("6")
     args[args.index("5")] = "7"
     assert eval_psnr.main(args) == 1
@@ -240,6 +281,26 @@ def test_the_baseline_is_compared_in_pairs(world, capsys):
     assert float(first["diff_low"]) < float(first["diff"]) < float(first["diff_high"])
     assert (first["diff_n"], second["diff"]) == ("3", "")
     assert f"{expected:+.3f}" in capsys.readouterr().out
+
+
+def test_a_table_is_the_same_in_every_process(world):
+    """Whatever order sets of names have there."""
+    for number, name in enumerate("abcdefgh"):
+        for prompt in (0, 3):
+            place = Path("seed5") / f"prompt{prompt}" / f"{name}.png"
+            source = tiny.portrait(32, seed=number)
+            write(world / "edits/clean" / place, source)
+            write(world / "edits/facelock/budget_0.02" / place, shifted(source, 1 + number))
+            write(world / "edits/facelock/budget_0.03" / place, shifted(source, 9 - number))
+    tables = []
+    for seed in ("1", "2"):
+        out = world / f"{seed}.csv"
+        args = psnr_args(world, "--output", str(out), "--baseline", "budget_0.03")
+        command = [sys.executable, ROOT / "evaluation/eval_psnr.py", *args]
+        environment = {**os.environ, "PYTHONHASHSEED": seed}
+        subprocess.run(command, env=environment, check=True, capture_output=True)
+        tables.append(out.read_text())
+    assert tables[0] == tables[1]
 
 
 def test_differences_are_of_the_pairs_that_both_have():
@@ -260,9 +321,28 @@ def test_an_instruction_must_be_the_same_in_every_row(world, capsys):
     assert eval_psnr.main(psnr_args(world)) == 1
     error = capsys.readouterr().err
     assert "Turn it red" in error and "Turn it blue" in error
+    assert eval_psnr.main(psnr_args(world, "--prompts", "3")) == 0  # 0 isn't asked for
     (world / "own.txt").write_text("Turn it green\n")
     assert eval_psnr.main(psnr_args(world, "--prompt_file", str(world / "own.txt"))) == 1
     assert "Turn it green" in capsys.readouterr().err
+    for broken in ({"prompts": ["a"]}, {"prompts": {"first": "a"}}):
+        places[1].write_text(json.dumps(record | broken))
+        assert eval_psnr.main(psnr_args(world)) == 1
+        assert "its prompts are not numbered" in capsys.readouterr().err
+
+
+def test_every_seed_has_its_record(world, capsys):
+    """The second seed's texts are compared, too."""
+    for name in ("clean", "facelock/budget_0.02"):
+        shutil.copytree(world / "edits" / name / "seed5", world / "edits" / name / "seed6")
+    for seed, text in ((5, "a"), (6, "b")):
+        record = {"seed": seed, "arguments": {}, "prompts": {"0": text}}
+        (world / f"edits/clean/seed{seed}/run.json").write_text(json.dumps(record))
+    args = psnr_args(world)
+    args.insert(args.index("5") + 1, "6")
+    args[args.index("--defend_edit_dirs") + 1] += "/budget_0.02"
+    assert eval_psnr.main(args) == 1
+    assert "prompt0 is 'a'" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -299,8 +379,14 @@ def test_ssim_of_known_pairs():
     a, b = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)  # in [0, 1]: 0.4 and 0.7
     expected = (2 * 0.4 * 0.7 + 1e-4) / (0.4**2 + 0.7**2 + 1e-4)  # of constant images, C1 = 0.01^2
     assert eval_ssim.ssim(a, b).item() == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(UserError, match="11 px"):
-        eval_ssim.ssim(image[..., :10, :], image[..., :10, :])
+
+
+def test_images_that_are_too_small_for_a_metric_are_named(world, capsys):
+    for path in world.rglob("edits/*/**/ben.png"):
+        write(path, tiny.portrait(10))
+    assert eval_psnr.main(psnr_args(world)) == 0
+    assert eval_ssim.main(psnr_args(world)) == 1
+    assert "ben.png is 10x10; sides of at least 11 px" in capsys.readouterr().err
 
 
 def test_lpips_is_that_of_the_library(world, tiny_models, real_pairs):
@@ -375,6 +461,19 @@ def test_clip_s_scores_the_instructions_that_were_used(world, clip_args, capsys)
     assert "prompt3" in capsys.readouterr().err
 
 
+def test_a_missing_source_is_named(world, clip_args, capsys):
+    (world / "portraits/cleo.png").unlink()
+    assert eval_clip_i.main(clip_args) == 1
+    assert f"cleo in {world}/portraits" in capsys.readouterr().err
+
+
+def test_edits_of_several_sizes_have_their_source_in_each(world, clip_args):
+    for path in (world / "edits/facelock/budget_0.03/seed5/prompt3").iterdir():
+        Image.open(path).resize((40, 48)).save(path)
+    assert eval_clip_i.main([*clip_args, "--per_image", "each.csv"]) == 0
+    assert len(table(Path("each.csv"))) == 18
+
+
 def test_sources_of_another_size_are_brought_to_the_edits(world, clip_args):
     assert eval_clip_i.main(clip_args) == 0
     before = [float(row["mean"]) for row in table(Path("clip_i_metric.csv"))]
@@ -441,6 +540,9 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
                     )
     each = table(Path("each.csv"))
     assert len(each) == 3 * 2 * 3 and list(each[0])[4:] == list(eval_all.COLUMNS)
+    for row in together:
+        mine = [float(line["facial"]) for line in each if line["method"] == row["method"]]
+        assert np.mean(mine) == pytest.approx(float(row["facial"]), abs=2e-6)
 
 
 def test_eval_all_reads_and_embeds_every_file_once(world, all_args, monkeypatch):
@@ -506,15 +608,35 @@ def test_eval_all_tells_how_visible_a_protection_is(world, all_args, capsys):
     assert len(lines) == 2 and float(lines[1]["facial"]) < 0
     text = Path("o/t.md").read_text()
     assert "minus clean, in pairs" in text and "protected images against their sources" in text
-    write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(40))
+    assert eval_all.main([*all_args, "--output", "o/t.csv"]) == 0  # nothing of the earlier one is left
+    assert sorted(path.name for path in Path("o").iterdir()) == ["t.csv", "t.md"]
+    (world / "protected/facelock/budget_0.03/ben.png").write_text("x")
     capsys.readouterr()
     assert eval_all.main([*all_args, *flags]) == 1  # and the rest is there
-    assert "40x40" in capsys.readouterr().err
+    assert "budget_0.03/ben.png: not a readable image" in capsys.readouterr().err
     assert [row["linf_n"] for row in table(Path("o/t_protected.csv"))] == ["2", "2"]
+    assert {row["facial_n"] for row in table(Path("o/t.csv"))} == {"3"}
+    write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(40))
+    assert eval_all.main([*all_args, *flags]) == 1
+    assert "is 40x40, its source 32x32" in capsys.readouterr().err
     (world / "protected/facelock/budget_0.02/ben.png").unlink()
     assert eval_all.main([*all_args, *flags]) == 1
-    assert "budget_0.02: ben" in capsys.readouterr().err
-    assert eval_all.main([*all_args, "--output", "t.md"]) == 1
+    assert "ben in" in capsys.readouterr().err
+
+
+def test_outputs_that_cannot_be_are_refused_before_any_work(world, all_args, monkeypatch, capsys):
+    monkeypatch.setattr(common, "score", lambda *args: pytest.fail("worked"))
+    (world / "out/folder").mkdir()
+    for flags, says in (
+        (["--output", "folder"], "is a directory"),
+        (["--output", "t.md"], "Markdown"),
+        (["--per_image", "folder"], "is a directory"),
+        (["--per_image", "all_metric.csv"], "overwrite the other"),
+        (["--per_image", "all_metric.md"], "overwrite the other"),
+        (["--output", f"{world}/portraits/ben.png/t.csv"], "is not a directory"),
+    ):
+        assert eval_all.main([*all_args, *flags]) == 1
+        assert says in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -548,6 +670,22 @@ def test_the_interval_covers_about_as_often_as_it_says():
         low, high = common.bootstrap(generator.normal(size=40).tolist())
         missed += not low <= 0 <= high
     assert 2 <= missed <= 15
+
+
+def test_the_interval_is_bca():
+    """That of a skewed sample leans the way its tail does, more than the percentile interval."""
+    sample = np.random.default_rng(3).lognormal(sigma=1.2, size=30)
+    low, high = common.bootstrap(sample.tolist())
+    plain = stats.bootstrap(
+        (sample,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
+    ).confidence_interval
+    assert high > plain.high + 0.05 * (plain.high - plain.low) and low > plain.low
+
+
+def test_thirty_images_are_enough(capsys):
+    for n, told in ((29, True), (30, False)):
+        common.warn_of_few([common.Mean(0, 0, 0, n, 0)])
+        assert bool(capsys.readouterr().out) is told
 
 
 def test_no_interval_for_one_value_or_equal_ones():
@@ -629,20 +767,29 @@ def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
     assert found["facial"].tolist() == pytest.approx([1, 1])  # grey is grey
     assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
     row = common.Row("m", Path())
-    results = common.Results({"no_face": {row: values(x=[1.0, 0.0])}}, [])
+    results = common.Results({"no_face": {row: values(x=[1.0, 0.0])}}, [], 2, 0)
     assert scorer.report(results) == 0
     assert "no face was found in 1 of 2 edits" in capsys.readouterr().out
 
 
-def test_a_source_without_a_face_is_named_and_the_rest_is_scored(world, facial_args, monkeypatch, capsys):
+def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
+    world, facial_args, all_args, monkeypatch, capsys
+):
     """`cleo` is darkened in source and edits."""
     for path in world.rglob("cleo.png"):
         write(path, tiny.portrait(32, seed=2) // 8)
     monkeypatch.setattr(models, "FaceDetector", lambda find, device: faces_in_bright_images(60))
+    assert eval_all.main([*all_args, "--per_image", "each.csv"]) == 1
+    assert "cleo" in capsys.readouterr().err
+    with_faces = [row["name"] for row in table(Path("each.csv")) if row["facial"]]
+    assert set(with_faces) == {"anna", "ben"} and len(table(Path("each.csv"))) == 18
     assert eval_facial.main([*facial_args, "--per_image", "each.csv"]) == 1
     assert "cleo" in capsys.readouterr().err
     assert {row["name"] for row in table(Path("each.csv"))} == {"anna", "ben"}
     assert [row["n"] for row in table(Path("facial_metric.csv"))] == ["2", "2", "2"]
+    monkeypatch.setattr(models, "FaceDetector", lambda find, device: faces_in_bright_images(300))
+    assert eval_facial.main(facial_args) == 1
+    assert "nothing could be scored: no face found in the source" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -706,6 +853,8 @@ def test_the_grid_shows_what_it_says(world, monkeypatch):
         "protected\nweak", "edit of protected\nweak", "protected\nstrong", "edit of protected\nstrong"
     ]  # fmt: skip
     assert figure.main([*args, "--titles", "weak"]) == 1
+    monkeypatch.setattr(figure, "MOST_LINES", 3)
+    assert figure.main([*args, "--titles", "weak", "strong"]) == 1
 
 
 def test_the_grid_names_what_is_missing(world, capsys):
@@ -732,6 +881,8 @@ def test_the_plot_shows_a_metric_against_budget(world, monkeypatch):
     assert Path("p.pdf").read_bytes().startswith(b"%PDF")
     found = [(point.method, point.place) for point in seen["points"]]
     assert found == [("facelock", "0.02"), ("facelock", "0.03")]
+    ((low, high),) = [bar.get_segments()[0][:, 1] for bar in seen["figure"].axes[0].collections[:1]]
+    assert (low, high) == pytest.approx((seen["points"][0].low, seen["points"][0].high))
     rows = table(Path("psnr_metric.csv"))
     (line,) = seen["figure"].axes[0].lines[:1]
     assert line.get_xdata() == pytest.approx([0.02, 0.03])
@@ -752,9 +903,27 @@ def test_the_plot_shows_a_metric_against_purification(world, all_args, monkeypat
     capsys.readouterr()
     for broken, says in (
         (["--tables", "none=all_metric.csv", "--metric", "beauty"], "clip_s"),
-        (["--tables", "a=all_metric.csv", "a=all_metric.csv", "--metric", "psnr"], "two are a"),
+        (["--tables", "a=all_metric.csv", "a=all_metric.csv", "--metric", "psnr"], "two are called a"),
         (["--tables", "nothing.csv"], "nothing.csv"),
+        (["--tables", "all_metric.csv", "a=all_metric.csv", "--metric", "psnr"], "has no label"),
         (["--tables", "all_metric.md"], "all_metric.md"),
     ):
         assert figure.main(["plot", *broken]) == 1
         assert says in capsys.readouterr().err
+
+
+def test_the_plot_shows_the_clean_edits_as_a_line_and_refuses_what_is_ambiguous(world, all_args, capsys):
+    assert eval_all.main(all_args) == 0
+    points = figure.read_points(Path("all_metric.csv"), "facial", "")
+    (axis,) = figure.draw_plot(points, "FR", "budget").axes
+    assert [line.get_label() for line in axis.lines if line.get_linestyle() == "--"] == ["clean"]
+    assert axis.lines[0].get_ydata() == pytest.approx([1, 1])
+    text = Path("all_metric.csv").read_text().replace("facelock", "a/facelock")
+    more = "".join(line + "\n" for line in text.replace("a/facelock", "b/facelock").splitlines()[2:])
+    Path("two.csv").write_text(text + more)
+    capsys.readouterr()
+    assert figure.main(["plot", "--tables", "two.csv", "--metric", "facial"]) == 1
+    assert "facelock at 0.02 has two values" in capsys.readouterr().err
+    Path("two.csv").write_text(text.replace("0.9", "zero"))
+    assert figure.main(["plot", "--tables", "two.csv", "--metric", "facial"]) == 1
+    assert "two.csv" in capsys.readouterr().err

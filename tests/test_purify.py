@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import shutil
 from pathlib import Path
 
 import cheats
@@ -13,7 +14,7 @@ import purify
 import pytest
 import tiny
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 
 import main_edit
 import utils
@@ -113,9 +114,11 @@ def test_crop_and_resize():
     ramp = np.tile(np.arange(64, dtype=np.uint8)[None, :, None] * 4, (64, 1, 3))
     middle = apply("crop:0.5", ramp)[32, :, 0].astype(int)
     assert middle[0] == pytest.approx(64, abs=4) and middle[-1] == pytest.approx(188, abs=4)
-    stripes = np.zeros((64, 64, 3), np.uint8)
-    stripes[:, ::2] = 255
-    assert apply("resize:0.5", stripes)[32, 8:-8].std() < 12  # below what half the pixels can show
+    for period, kept in ((2, False), (8, True)):  # half the pixels can show the second
+        stripes = np.zeros((64, 64, 3), np.uint8)
+        stripes[:, np.arange(64) % period < period // 2] = 255
+        spread = float(apply("resize:0.5", stripes)[32, 8:-8].std())
+        assert spread > 90 if kept else spread < 12
 
 
 def test_a_chain_is_its_steps_in_order():
@@ -139,7 +142,22 @@ def test_purify_refuses_other_arguments_in_the_same_place(folder, capsys):
     assert "0 written, 3 there already" in capsys.readouterr().out
     assert run_purify(folder, "jpeg:75", output="in") == 1
     assert run_purify(folder, "blur:99:9", output="big") == 1  # no room for that kernel
-    assert json.loads((folder / "out/run.json").read_text())["arguments"]["method"] == "jpeg:75"
+    record = json.loads((folder / "out/run.json").read_text())
+    assert (record["arguments"]["method"], record["seed"]) == ("jpeg:75", 0)
+    assert run_purify(folder, "jpeg:75", "--seed", "1") == 1
+    shutil.copytree(folder / "in", folder / "foreign")
+    assert run_purify(folder, "jpeg:75", output="foreign") == 1
+    assert "no run.json that says what made them" in capsys.readouterr().err
+    assert run_purify(folder, "jpeg:75", "--resolution", "64", output="new") == 1
+
+
+def test_the_seed_decides_about_noise(folder):
+    assert run_purify(folder, "noise:8", output="a") == 0
+    assert run_purify(folder, "noise:8", "--seed", "3", output="b") == 0
+    assert not np.array_equal(pixels_of(folder / "a")["face0"], pixels_of(folder / "b")["face0"])
+    assert np.array_equal(
+        pixels_of(folder / "b")["face0"], apply("noise:8", pixels_of(folder / "in")["face0"], "face0", seed=3)
+    )
 
 
 def test_purify_goes_on_past_a_bad_file(folder, capsys):
@@ -185,7 +203,8 @@ def test_cheats_look_like_edits(edited, edit_flags):
     assert np.abs(made["gamma"] - 255 * (edit / 255) ** (1 / 1.5)).max() <= 0.5
     spread = [np.ptp(pixels.astype(float), axis=-1).mean() for pixels in (made["saturated"], edit)]
     assert spread[0] > 1.5 * spread[1]  # of the channels
-    assert made["blurred"].astype(float).std(axis=(0, 1)).sum() < edit.astype(float).std(axis=(0, 1)).sum()
+    of_pillow = Image.fromarray(edit).filter(ImageFilter.GaussianBlur(2))
+    assert np.array_equal(made["blurred"], np.array(of_pillow))
 
 
 def test_reseeded_is_the_edit_with_another_seed(edited, edit_flags):
@@ -206,13 +225,26 @@ def test_reseeded_is_the_edit_with_another_seed(edited, edit_flags):
     [
         (["--other_seed", "4"], "own noise"),
         (["--prompts", "7"], "prompt7"),
-        (["--output_dir", "{}/clean"], "where the clean edits are"),
+        (["--guidance_scale", "3"], "were made with --guidance_scale 1.0, not 3.0"),
     ],
 )
 def test_what_cheats_refuse(edited, edit_flags, capsys, flags, says):
     assert run_cheats(edited, edit_flags, *(flag.format(edited) for flag in flags)) == 1
     assert says in capsys.readouterr().err
     assert not (edited / "cheats/reseeded").exists()
+
+
+def test_cheats_of_other_edits_are_refused(edited, edit_flags, capsys):
+    assert run_cheats(edited, edit_flags, "--cheats", "mirrored", "shifted") == 0
+    assert run_cheats(edited, edit_flags, "--cheats", "shifted", "--shift", "9") == 1
+    shutil.copytree(edited / "clean", edited / "other")
+    more = ["--cheats", "mirrored", "--clean_edit_dir", f"{edited}/other"]
+    assert run_cheats(edited, edit_flags, *more) == 1
+    assert "clean_edit_dir: " in capsys.readouterr().err
+    (edited / "clean").rename(edited / "cheats/source")
+    more = ["--clean_edit_dir", f"{edited}/cheats/source"]
+    assert run_cheats(edited, edit_flags, *more) == 1
+    assert "would be overwritten" in capsys.readouterr().err
 
 
 def test_cheats_name_an_edit_that_is_missing(edited, edit_flags, capsys):
