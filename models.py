@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import json
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -350,13 +351,54 @@ def load_vae(
     return WorkingVAE(_frozen(vae, device, dtype), models.resolution)
 
 
+class _EncodeOnce:
+    """A VAE's `encode` that keeps the latents of the last batch: a portrait has many instructions.
+
+    Each image is encoded alone, so its latent depends on nothing that was encoded before.
+    """
+
+    def __init__(self, encode: Callable[[Tensor], Any]) -> None:
+        self.encode = encode
+        self.known: dict[bytes, Tensor] = {}  # by the image's bytes: mean and log variance, (1, 2C, h, w)
+
+    def __call__(self, images: Tensor) -> Any:
+        import torch
+        from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+        from diffusers.models.modeling_outputs import AutoencoderKLOutput
+
+        keys = [hashlib.sha256(image.cpu().view(torch.uint8).numpy()).digest() for image in images]
+        self.known = {key: self.known[key] for key in keys if key in self.known}
+        for key, image in zip(keys, images, strict=True):
+            if key not in self.known:
+                self.known[key] = self.encode(image[None]).latent_dist.parameters
+        return AutoencoderKLOutput(DiagonalGaussianDistribution(torch.cat([self.known[key] for key in keys])))
+
+
 class Editor:
-    """An instruction-following editor: tensors in [-1, 1] and instructions in, edited tensors out."""
+    """An instruction-following editor: tensors in [-1, 1] and instructions in, edited tensors out.
+
+    Each instruction is embedded once, and each portrait encoded once for the instructions that follow.
+    """
 
     def __init__(self, pipeline: Any, models: ModelSet, kind: str) -> None:
         self.pipeline = pipeline
         self.models = models
         self.kind = kind  # one of EDITOR_NAMES
+        self.texts: dict[str, Tensor] = {}  # (1, tokens, D)
+        pipeline.vae.encode = _EncodeOnce(pipeline.vae.encode)
+
+    def embed(self, texts: Sequence[str]) -> Tensor:
+        """Instructions as the UNet gets them -> (B, tokens, D); a longer one than it reads is cut."""
+        import torch
+
+        for text in texts:
+            if text not in self.texts:
+                tokens = self.pipeline.tokenizer(
+                    text, padding="max_length", truncation=True, return_tensors="pt"
+                )
+                ids = tokens.input_ids.to(self.pipeline.device)
+                self.texts[text] = self.pipeline.text_encoder(ids).last_hidden_state
+        return torch.cat([self.texts[text] for text in texts])
 
     def __call__(self, images: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
         """Edits images (B, 3, H, W) in [-1, 1], each by its own instruction -> float32 (B, 3, H, W).
@@ -374,7 +416,8 @@ class Editor:
             knobs["strength"] = self.models.strength
         with torch.no_grad():
             edited = self.pipeline(
-                prompt=list(prompts),
+                prompt_embeds=self.embed(prompts),
+                negative_prompt_embeds=self.embed([""] * len(prompts)),
                 image=(working + 1) / 2,  # diffusers takes and gives tensors in [0, 1]
                 num_inference_steps=self.models.num_inference_steps,
                 generator=[torch.Generator().manual_seed(seed) for _ in prompts],

@@ -322,7 +322,7 @@ def _mean(values: np.ndarray) -> float:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = world.parser_of(
-        __doc__, steps=5_000, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor"
+        __doc__, steps=10_000, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor"
     )
     parser.add_argument("--edits", type=positive_int, default=6, help="of the 25, for each picture")
     parser.add_argument("--mask_weight", type=float, default=1.0, help="more on cells that an edit changes")

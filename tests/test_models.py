@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import diffusers
 import facenet_pytorch
 import huggingface_hub
 import lpips
@@ -623,28 +624,67 @@ def test_an_edit_depends_on_seed_prompt_and_image_alone(editor):
 
 
 @pytest.mark.parametrize("kind", ["instruct-pix2pix", "stable-diffusion"])
-def test_what_the_pipeline_is_given(kind):
+def test_what_the_pipeline_is_given(kind, monkeypatch):
     given = {}
 
-    def pipeline(**options):
-        given.update(options)
-        return SimpleNamespace(images=options["image"])
+    class Pipeline:
+        vae = SimpleNamespace(encode=None)
 
+        def __call__(self, **options):
+            given.update(options)
+            return SimpleNamespace(images=options["image"])
+
+    monkeypatch.setattr(models.Editor, "embed", lambda self, texts: [f"E({text})" for text in texts])
     chosen = model_set(num_inference_steps=9, guidance_scale=3.0, image_guidance_scale=2.0, strength=0.4)
     x = images(2, 3, 50, 40)
-    edited = models.Editor(pipeline, chosen, kind)(x, ["a", "b"], 5)
+    edited = models.Editor(Pipeline(), chosen, kind)(x, ["a", "b"], 5)
     torch.testing.assert_close(edited, x)  # out of [-1, 1], padded, and back
     image, noise = given.pop("image"), given.pop("generator")
     assert image.shape == (2, 3, 56, 40) and 0 <= image.min() < 0.1 and 0.9 < image.max() <= 1
     assert [generator.initial_seed() for generator in noise] == [5, 5] and noise[0] is not noise[1]
     knob = {"image_guidance_scale": 2.0} if kind == "instruct-pix2pix" else {"strength": 0.4}
     assert given == {
-        "prompt": ["a", "b"],
+        "prompt_embeds": ["E(a)", "E(b)"],
+        "negative_prompt_embeds": ["E()", "E()"],
         "num_inference_steps": 9,
         "guidance_scale": 3.0,
         "output_type": "pt",
         **knob,
     }
+
+
+def test_an_edit_is_the_pipelines_own(editor):
+    """What is computed once is the same: text embeddings, image latents, with guidance."""
+    x = images(2, 3, 64, 64)
+    pipeline = diffusers.StableDiffusionInstructPix2PixPipeline(**editor.pipeline.components)
+    pipeline.vae.encode, once = editor.pipeline.vae.encode.encode, editor.pipeline.vae.encode
+    try:
+        wanted = pipeline(
+            prompt=["hat", "beard"],
+            image=(x + 1) / 2,
+            num_inference_steps=2,
+            guidance_scale=7.5,
+            image_guidance_scale=1.5,
+            generator=[torch.Generator().manual_seed(3) for _ in range(2)],
+            output_type="pt",
+        ).images
+    finally:
+        pipeline.vae.encode = once
+    assert torch.allclose(editor(x, ["hat", "beard"], 3), wanted * 2 - 1, atol=1e-5)
+
+
+def test_texts_and_portraits_are_encoded_once(editor, monkeypatch):
+    encoded, embedded = [], []
+    once = editor.pipeline.vae.encode
+    monkeypatch.setattr(once, "encode", lambda x, f=once.encode: encoded.append(len(x)) or f(x))
+    monkeypatch.setattr(editor, "texts", {})
+    hook = editor.pipeline.text_encoder.register_forward_pre_hook(lambda *_: embedded.append(1))
+    a, b = images(2, 3, 64, 64, seed=8)
+    editor(torch.stack([a, a]), ["one", "two"], 0)
+    editor(torch.stack([a, b]), ["three", "one"], 0)
+    editor(torch.stack([b, b]), ["two", "three"], 0)
+    hook.remove()
+    assert encoded == [1, 1] and len(embedded) == 4  # and the empty one
 
 
 @pytest.mark.parametrize(
