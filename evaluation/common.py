@@ -410,6 +410,7 @@ class Scorer(Protocol):
 
 
 AgainstClean = Callable[["Tensor", "Tensor"], "Tensor"]  # two (B, 3, H, W) in [-1, 1] -> (B,)
+ClipMetric = Callable[["Tensor", "Tensor", "Tensor"], "Tensor"]  # of edit, source, text: (B, D) each -> (B,)
 
 
 @dataclass
@@ -531,17 +532,9 @@ def _batches(edits: Edits, keys: Sequence[Key], batch_size: int) -> Iterator[lis
 
 
 class ClipScorer:
-    """What CLIP-S and CLIP-I share: each image is embedded once.
+    """What CLIP-S and CLIP-I share: each image is embedded once."""
 
-    metrics: by name, functions of embeddings of edits, sources and instructions, (B, D) each -> (B,).
-    """
-
-    def __init__(
-        self,
-        clip: models.Clip,
-        metrics: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
-        texts: dict[int, str],
-    ) -> None:
+    def __init__(self, clip: models.Clip, metrics: dict[str, ClipMetric], texts: dict[int, str]) -> None:
         self.clip = clip
         self.metrics = metrics
         self.problems: list[str] = []
@@ -560,14 +553,33 @@ class ClipScorer:
         return {name: metric(edits, sources, texts) for name, metric in self.metrics.items()}
 
 
-def clip_scorer(
-    args: argparse.Namespace,
-    edits: Edits,
-    metrics: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]],
-) -> ClipScorer:
+def clip_scorer(args: argparse.Namespace, edits: Edits, metrics: dict[str, ClipMetric]) -> ClipScorer:
     """Loads CLIP. Raises UserError."""
     clip = models.load_clip(models.choose(args).clip, *models.set_up(args))
     return ClipScorer(clip, metrics, {number: edits.texts.get(number, "") for number in edits.prompts})
+
+
+def run_against_clean(
+    args: argparse.Namespace, name: str, load: Callable[[], AgainstClean], smallest: int
+) -> int:
+    """What a script of one metric against the clean edits does -> exit status.
+
+    load: makes the metric, once all that is cheap has been checked. smallest: as in find_edits.
+    """
+    check_outputs(args.output, args.per_image)
+    edits = find_edits(args, clean_is_row=False, smallest=smallest)
+    results = score(edits, {name: load()}, [], args.batch_size)
+    report(results, name, args, edits.baseline)
+    return results.exit_status()
+
+
+def run_clip(args: argparse.Namespace, name: str, metric: ClipMetric, needs_texts: bool) -> int:
+    """What a script of one CLIP metric does -> exit status."""
+    check_outputs(args.output, args.per_image)
+    edits = find_edits(args, clean_is_row=True, needs_texts=needs_texts)
+    results = score(edits, {}, [clip_scorer(args, edits, {name: metric})], args.batch_size)
+    report(results, name, args, edits.baseline)
+    return results.exit_status()
 
 
 # ---------------------------------------------------------------------------------------------------------

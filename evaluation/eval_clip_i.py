@@ -38,18 +38,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
-
-
 def run(args: argparse.Namespace) -> int:
-    common.check_outputs(args.output, args.per_image)
-    edits = common.find_edits(args, clean_is_row=True)
-    metrics = {"clip_i": lambda edit, source, _: clip_i(edit, source)}
-    results = common.score(edits, {}, [common.clip_scorer(args, edits, metrics)], args.batch_size)
-    common.report(results, "clip_i", args, edits.baseline)
-    return results.exit_status()
+    return common.run_clip(args, "clip_i", lambda edit, source, _: clip_i(edit, source), needs_texts=False)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return utils.run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":

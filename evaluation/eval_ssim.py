@@ -64,17 +64,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
-
-
 def run(args: argparse.Namespace) -> int:
-    common.check_outputs(args.output, args.per_image)
-    edits = common.find_edits(args, clean_is_row=False, smallest=WINDOW)
-    results = common.score(edits, {"ssim": ssim}, [], args.batch_size)
-    common.report(results, "ssim", args, edits.baseline)
-    return results.exit_status()
+    return common.run_against_clean(args, "ssim", lambda: ssim, smallest=WINDOW)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return utils.run_command(run, parse_args(argv))
 
 
 if __name__ == "__main__":
