@@ -1,5 +1,6 @@
 # make demo   the main job on the embedded models, and a picture to look at: demo/figure.png
 # make table MODELS=mini IMAGES=DIR BUDGETS="0.03"   the paper's main experiment on your portraits
+# make experiment   the tables of the README, on the embedded models (an hour on 2 cores)
 # make test   the tests, at most 5 minutes; make test-all adds the slow ones
 # All create .venv and install into it first. Another Python: make test PYTHON=python3.12
 
@@ -25,7 +26,12 @@ TABLE ?= table
 FIGURE_PROMPTS ?= $(if $(PROMPTS),$(PROMPTS),$(SOME_PROMPTS))
 SOME_PROMPTS = 0,4,11,13,19,23
 
-.PHONY: install demo table test test-all lint clean
+# The README's tables: 20 portraits that nothing else uses, and the first 10 of them purified
+EXPERIMENT ?= experiment
+PURIFIERS ?= jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+FIRST_TEN = 1002000 1002001 1002002 1002003 1002004 1002005 1002006 1002007 1002008 1002009
+
+.PHONY: install demo table experiment test test-all lint clean
 
 install: $(VENV)/installed $(VENV)/installed-dev
 
@@ -89,6 +95,36 @@ table: $(VENV)/installed
 		--clean_edit_dir="$(TABLE)/edits/clean" --defend_edit_dirs $$edits --titles $$titles --seed=$(SEED) \
 		--names "$$name" --prompts=$(FIGURE_PROMPTS) --output="$(TABLE)/figure.png"; \
 	exit $$status
+
+# All prompts at 0.06, six at 0.03, the cheats, and facelock at 0.06 under the paper's purifiers. Run again, it goes on.
+experiment: $(VENV)/installed-dev
+	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first $(firstword $(FIRST_TEN)) --count 20
+	$(MAKE) table MODELS=mini IMAGES=$(EXPERIMENT)/portraits BUDGETS=0.06 PROMPTS= TABLE=$(EXPERIMENT)/at_0.06
+	$(MAKE) table MODELS=mini IMAGES=$(EXPERIMENT)/portraits BUDGETS=0.03 PROMPTS=$(SOME_PROMPTS) TABLE=$(EXPERIMENT)/at_0.03
+	$(RUN) evaluation/cheats.py --models=mini --src_dir=$(EXPERIMENT)/portraits --seed=$(SEED) --batch_size=$(BATCH) \
+		--clean_edit_dir=$(EXPERIMENT)/at_0.06/edits/clean --output_dir=$(EXPERIMENT)/cheats/edits
+	$(RUN) evaluation/eval_all.py --models=mini --src_dir=$(EXPERIMENT)/portraits --seed=$(SEED) \
+		--clean_edit_dir=$(EXPERIMENT)/at_0.06/edits/clean --defend_edit_dirs $(EXPERIMENT)/cheats/edits \
+		$(EXPERIMENT)/at_0.06/edits/facelock --output=$(EXPERIMENT)/cheats/all_metric.csv
+	mkdir -p $(EXPERIMENT)/ten/clean $(EXPERIMENT)/ten/facelock
+	cp $(FIRST_TEN:%=$(EXPERIMENT)/portraits/portrait_%.png) $(EXPERIMENT)/ten/clean/
+	cp $(FIRST_TEN:%=$(EXPERIMENT)/at_0.06/protected/facelock/budget_0.06/portrait_%.png) $(EXPERIMENT)/ten/facelock/
+	set -e; for method in none $(PURIFIERS); do \
+		to="$(EXPERIMENT)/purified/$$(echo $$method | tr : -)"; \
+		for row in clean facelock; do \
+			from="$(EXPERIMENT)/ten/$$row"; \
+			if [ $$method != none ]; then \
+				$(RUN) evaluation/purify.py --input_dir=$$from --output_dir=$$to/pictures/$$row --method=$$method; \
+				from=$$to/pictures/$$row; \
+			fi; \
+			$(RUN) main_edit.py --models=mini --src_dir=$$from --edit_dir=$$to/edits/$$row --seed=$(SEED) \
+				--prompts=$(SOME_PROMPTS) --batch_size=$(BATCH); \
+		done; \
+		$(RUN) evaluation/eval_all.py --models=mini --src_dir=$(EXPERIMENT)/ten/clean --seed=$(SEED) \
+			--clean_edit_dir=$$to/edits/clean --defend_edit_dirs $$to/edits/facelock --output=$$to/all_metric.csv; \
+	done
+	$(RUN) evaluation/figure.py plot --metric facial_judge --output $(EXPERIMENT)/purified/facial_judge.png \
+		--tables $(foreach method,none $(PURIFIERS),$(method)=$(EXPERIMENT)/purified/$(subst :,-,$(method))/all_metric.csv)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 Box = models.Box
 
-KNOBS = ("targeted", "c", "lr")  # flags of some methods only; None is the method's own default
+KNOBS = ("targeted", "c", "lr", "compile")  # flags of some methods only; None is the method's own default
 MEMBERS = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
 
 
@@ -97,6 +97,12 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="less memory, more time: the VAE's activations are computed again for each gradient",
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        default=None,
+        help="torch.compile each iteration: minutes to begin with, then faster (encoder, vae, facelock)",
+    )
     models.add_editor_arguments(parser)
     models.add_face_arguments(parser)
     models.add_perceptual_argument(parser)
@@ -143,6 +149,10 @@ class Tools:
         self.checkpointing = args.checkpointing
         self.models = models.choose(args)
         self.device, self.dtype = models.set_up(args)
+        if args.defend_method in utils.FP32_METHODS:
+            self.dtype = utils.pick_dtype("fp32", self.device)
+            if args.dtype not in ("auto", "fp32"):
+                print(f"{args.defend_method} runs in fp32, whatever --dtype says", file=sys.stderr)
 
     def preload(self, args: argparse.Namespace) -> None:
         """Loads what the method can't do without. Raises UserError, before anything is written."""
@@ -228,9 +238,11 @@ def check_knobs(args: argparse.Namespace) -> None:
     for knob in KNOBS:
         value = getattr(args, knob)
         if value is not None and knob not in parameters(args.defend_method):
-            flag = {True: "--targeted", False: "--untargeted"}.get(value, f"--{knob}")
+            flag = "--untargeted" if value is False else f"--{knob}"
             owners = [name for name in METHOD_NAMES if knob in parameters(name)]
             raise UserError(f"{flag} is for {' and '.join(owners)}; {args.defend_method} has no such knob")
+    if args.compile and args.checkpointing:
+        raise UserError("--compile and --checkpointing don't go together")
 
 
 def knobs_in_effect(args: argparse.Namespace) -> dict[str, Any]:

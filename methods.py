@@ -74,6 +74,8 @@ def pgd(
     num_iters: int,
     start: Tensor | None = None,
     maximize: bool = True,
+    compile: bool = False,
+    stages: Sequence[int] = (0,),
     callback: Callback | None = None,
 ) -> Tensor:
     """Projected sign-gradient ascent (Madry et al. 2018), or descent with maximize=False:
@@ -82,25 +84,53 @@ def pgd(
 
     x: (B, 3, H, W) in [-1, 1]; 16-bit floats are optimised in float32, where small steps still count.
     loss_fn(x_adv, i) returns one loss an image, (B,); their sum is differentiated, so a batch gives each
-    image what it would get alone. start: default `random_start` with seed 0. callback(i, losses) is called
-    after each iteration with detached losses; reading them waits for the device.
+    image what it would get alone. start: default `random_start` with seed 0. compile: forward, backward and
+    step as one graph of torch.compile, the same up to rounding; one graph for each of `stages`, the
+    iterations from which the loss has another form, and all that it then knows of i. callback(i, losses) is
+    called after each iteration with detached losses; reading them waits for the device.
     Returns x' like x (float32 at least), max |x' - x| <= budget. x is left as it is.
     Raises ValueError for a wrong shape or range and GradientError for a gradient that is not finite; warns
     if an image's gradient is all zero.
     """
     x, x_adv = _begin(x, start, budget)
     sign = 1 if maximize else -1
+    steps = [sign * step_size_at(i, num_iters, step_size) for i in range(num_iters)]
+    steps = torch.tensor(steps, dtype=x.dtype, device=x.device)  # sent there once
+    differentiate = _traceable_gradient if compile else _gradient
+
+    def iteration(x_adv: Tensor, step: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
+        losses, gradient = differentiate(loss_fn, x_adv, i)  # (B,), (B, 3, H, W)
+        return project(x_adv + step * gradient.sign(), x, budget), losses, gradient
+
+    if compile:
+        iteration = torch.compile(iteration, fullgraph=True, dynamic=False)
     flags = _GradientFlags()
     for i in range(num_iters):
-        x_adv.requires_grad_(True)
-        losses = loss_fn(x_adv, i)  # (B,)
-        (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), x_adv)
+        form = max(stage for stage in stages if stage <= i) if compile else i
+        x_adv, losses, gradient = iteration(x_adv, steps[i], form)
         flags.update(gradient, last=i == num_iters - 1)
-        step = sign * step_size_at(i, num_iters, step_size)
-        x_adv = project(x_adv.detach() + step * gradient.sign(), x, budget)
         if callback is not None:
-            callback(i, losses.detach())
+            callback(i, losses)
     return x_adv
+
+
+def _gradient(loss_fn: Loss, x_adv: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """(losses (B,), LOSS_SCALE times the gradient of their sum), both detached"""
+    x_adv = x_adv.detach().requires_grad_(True)
+    losses = loss_fn(x_adv, i)
+    (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), x_adv)
+    return losses.detach(), gradient
+
+
+def _traceable_gradient(loss_fn: Loss, x_adv: Tensor, i: int) -> tuple[Tensor, Tensor]:
+    """`_gradient` in the form that torch.compile takes whole; it knows no gradient checkpointing"""
+
+    def total(x_adv: Tensor) -> tuple[Tensor, Tensor]:
+        losses = loss_fn(x_adv, i)
+        return LOSS_SCALE * losses.sum(), losses
+
+    gradient, losses = torch.func.grad(total, has_aux=True)(x_adv)
+    return losses, gradient
 
 
 class _GradientFlags:
@@ -202,6 +232,7 @@ def encoder_attack(
     num_iters: int,
     targeted: bool = True,
     start: Tensor | None = None,
+    compile: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """The encoder attack (PhotoGuard, Salman et al. 2023), towards a zero latent or away from the clean one:
@@ -226,6 +257,7 @@ def encoder_attack(
         num_iters=num_iters,
         start=start,
         maximize=not targeted,
+        compile=compile,
         callback=callback,
     )
 
@@ -238,6 +270,7 @@ def vae_attack(
     step_size: float,
     num_iters: int,
     start: Tensor | None = None,
+    compile: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """The VAE attack: a reconstruction that is grey (0 in [-1, 1]).
@@ -258,6 +291,7 @@ def vae_attack(
         num_iters=num_iters,
         start=start,
         maximize=False,
+        compile=compile,
         callback=callback,
     )
 
@@ -322,6 +356,7 @@ def facelock(
     step_size: float,
     num_iters: int,
     start: Tensor | None = None,
+    compile: bool = False,
     callback: Callback | None = None,
 ) -> Tensor:
     """FaceLock (Wang et al. 2025): a VAE reconstruction y = clip(D(z), -1, 1)
@@ -337,9 +372,11 @@ def facelock(
     with torch.no_grad():
         z0 = _encode(vae, _image(x, budget))
 
+    def terms_on(i: int) -> tuple[bool, bool]:
+        return i >= FACE_FROM * num_iters, i > PERCEPTUAL_FROM * num_iters  # face, perceptual
+
     def loss(x_adv: Tensor, i: int) -> Tensor:
-        face_on = i >= FACE_FROM * num_iters
-        perceptual_on = i > PERCEPTUAL_FROM * num_iters
+        face_on, perceptual_on = terms_on(i)
         z = _encode(vae, x_adv)
         objective = LATENT_WEIGHT * _mean_square(z - z0)
         if face_on or perceptual_on:
@@ -350,8 +387,17 @@ def facelock(
                 objective = objective - face_similarity(y).to(z.dtype)
         return objective
 
+    stages = [i for i in range(num_iters) if i == 0 or terms_on(i) != terms_on(i - 1)]
     return pgd(
-        x, loss, budget=budget, step_size=step_size, num_iters=num_iters, start=start, callback=callback
+        x,
+        loss,
+        budget=budget,
+        step_size=step_size,
+        num_iters=num_iters,
+        start=start,
+        compile=compile,
+        stages=stages,
+        callback=callback,
     )
 
 

@@ -26,6 +26,7 @@ from utils import (
     UserError,
     first_line,
     from_working,
+    memory_format,
     pick_device,
     pick_dtype,
     positive_int,
@@ -310,7 +311,8 @@ def _from_hub(member: str) -> tuple[str, dict[str, Any]]:
 
 def _frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """A network for inference: no dropout, no gradients for its parameters."""
-    return network.to(device=device, dtype=dtype).eval().requires_grad_(False)
+    network = network.to(device=device, dtype=dtype, memory_format=memory_format(device))
+    return network.eval().requires_grad_(False)
 
 
 class WorkingVAE:
@@ -345,7 +347,9 @@ def load_vae(
     member = models.editors[kind]
     with _loading("the VAE of", member):
         name, where = _from_hub(member)
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae", dtype=dtype, **where)
+        vae = AutoencoderKL.from_pretrained(
+            name, subfolder="vae", dtype=dtype, device_map={"": device}, **where
+        )
     if checkpointing:
         vae.enable_gradient_checkpointing()
     return WorkingVAE(_frozen(vae, device, dtype), models.resolution)
@@ -436,26 +440,35 @@ def load_editor(
     progress: whether diffusers shows its bar over the denoising steps.
     """
     import diffusers
+    from transformers import CLIPTextModel
 
     member = models.editors[kind]
+    networks = {
+        "vae": diffusers.AutoencoderKL,
+        "unet": diffusers.UNet2DConditionModel,
+        "text_encoder": CLIPTextModel,
+    }
     pipelines = {
         "instruct-pix2pix": "StableDiffusionInstructPix2PixPipeline",
         "stable-diffusion": "StableDiffusionImg2ImgPipeline",
     }
     with _loading("the editor", member):
-        # A checker that blanks an edit would be counted as protection, so there is none.
         name, where = _from_hub(member)
+        loaded = {  # each straight to its place; a pipeline's own device_map knows no "cuda:1"
+            part: _frozen(
+                network.from_pretrained(name, subfolder=part, dtype=dtype, device_map={"": device}, **where),
+                device,
+                dtype,
+            )
+            for part, network in networks.items()
+        }
+        # A checker that blanks an edit would be counted as protection, so there is none.
         pipeline = getattr(diffusers, pipelines[kind]).from_pretrained(
-            name,
-            dtype=dtype,
-            safety_checker=None,
-            requires_safety_checker=False,
-            **where,
+            name, safety_checker=None, requires_safety_checker=False, **loaded, **where
         )
         if models.scheduler is not None:
             scheduler = getattr(diffusers, models.scheduler)
             pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
-        pipeline = pipeline.to(device)
     pipeline.set_progress_bar_config(disable=not progress, desc="denoising", leave=False)
     return Editor(pipeline, models, kind)
 

@@ -41,7 +41,8 @@ except ImportError:  # Windows: no lock there
 
 # Flags that don't change pixels beyond rounding: a run may be resumed with other values of these.
 FREE = {
-    "batch_size", "check", "checkpointing", "debug", "device", "edit_dir", "judge", "output_dir", "overwrite"
+    "batch_size", "check", "checkpointing", "compile", "debug", "device",
+    "edit_dir", "judge", "output_dir", "overwrite"
 }  # fmt: skip
 # Recorded beside the arguments, in a form of their own
 ELSEWHERE = {"seed", "prompts", "prompt_file"}

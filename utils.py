@@ -58,6 +58,7 @@ edit_prompts: dict[int, str] = {
 }
 
 METHOD_NAMES = ("noise", "encoder", "vae", "cw", "facelock")  # the keys of methods.METHODS, without torch
+FP32_METHODS = ("cw",)  # whose networks run in float32: Adam sees a gradient's size, and no loss is scaled
 EDITOR_NAMES = ("instruct-pix2pix", "stable-diffusion")
 IMAGE_SUFFIXES = frozenset(
     [
@@ -274,6 +275,13 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     if name == "auto":
         name = "fp16" if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
+
+
+def memory_format(device: torch.device) -> torch.memory_format:
+    """How networks keep their weights: channels last on CUDA, whose convolutions want them so."""
+    import torch
+
+    return torch.channels_last if device.type == "cuda" else torch.preserve_format
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """The defenses: budget, objectives, schedules and errors, and one-step values worked out by hand."""
 
+import functools
 import inspect
 from types import SimpleNamespace
 
@@ -588,3 +589,35 @@ def test_cw_from_black_and_white(case):
     assert out.isfinite().all()
     assert (out - x).abs().max() <= BUDGET + 2e-7
     assert not torch.equal(out, x)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# torch.compile
+
+
+@pytest.mark.parametrize(("case", "n_graphs"), [("encoder", 1), ("facelock", 3)])
+def test_compiled_is_the_same_as_one_graph(case, n_graphs, vaes, monkeypatch):
+    """With the tracer alone, without a code generator: `fullgraph` fails where the iteration breaks up."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def closures(x):
+        weights = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view_as(x[:1])
+        return (
+            lambda y: torch.cosine_similarity((y * weights).flatten(1), (x * weights).flatten(1)),
+            lambda y: (y - x).square().flatten(1).mean(dim=1),
+        )
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
+    for seed in (1, 2):  # the second batch is compiled no more
+        x = image(2, seed=seed)
+        given = {"num_iters": 6, "closures": closures(x)}
+        plain = run(case, x, vaes[x.dtype], **given)
+        compiled = run(case, x, vaes[x.dtype], compile=True, **given)
+        torch.testing.assert_close(compiled, plain, atol=1e-9, rtol=0)
+    assert len(graphs) == n_graphs  # facelock: no decode, LPIPS, LPIPS and face
+    assert any("sign" in str(node.target) for node in graphs[0].graph.nodes)  # the step is in it

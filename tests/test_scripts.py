@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import tiny
+import torch
 from PIL import Image
 
 import defend
@@ -600,6 +601,8 @@ BAD_INPUTS = [
     ("itself", defend, f"{ONE} --output_path {{bad}}/good/face0.png", 1, "would overwrite the input"),
     ("c", defend, f"{ONE} --defend_method facelock --c 0.1", 1, "--c is for cw; facelock has no such knob"),
     ("lr", main_defend, f"{MANY} --defend_method vae --lr 0.1", 1, "--lr is for cw; vae has no such knob"),
+    ("compile", defend, f"{ONE} --defend_method cw --compile", 1, "--compile is for encoder and vae and"),
+    ("both", defend, f"{ONE} --compile --checkpointing", 1, "--checkpointing don't go together"),
     (
         "untargeted",
         defend,
@@ -704,3 +707,27 @@ def test_bad_input_as_a_command(tmp_path, edit_flags):
     done = run("edit.py", edit_flags, "--input_path", tmp_path / "none.png", "--prompt", "x")
     assert done.returncode == 1
     assert done.stderr == f"error: {tmp_path}/none.png: no such file\n" and done.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("method", "dtype", "runs_in", "told"),
+    [
+        ("cw", "auto", torch.float32, False),
+        ("cw", "bf16", torch.float32, True),
+        ("encoder", "bf16", torch.bfloat16, False),
+    ],
+)
+def test_cw_runs_in_float32(defend_flags, capsys, method, dtype, runs_in, told):
+    line = ["--input_path", "x", "--defend_method", method, "--dtype", dtype]
+    tools = defend.Tools(defend.parse_args([*line, *defend_flags]))
+    assert (tools.dtype, tools.vae.vae.dtype) == (runs_in, runs_in)
+    assert ("cw runs in fp32" in capsys.readouterr().err) is told
+
+
+def test_compile_reaches_the_method(tmp_path, defend_flags, monkeypatch):
+    seen = []
+    monkeypatch.setattr(torch, "compile", lambda function, **more: seen.append(more) or function)
+    (source,) = tiny.write_portraits(tmp_path, 1)
+    line = ["--input_path", str(source), "--defend_method", "encoder", "--compile"]
+    assert defend.main([*line, *defend_flags]) == 0
+    assert seen == [{"fullgraph": True, "dynamic": False}]
