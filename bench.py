@@ -14,6 +14,7 @@ ones; what they compute means nothing. Every row runs in a process of its own.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -194,7 +195,10 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 class Memory:
-    """Peak memory from here on, above what is in use here: of the device, or of the process (Linux)."""
+    """Peak memory from here on, above what is in use here: of the device, or of the process.
+
+    Where the system doesn't let the process's peak begin anew (Linux does), it is above the peak so far.
+    """
 
     def __init__(self, device: torch.device) -> None:
         import torch
@@ -204,7 +208,8 @@ class Memory:
             torch.cuda.reset_peak_memory_stats(self.cuda)
             self.before = torch.cuda.memory_allocated(self.cuda)
         else:
-            Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+            with contextlib.suppress(OSError):
+                Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
             self.before = self._process("VmRSS")
 
     def peak(self) -> float:
@@ -217,7 +222,12 @@ class Memory:
 
     @staticmethod
     def _process(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
+        status = Path("/proc/self/status")
+        if not status.exists():  # macOS: the peak is all there is, in bytes
+            import resource
+
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        lines = status.read_text().splitlines()
         (line,) = [line for line in lines if line.startswith(f"{field}:")]
         return int(line.split()[1]) * 1024
 
@@ -294,18 +304,21 @@ def run_defense(method: str, args: argparse.Namespace, flags: dict[str, str]) ->
     def work() -> Tensor:
         return defend.protect(images, of_method, tools, boxes=boxes, seeds=range(len(images)))
 
-    if args.repeats > 1 or args.compile:
+    if args.repeats == 1 and not args.compile:  # a long one: it is its own warm-up, and counted as it runs
+        counted: list[float] = []
+        times = [seconds(lambda: counted.append(operations(work)), tools.device)]
+    else:
+        counted = [operations(work)] if not args.compile else []
         work()
-    times = [seconds(work, tools.device) for _ in range(args.repeats)]
-    peak = memory.peak()
+        times = [seconds(work, tools.device) for _ in range(args.repeats)]
     took = statistics.median(times)
     iterations = 1 if method == "noise" else args.iterations
     per_image = took / iterations * (1 if method == "noise" else FULL_ITERATIONS) / args.batch_size
     return {
         "iteration": took / iterations,
         "image": per_image,
-        "memory": peak,
-        "operations": None if args.compile else operations(work) / iterations / args.batch_size,
+        "memory": memory.peak(),
+        "operations": counted[0] / iterations / args.batch_size if counted else None,
     }
 
 
@@ -480,16 +493,23 @@ def _facelock_times(args: argparse.Namespace, flags: dict[str, str]) -> list[tup
 
 def compare_memory(args: argparse.Namespace, flags: dict[str, str]) -> Iterator[tuple[float, float]]:
     """Memory (GB) of the encoder attack at 128x128, above the imports' own: whole pipeline, VAE alone."""
-    for _ in range(args.repeats):
-        plain, ours = (in_a_process(_start_up, args, flags, whole)["memory"] for whole in (True, False))
-        yield plain, ours
+    for plain, ours in _start_ups(args, flags):
+        yield plain["memory"], ours["memory"]
 
 
 def compare_start(args: argparse.Namespace, flags: dict[str, str]) -> Iterator[tuple[float, float]]:
     """Seconds from the end of the imports to the first iteration: whole pipeline, VAE alone."""
-    for _ in range(args.repeats):
-        plain, ours = (in_a_process(_start_up, args, flags, whole)["seconds"] for whole in (True, False))
-        yield plain, ours
+    for plain, ours in _start_ups(args, flags):
+        yield plain["seconds"], ours["seconds"]
+
+
+STARTED: list[list[dict[str, float]]] = []  # one measurement serves both
+
+
+def _start_ups(args: argparse.Namespace, flags: dict[str, str]) -> list[list[dict[str, float]]]:
+    while len(STARTED) < args.repeats:
+        STARTED.append([in_a_process(_start_up, args, flags, whole) for whole in (True, False)])
+    return STARTED
 
 
 def _start_up(args: argparse.Namespace, flags: dict[str, str], whole: bool) -> dict[str, float]:

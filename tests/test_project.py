@@ -20,6 +20,7 @@ import torch
 import yaml
 from PIL import Image
 
+import bench
 import defend
 import edit
 import main_defend
@@ -64,6 +65,15 @@ def test_make_table_runs_every_method():
     assert sorted(line.split()) == sorted(utils.METHOD_NAMES)
 
 
+def test_make_experiment_has_every_part():
+    """All prompts at 0.06, six at 0.03, the cheats, the paper's purifiers; what it would run, not the run."""
+    told = subprocess.run(["make", "-n", "experiment"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for part in ("BUDGETS=0.06 PROMPTS= ", "BUDGETS=0.03 PROMPTS=0,4,11,13,19,23 ", "evaluation/cheats.py"):
+        assert part in told.stdout
+    assert "for method in none jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10; do" in told.stdout
+    assert told.stdout.count("--first 1002000 --count 20") == 1
+
+
 @pytest.mark.slow
 def test_make_table_is_the_whole_experiment(tmp_path):
     """One bundled portrait, the control and one method; run again, it has nothing left to make."""
@@ -93,7 +103,7 @@ def test_readme_links_lead_somewhere(link):
 
 def test_readme_names_flags_that_exist(capsys):
     known = set()
-    scripts = (defend, edit, main_defend, main_edit, eval_all, eval_facial, purify, cheats, figure)
+    scripts = (bench, defend, edit, main_defend, main_edit, eval_all, eval_facial, purify, cheats, figure)
     for command in [*((script, []) for script in scripts), (figure, ["grid"]), (figure, ["plot"])]:
         with pytest.raises(SystemExit):
             command[0].parse_args([*command[1], "--help"])
