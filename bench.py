@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import json
 import multiprocessing
 import os
@@ -117,7 +118,8 @@ def make_weights(size_of: str, directory: Path) -> dict[str, str]:
     from safetensors.torch import save_file
     from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-    torch.manual_seed(0)
+    models.quiet()
+    torch.manual_seed(0)  # in a process of its own
     vae = AutoencoderKL(**SD15_VAE).half()
     tokenizer = CLIPTokenizer.from_pretrained(models.MINI / "editor" / "tokenizer")
     if size_of == "editor":
@@ -643,8 +645,11 @@ def _edit_time(plain: bool) -> float:
         chosen = models.MODEL_SETS["mini"]
         start = time.perf_counter()
         if not plain:
-            if main_edit.main(line):
-                raise RuntimeError("main_edit.py failed")
+            told = io.StringIO()
+            with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
+                status = main_edit.main(line)
+            if status:
+                raise RuntimeError(f"main_edit.py failed: {told.getvalue()}")
             return time.perf_counter() - start
         pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(chosen.editors["instruct-pix2pix"])
         pipeline.set_progress_bar_config(disable=True)

@@ -225,7 +225,7 @@ def choose(args: argparse.Namespace) -> ModelSet:
 
 def set_up(args: argparse.Namespace) -> tuple[torch.device, torch.dtype]:
     """Quiets the model libraries; --device and --dtype -> where the networks run and in what."""
-    _quiet()
+    quiet()
     device = pick_device(args.device)
     return device, pick_dtype(args.dtype, device)
 
@@ -245,7 +245,7 @@ def size_warning(models: ModelSet, size: Sequence[int]) -> str | None:
 # loading
 
 
-def _quiet() -> None:
+def quiet() -> None:
     """Warnings and loading bars of the libraries don't belong between a script's few lines;
     downloads show.
     """
