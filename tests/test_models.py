@@ -278,18 +278,22 @@ def test_code_beside_the_weights_is_not_run(tmp_path, tiny_models):
 
 
 def test_checkpointing_changes_memory_and_no_number(tiny_models):
-    """Each block's forward runs again in the backward pass; latents and gradient stay the same."""
+    """Each block's forward runs again in the backward pass, and in it each residual block's once more; latents
+    and gradient stay the same.
+    """
     found = []
     for checkpointing in (False, True):
         chosen = editor_set(tiny_models.editor)
         vae = models.load_vae(chosen, PIX2PIX, CPU, F32, checkpointing=checkpointing)
-        calls = []
+        calls, inner = [], []
         vae.vae.encoder.mid_block.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
+        norm = vae.vae.encoder.down_blocks[0].resnets[0].norm1
+        norm.register_forward_pre_hook(lambda *_, inner=inner: inner.append(1))
         x = images(1, 3, 32, 32).requires_grad_()
         latent = vae.encode(x).latent_dist.mean
         (gradient,) = torch.autograd.grad(latent.square().sum(), x)
-        found.append((len(calls), latent.detach(), gradient))
-    assert [calls for calls, *_ in found] == [1, 2]
+        found.append(((len(calls), len(inner)), latent.detach(), gradient))
+    assert [calls for calls, *_ in found] == [(1, 1), (2, 3)]
     assert torch.equal(found[0][1], found[1][1]) and torch.allclose(found[0][2], found[1][2], atol=1e-6)
 
 

@@ -109,6 +109,9 @@ def test_readme_names_flags_that_exist(capsys):
             command[0].parse_args([*command[1], "--help"])
         known |= set(re.findall(r"--\w+", capsys.readouterr().out))
     foreign = {"--include", "--write", "--first", "--count"}  # of hf, and of mini/portraits.py
+    # of accelerate, torchrun and SLURM
+    foreign |= {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
+    foreign |= {"--main_process_port", "--nproc_per_node", "--nodes", "--ntasks", "--gpus"}
     named = set(re.findall(r"(?<![-\w])--\w+", README)) - foreign
     assert len(named) > 45 and named <= known
 
