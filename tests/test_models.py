@@ -278,8 +278,8 @@ def test_code_beside_the_weights_is_not_run(tmp_path, tiny_models):
 
 
 def test_checkpointing_changes_memory_and_no_number(tiny_models):
-    """Each block's forward runs again in the backward pass, and in it each residual block's once more; latents
-    and gradient stay the same.
+    """Each block's forward runs again in the backward pass, and in it each residual block's once more;
+    latents and gradient stay the same.
     """
     found = []
     for checkpointing in (False, True):
