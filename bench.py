@@ -120,10 +120,11 @@ def make_weights(size_of: str, directory: Path) -> dict[str, str]:
 
     models.quiet()
     torch.manual_seed(0)  # in a process of its own
-    vae = AutoencoderKL(**SD15_VAE).half()
+    small = utils.pick_dtype("fp16", utils.pick_device("cpu"))  # as hubs have them
+    vae = AutoencoderKL(**SD15_VAE).to(small)
     tokenizer = CLIPTokenizer.from_pretrained(models.MINI / "editor" / "tokenizer")
     if size_of == "editor":
-        _write_pipeline(vae, tokenizer, directory / "editor")
+        _write_pipeline(vae, tokenizer, small, directory / "editor")
     else:
         vae.save_pretrained(directory / "editor" / "vae")
     for name in ("recognizer", "judge"):
@@ -138,7 +139,7 @@ def make_weights(size_of: str, directory: Path) -> dict[str, str]:
     state = {key: value.clone().contiguous() for key, value in network.state_dict().items()}
     save_file(state, directory / "perceptual" / "model.safetensors")
     (directory / "perceptual" / "config.json").write_text(json.dumps({"net": "vgg", "lpips": True}))
-    CLIPModel(CLIPConfig()).half().save_pretrained(directory / "clip")
+    CLIPModel(CLIPConfig()).to(small).save_pretrained(directory / "clip")
     CLIPProcessor(image_processor=CLIPImageProcessor(), tokenizer=tokenizer).save_pretrained(
         directory / "clip"
     )
@@ -151,7 +152,7 @@ def make_weights(size_of: str, directory: Path) -> dict[str, str]:
     }
 
 
-def _write_pipeline(vae: Any, tokenizer: Any, directory: Path) -> None:
+def _write_pipeline(vae: Any, tokenizer: Any, dtype: torch.dtype, directory: Path) -> None:
     """InstructPix2Pix at SD 1.5's size."""
     import torch
     from diffusers import (
@@ -161,7 +162,8 @@ def _write_pipeline(vae: Any, tokenizer: Any, directory: Path) -> None:
     )
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    torch.set_default_dtype(torch.float16)  # made at the size that is written
+    usual = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # made at the size that is written
     try:
         unet = UNet2DConditionModel(sample_size=64, in_channels=8, cross_attention_dim=768)
         text = CLIPTextModel(
@@ -170,7 +172,7 @@ def _write_pipeline(vae: Any, tokenizer: Any, directory: Path) -> None:
             )
         )
     finally:
-        torch.set_default_dtype(torch.float32)
+        torch.set_default_dtype(usual)
     StableDiffusionInstructPix2PixPipeline(
         vae=vae,
         text_encoder=text,
@@ -205,7 +207,7 @@ class Memory:
     def __init__(self, device: torch.device) -> None:
         import torch
 
-        self.cuda = device if device.type == "cuda" else None
+        self.cuda = device if utils.on_cuda(device) else None
         if self.cuda is not None:
             torch.cuda.reset_peak_memory_stats(self.cuda)
             self.before = torch.cuda.memory_allocated(self.cuda)
@@ -240,7 +242,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
+    if utils.on_cuda(device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
@@ -723,7 +725,7 @@ def one_line_about(args: argparse.Namespace, device: torch.device) -> str:
 
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.machine()}"
-    if device.type == "cuda":
+    if utils.on_cuda(device):
         where = torch.cuda.get_device_name(device)
     side = args.input_side or (args.resolution, args.resolution)
     form = "" if args.against_release else f", input {side[1]}x{side[0]}, worked on at {args.resolution}"

@@ -20,6 +20,7 @@ from torch import Tensor
 
 # Keeps float16 gradients from vanishing; a power of two, so that it changes no digit and no sign.
 LOSS_SCALE = 2.0**12
+MAX_GRAPHS = 2**16  # of torch.compile: no limit
 CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
 
 # Facelock's weight and schedule, those of the authors' release.
@@ -103,7 +104,7 @@ def pgd(
         return project(x_adv + step * gradient.sign(), x, budget), losses, gradient
 
     if compile:
-        iteration = torch.compile(iteration, fullgraph=True, dynamic=False)
+        iteration = _compiled(iteration)
     flags = _GradientFlags()
     for i in range(num_iters):
         form = max(stage for stage in stages if stage <= i) if compile else i
@@ -131,6 +132,16 @@ def _traceable_gradient(loss_fn: Loss, x_adv: Tensor, i: int) -> tuple[Tensor, T
 
     gradient, losses = torch.func.grad(total, has_aux=True)(x_adv)
     return losses, gradient
+
+
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+    """torch.compile with a graph for each image size, batch size and stage. Its limit of eight guards against
+    code that never settles; a directory with three sizes of portraits would reach it, and fail.
+    """
+    import torch._dynamo
+
+    limits = torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS)
+    return limits(torch.compile(function, fullgraph=True, dynamic=False))
 
 
 class _GradientFlags:

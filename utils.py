@@ -278,10 +278,15 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """How networks keep their weights: channels last on CUDA, whose convolutions want them so."""
+    """How networks keep their weights: channels last, which the convolutions of CUDA and CPUs like best."""
     import torch
 
-    return torch.channels_last if device.type == "cuda" else torch.preserve_format
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Whether a device has a memory and a queue of its own that torch.cuda tells about."""
+    return device.type == "cuda"
 
 
 # ---------------------------------------------------------------------------------------------------------

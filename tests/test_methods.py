@@ -621,3 +621,19 @@ def test_compiled_is_the_same_as_one_graph(case, n_graphs, vaes, monkeypatch):
         torch.testing.assert_close(compiled, plain, atol=1e-9, rtol=0)
     assert len(graphs) == n_graphs  # facelock: no decode, LPIPS, LPIPS and face
     assert any("sign" in str(node.target) for node in graphs[0].graph.nodes)  # the step is in it
+
+
+def test_compiled_takes_any_number_of_sizes(monkeypatch):
+    """Left alone, torch.compile gives up after eight graphs, and a directory of many sizes would fail."""
+    torch._dynamo.reset()
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
+    for side in range(4, 16):
+        x = image(side=side)
+        pgd(
+            x,
+            lambda x_adv, i: x_adv.square().flatten(1).mean(dim=1),
+            budget=BUDGET,
+            step_size=0.01,
+            num_iters=2,
+            compile=True,
+        )

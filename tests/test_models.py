@@ -277,6 +277,16 @@ def test_code_beside_the_weights_is_not_run(tmp_path, tiny_models):
     assert not (tmp_path / "ran").exists()
 
 
+def test_networks_are_channels_last(tiny_models):
+    """In the place where they are loaded, so that every gradient runs through them so."""
+    chosen = editor_set(tiny_models.editor)
+    vae = models.load_vae(chosen, PIX2PIX, CPU, F32).vae
+    editor = models.load_editor(chosen, PIX2PIX, CPU, F32, progress=False).pipeline
+    for network in (vae, editor.vae, editor.unet):
+        weights = [w for w in network.parameters() if w.ndim == 4]
+        assert weights and all(w.is_contiguous(memory_format=torch.channels_last) for w in weights)
+
+
 def test_checkpointing_changes_memory_and_no_number(tiny_models):
     """Each block's forward runs again in the backward pass, and in it each residual block's once more;
     latents and gradient stay the same.
