@@ -2,13 +2,14 @@
 
     python bench.py --models=mini                            # the bundled stand-ins
     python bench.py --size=sd15 --resolution=512             # models of the paper's size, random weights
-    python bench.py --size=sd15 --resolution=1024 --what facelock --iterations=4 --checkpointing
-    python bench.py --size=sd15 --resolution=512 --input_side=6000x4000 --what encoder --iterations=2
+    python bench.py --size=sd15 --resolution=1024 --what vae --iterations=1 --repeats=1 --checkpointing
+    python bench.py --size=sd15 --input_side=6000x4000 --what encoder --iterations=2 --repeats=1
     python bench.py --against-release                        # the plain forms beside these, and ratios
 
 Prints, for each job, seconds an iteration, seconds an image, images an hour, peak memory above the imports'
-own, and floating-point operations. Random weights (made in a temporary directory) cost the time of trained
-ones; what they compute means nothing. Every row runs in a process of its own.
+own, and floating-point operations (a defense's only with --repeats above 1: counting takes a run of its own,
+and memory). Random weights (made in a temporary directory) cost the time of trained ones; what they compute
+means nothing. Every row runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -80,7 +81,9 @@ def parse_args(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--checkpointing", action="store_true", help="as in defend.py")
     parser.add_argument("--compile", action="store_true", help="as in defend.py")
-    parser.add_argument("--repeats", type=utils.positive_int, default=3, help="of which the median counts")
+    parser.add_argument(
+        "--repeats", type=utils.positive_int, default=3, help="of which the median counts; 1: no warm-up"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="the numbers, too")
     parser.add_argument(
         "--against-release", action="store_true", help="compare with the plain forms instead; see COMPARISONS"
@@ -308,21 +311,19 @@ def run_defense(method: str, args: argparse.Namespace, flags: dict[str, str]) ->
     def work() -> Tensor:
         return defend.protect(images, of_method, tools, boxes=boxes, seeds=range(len(images)))
 
-    if args.repeats == 1 and not args.compile:  # a long one: it is its own warm-up, and counted as it runs
-        counted: list[float] = []
-        times = [seconds(lambda: counted.append(operations(work)), tools.device)]
-    else:
-        counted = [operations(work)] if not args.compile else []
+    if args.repeats > 1 or args.compile:
         work()
-        times = [seconds(work, tools.device) for _ in range(args.repeats)]
-    took = statistics.median(times)
+    took = statistics.median(seconds(work, tools.device) for _ in range(args.repeats))
+    peak = memory.peak()  # before anything is counted, which keeps tensors alive
     iterations = 1 if method == "noise" else args.iterations
     per_image = took / iterations * (1 if method == "noise" else FULL_ITERATIONS) / args.batch_size
     return {
         "iteration": took / iterations,
         "image": per_image,
-        "memory": memory.peak(),
-        "operations": counted[0] / iterations / args.batch_size if counted else None,
+        "memory": peak,
+        "operations": None
+        if args.compile or args.repeats == 1  # a long one
+        else operations(work) / iterations / args.batch_size,
     }
 
 
@@ -350,13 +351,14 @@ def run_edit(args: argparse.Namespace, flags: dict[str, str]) -> dict[str, Any]:
         for steps in (1, 3)
     )
     step = (long - short) / 2
+    peak = memory.peak()
     of_short, of_long = operations(lambda: work(1)), operations(lambda: work(3))
     steps = chosen.num_inference_steps
     flops = of_short + (steps - 1) * (of_long - of_short) / 2
     return {
         "iteration": step,
         "image": (short + (steps - 1) * step) / args.batch_size,
-        "memory": memory.peak(),
+        "memory": peak,
         "operations": flops / args.batch_size,
     }
 
@@ -393,11 +395,10 @@ def run_metric(job: str, args: argparse.Namespace, flags: dict[str, str]) -> dic
 
     work()
     took = statistics.median(seconds(work, device) for _ in range(args.repeats))
+    peak = memory.peak()
     with torch.no_grad():
         flops = operations(work) / args.batch_size
-    return {
-        "iteration": None, "image": took / args.batch_size, "memory": memory.peak(), "operations": flops
-    }  # fmt: skip
+    return {"iteration": None, "image": took / args.batch_size, "memory": peak, "operations": flops}
 
 
 def metric_arguments(args: argparse.Namespace, flags: dict[str, str]) -> argparse.Namespace:

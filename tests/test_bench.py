@@ -23,7 +23,7 @@ def here(monkeypatch):
 
 
 def test_one_row_a_job_with_its_numbers(tmp_path, here, capsys):
-    line = f"--models mini --device cpu --resolution 64 --iterations 2 --repeats 1 --json {tmp_path}/out.json"
+    line = f"--models mini --device cpu --resolution 64 --iterations 2 --repeats 2 --json {tmp_path}/out.json"
     jobs = ["noise", "encoder", "facelock", "edit", "psnr", "lpips", "clip", "faces"]
     assert bench.main([*line.split(), "--what", *jobs]) == 0
     out = capsys.readouterr().out.splitlines()
@@ -35,6 +35,19 @@ def test_one_row_a_job_with_its_numbers(tmp_path, here, capsys):
     # a decode costs operations, noise none
     assert rows["noise"]["operations"] == 0 < rows["encoder"]["operations"] < rows["facelock"]["operations"]
     assert "the mini models, input 64x64" in out[0]
+
+
+@pytest.mark.parametrize("job", ["encoder", "edit", "lpips"])
+def test_memory_is_read_before_operations_are_counted(monkeypatch, job):
+    """The counter keeps tensors alive, checkpointed ones too: at 1024x1024 it more than doubled the peak."""
+    order = []
+    peak, count = bench.Memory.peak, bench.operations
+    monkeypatch.setattr(bench.Memory, "peak", lambda self: order.append("peak") or peak(self))
+    monkeypatch.setattr(bench, "operations", lambda work: order.append("count") or count(work))
+    args = bench.parse_args(["--models", "mini", "--device", "cpu", "--iterations", "1", "--repeats", "2"])
+    args.resolution = 64
+    bench.run_job(job, args, {})
+    assert order[0] == "peak" and order.count("peak") == 1 and "count" in order
 
 
 def test_operations_of_an_edit_grow_with_the_steps(here):
