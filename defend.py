@@ -101,7 +101,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
         "--compile",
         action="store_true",
         default=None,
-        help="torch.compile each iteration: minutes to begin with, then faster (encoder, vae, facelock)",
+        help="for GPUs: torch.compile each iteration; minutes to begin with (encoder, vae, facelock)",
     )
     models.add_editor_arguments(parser)
     models.add_face_arguments(parser)
