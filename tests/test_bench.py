@@ -64,6 +64,15 @@ def test_operations_of_an_edit_grow_with_the_steps(here):
     assert row["operations"] == pytest.approx(whole, rel=0.02)  # the text encoder is counted in one of them
 
 
+def test_time_of_an_edit_is_that_of_all_its_steps(here, monkeypatch):
+    """1 s and 2 s a step: 41 s for the mini set's 20 steps, from those of 1 and 3."""
+    monkeypatch.setattr(bench, "seconds", lambda work, device: 1 + 2 * work.__defaults__[0])
+    args = bench.parse_args(["--models", "mini", "--device", "cpu", "--repeats", "1", "--what", "edit"])
+    args.resolution = 64
+    row = bench.run_edit(args, {})
+    assert (row["iteration"], row["image"]) == (2, 41)
+
+
 def test_the_plain_facelock_is_the_projects(tiny_models):
     """In float64, over few iterations: what is compared does the same work."""
     args = argparse.Namespace(attack_budget=0.06, step_size=0.01, num_iters=4)
