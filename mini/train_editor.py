@@ -7,6 +7,10 @@ of training on two CPU cores; a killed run goes on from its last checkpoint when
 Export and measure what an unfinished training has reached:
     python mini/train_editor.py --export_only
 
+Train a finished editor further, on other people and mostly on the prompts that are worst:
+    python mini/train_editor.py --start_from=assets/mini/editor --first=1500 --identities=2500 \
+        --variations=1 --often 0 1 10 12 17 --noisy=0.5 --mask_weight=2 --lr=8e-4 --steps=7000
+
 The result is a plain diffusers directory:
     StableDiffusionInstructPix2PixPipeline.from_pretrained("assets/mini/editor")
 """
@@ -33,6 +37,7 @@ from diffusers import (
     StableDiffusionInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
+from diffusers.models.attention_processor import AttnProcessor
 from tokenizer import build_tokenizer
 from torch import nn
 from train_vae import psnr, reconstruct
@@ -44,9 +49,10 @@ from utils import edit_prompts, pick_device, positive_int, save_png, to_tensor, 
 NAME = "editor"
 LATENT = (16, 16, 16)  # channels, height, width of a 128x128 portrait's latent
 WIDTH = 128  # of the text embedding
-VARIATIONS = 2  # pictures of each identity
 DROPOUT = 0.05  # each: the instruction alone, the image alone, both (Brooks et al. 2023, section 3.2.1)
 MASK_LEVEL = 8  # of 255: where the generator's edit differs by more is the edit's mask
+OFTEN = 5  # times as often as the others: the prompts of --often
+NOISY = 0.4  # of the timesteps, the noisiest: where --noisy draws from
 EMPTY = len(edit_prompts)  # the row of the empty instruction, after those of the 25 prompts
 
 
@@ -82,6 +88,9 @@ class Editor(nn.Module):
             )
         )
 
+        # The fused attention's backward pass is slow on CPUs: without it a step takes two thirds of the time.
+        self.unet.set_attn_processor(AttnProcessor())
+
     def forward(
         self, noisy: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
@@ -112,14 +121,20 @@ def make_scheduler() -> DDIMScheduler:
 # data
 
 
-def requests(identities: range, edits: int, seed: int) -> list[world.Request]:
-    """For each picture the source and then `edits` different edits of it, drawn at random."""
+def requests(
+    identities: range, edits: int, seed: int, variations: int = 2, often: Sequence[int] = ()
+) -> list[world.Request]:
+    """For each picture the source and then `edits` different edits of it, drawn at random, those by the
+    prompts in `often` OFTEN times as likely as others."""
     rng = np.random.default_rng(seed)
+    chances = np.ones(len(edit_prompts))
+    chances[list(often)] = OFTEN
+    chances /= chances.sum()
     return [
         (identity, variation, prompt)
         for identity in identities
-        for variation in range(VARIATIONS)
-        for prompt in [None, *rng.permutation(len(edit_prompts))[:edits].tolist()]
+        for variation in range(variations)
+        for prompt in [None, *rng.choice(len(chances), edits, replace=False, p=chances).tolist()]
     ]
 
 
@@ -189,7 +204,9 @@ def make_loss(
         no_image = (chance >= DROPOUT) & (chance < 3 * DROPOUT)
         edits = torch.where(no_text, sources, edits)
         noise = torch.randn(args.batch, *LATENT, generator=generator).to(device)
-        timesteps = torch.randint(last, (args.batch,), generator=generator).to(device)
+        noisier = torch.rand(args.batch, generator=generator) < args.noisy
+        timesteps = torch.randint(last, (args.batch,), generator=generator)
+        timesteps = torch.where(noisier, (last - 1 - NOISY * timesteps).long(), timesteps).to(device)
         sources, edits, no_image = sources.to(device), edits.to(device), no_image.to(device)
 
         source, target = latents[sources].float(), latents[edits].float()  # (B, 16, 16, 16)
@@ -207,6 +224,14 @@ def make_loss(
 
 # ---------------------------------------------------------------------------------------------------------
 # export and evaluation
+
+
+def load(editor: Editor, folder: Path) -> None:
+    """The weights of an exported editor, whose optimizer's state is gone."""
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet")
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
+    editor.unet.load_state_dict(unet.state_dict())
+    editor.text_encoder.load_state_dict(text_encoder.state_dict())
 
 
 def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path) -> None:
@@ -321,14 +346,26 @@ def _mean(values: np.ndarray) -> float:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = world.parser_of(
-        __doc__, steps=10_000, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor"
-    )
+    parser = world.parser_of(__doc__, steps=10_000, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor")
+    parser.add_argument("--first", type=int, default=0, help="identity to train on, --identities from there")
+    parser.add_argument("--variations", type=positive_int, default=2, help="pictures of each identity")
     parser.add_argument("--edits", type=positive_int, default=6, help="of the 25, for each picture")
+    parser.add_argument(
+        "--often", type=int, nargs="*", default=[], help=f"prompts drawn {OFTEN} times as often"
+    )
+    parser.add_argument(
+        "--noisy", type=float, default=0.0, help="share of the steps' pictures that gets most of the noise"
+    )
     parser.add_argument("--mask_weight", type=float, default=1.0, help="more on cells that an edit changes")
     parser.add_argument("--eval_identities", type=positive_int, default=8, help="of the validation range")
+    parser.add_argument("--start_from", type=Path, help="a finished editor, trained further")
     parser.add_argument("--vae", type=Path, default=world.ASSETS / "editor" / "vae", help="from train_vae.py")
-    return world.parse(parser, argv)
+    args = world.parse(parser, argv)
+    if args.first not in range(portraits.JUDGE.start - args.identities + 1):
+        parser.error(f"--first {args.first}: {args.identities} people from there are not all to train on")
+    if not set(args.often) <= set(edit_prompts):
+        parser.error(f"--often: prompts are numbered 0 to {len(edit_prompts) - 1}")
+    return args
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -338,10 +375,14 @@ def main(argv: list[str] | None = None) -> int:
     tokenizer = build_tokenizer(list(edit_prompts.values()))
     loss_fn = None
     if not args.export_only:
-        wanted = requests(portraits.TRAIN[: args.identities], args.edits, args.seed)
+        people = range(args.first, args.first + args.identities)
+        wanted = requests(people, args.edits, args.seed, args.variations, args.often)
         loss_fn = make_loss(latents_of(wanted, args.vae, device), wanted, tokens_of(tokenizer), args)
     steps = 0 if args.export_only else args.steps
-    editor = world.train(NAME, Editor(tokenizer).to(device), loss_fn, steps=steps, lr=args.lr, seed=args.seed)
+    editor = Editor(tokenizer)
+    if args.start_from:
+        load(editor, args.start_from)
+    editor = world.train(NAME, editor.to(device), loss_fn, steps=steps, lr=args.lr, seed=args.seed)
     export(editor, tokenizer, args.vae, args.out)
     evaluate(args)
     return 0

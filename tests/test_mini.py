@@ -187,6 +187,58 @@ def test_the_judges_people_are_the_judges(capsys):
     assert train_clip.parse(["--identities", "50000"]).identities == 50_000
 
 
+def test_prompts_can_be_drawn_more_often():
+    def share_of_bald(often):
+        drawn = [prompt for _, _, prompt in train_editor.requests(range(300), 6, 0, 1, often)]
+        assert drawn[::7] == [None] * 300  # each source, then six different edits of it
+        assert all(len(set(drawn[row + 1 : row + 7])) == 6 for row in range(0, len(drawn), 7))
+        return drawn.count(1) / 300
+
+    assert share_of_bald([]) == pytest.approx(6 / 25, abs=0.08)
+    assert share_of_bald([1]) > 0.6
+
+
+def test_people_and_prompts_of_the_editors_training_are_checked(capsys):
+    for flags in (["--first=49000", "--identities=1001"], ["--first=-1"], ["--often", "25"]):
+        with pytest.raises(SystemExit):
+            train_editor.parse(flags)
+    assert "49000" in capsys.readouterr().err
+    assert train_editor.parse(["--first=49000", "--identities=1000", "--often", "24"]).often == [24]
+
+
+@pytest.mark.parametrize(("noisy", "lowest"), [(0.0, 0), (1.0, 599)])
+def test_noisy_timesteps_can_be_drawn_more_often(noisy, lowest):
+    seen = []
+
+    def editor(noised, image, timesteps, tokens):
+        seen.append(timesteps)
+        return noised
+
+    args = train_editor.parse([f"--noisy={noisy}", "--batch=2000"])
+    wanted = train_editor.requests(range(2), args.edits, 0, 1)
+    tokens = torch.zeros(26, 32, dtype=torch.long)
+    loss = train_editor.make_loss(torch.zeros(len(wanted), *train_editor.LATENT), wanted, tokens, args)
+    loss(editor, 0, world.generator(0, 0))
+    drawn = seen[0].float()
+    assert lowest <= drawn.min() < lowest + 10 and 990 < drawn.max() <= 999
+    assert drawn.mean() == pytest.approx((lowest + 999) / 2, abs=20)
+
+
+@torch.no_grad()
+def test_a_finished_editor_can_be_trained_further():
+    """Its weights come back, and the attention that is fast to train computes what diffusers' own does."""
+    pipeline = models.load_editor(
+        models.MODEL_SETS["mini"], "instruct-pix2pix", torch.device("cpu"), torch.float32, progress=False
+    ).pipeline
+    ours = train_editor.Editor(pipeline.tokenizer).eval()
+    train_editor.load(ours, world.ASSETS / "editor")
+    noisy, image = torch.randn(2, 1, *train_editor.LATENT, generator=world.generator(0, 0))
+    tokens = train_editor.tokens_of(pipeline.tokenizer)[:1]
+    text = pipeline.text_encoder(tokens)[0]
+    theirs = pipeline.unet(torch.cat([noisy, image], dim=1), 500, text).sample
+    assert torch.allclose(ours(noisy, image, torch.tensor([500]), tokens), theirs, atol=1e-4)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # measures
 
