@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import datetime
 import json
 import os
 import platform
@@ -206,6 +207,9 @@ def _pixels(record: dict[str, Any]) -> dict[str, Any]:
 # processes
 
 Made = TypeVar("Made")
+Batch = TypeVar("Batch")
+
+LONGEST_WAIT = datetime.timedelta(days=30)  # of a process that is done for one that is not
 
 
 @dataclass(frozen=True)
@@ -224,8 +228,9 @@ class Team:
             return cls()
         from accelerate import PartialState
 
-        # Without cpu=, processes on CPUs don't see each other.
-        state = PartialState(cpu=pick_device(args.device).type == "cpu")
+        # Without cpu=, processes on CPUs don't see each other. Without a timeout of ours, one that is done
+        # waits for half an hour (on GPUs ten minutes), and then all are stopped.
+        state = PartialState(cpu=pick_device(args.device).type == "cpu", timeout=LONGEST_WAIT)
         return cls(state.process_index, size, os.getppid())
 
     @property
@@ -236,6 +241,16 @@ class Team:
     def is_orphan(self) -> bool:
         """Whether the launcher is gone: then nobody waits for this process any more."""
         return self.size > 1 and os.getppid() != self.parent
+
+    def share(self, work_list: Sequence[Batch], is_done: Callable[[Batch], bool]) -> list[Batch]:
+        """This process's part: what is to be done is dealt out evenly, and so is what is done already.
+
+        The first process decides what is done, since others may be writing when a slower one looks.
+        """
+        done = self.once(lambda: [is_done(batch) for batch in work_list])
+        finished = [batch for batch, is_so in zip(work_list, done, strict=True) if is_so]
+        waiting = [batch for batch, is_so in zip(work_list, done, strict=True) if not is_so]
+        return [*finished[self.rank :: self.size], *waiting[self.rank :: self.size]]
 
     def once(self, work: Callable[[], Made]) -> Made:
         """Does it in the first process alone and gives what comes of it to all; a UserError there ends all,
@@ -415,7 +430,9 @@ def run_batches(
     """
     from tqdm import tqdm
 
-    own = work_list[team.rank :: team.size]
+    own = team.share(
+        work_list, lambda batch: not overwrite and all(item.output.exists() for item in batch)
+    )
     stop = Stop()
     summary = Summary()
     largest = max(map(len, own), default=1)

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -197,6 +198,33 @@ def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_writte
     assert [(tmp_path / f"{name}.png").read_text() for name in "abcd"] == ["A", "old", "old", "old"]
     assert (summary.made, summary.skipped, summary.failed) == (1, 3, [])
     assert summary.status == 0
+
+
+def test_processes_share_what_is_left_to_do(monkeypatch):
+    """Or those with finished batches alone would wait, and one could have all the work."""
+    parts = []
+    for rank in range(2):
+        team = runs.Team(rank, 2)
+        monkeypatch.setattr(runs.Team, "once", lambda self, work: work())
+        parts.append(team.share("aBcDeF", str.islower))
+    assert parts == [["a", "e", "B", "F"], ["c", "D"]]
+    assert runs.Team().share("aBc", str.islower) == ["a", "c", "B"]
+
+
+def test_a_process_that_is_done_waits_long_enough(monkeypatch):
+    import accelerate
+
+    given = {}
+
+    def state(**options):
+        given.update(options)
+        return SimpleNamespace(process_index=1)
+
+    monkeypatch.setattr(accelerate, "PartialState", state)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    team = runs.Team.gather(argparse.Namespace(device="cpu"))
+    assert (team.rank, team.size) == (1, 2)
+    assert given == {"cpu": True, "timeout": runs.LONGEST_WAIT} and runs.LONGEST_WAIT.days >= 7
 
 
 def test_overwrite_makes_all_again(tmp_path):
