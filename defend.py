@@ -31,6 +31,13 @@ if TYPE_CHECKING:
 Box = models.Box
 
 KNOBS = ("targeted", "c", "lr", "compile")  # flags of some methods only; None is the method's own default
+READ_FOR = {  # what a method must take for a flag to change its pixels
+    "step_size": "step_size",
+    "num_iters": "num_iters",
+    "faces": "face_similarity",
+    "recognizer": "face_similarity",
+    "lpips": "perceptual_distance",
+}
 MEMBERS = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
 
 
@@ -245,11 +252,18 @@ def check_knobs(args: argparse.Namespace) -> None:
         raise UserError("--compile and --checkpointing don't go together")
 
 
-def knobs_in_effect(args: argparse.Namespace) -> dict[str, Any]:
-    """The knobs that the method has, with its own default where none was given; for run.json."""
+def flags_in_effect(args: argparse.Namespace) -> dict[str, Any]:
+    """Flags of some methods only, for run.json: the method's own default where a knob was not given, None
+    where the method has no use for the flag.
+    """
     takes = parameters(args.defend_method)
-    given = {knob: getattr(args, knob) for knob in KNOBS if knob in takes}
-    return {knob: takes[knob].default if value is None else value for knob, value in given.items()}
+    unread = [flag for flag, need in READ_FOR.items() if need not in takes]
+    found: dict[str, Any] = dict.fromkeys([*KNOBS, *unread])
+    for knob in KNOBS:
+        if knob in takes:
+            given = getattr(args, knob)
+            found[knob] = takes[knob].default if given is None else given
+    return found
 
 
 def load_subject(path: Path, args: argparse.Namespace, tools: Tools, box: Box | None = None) -> Subject:

@@ -43,8 +43,7 @@ def run(args: argparse.Namespace) -> int:
     directory = args.output_dir / f"budget_{args.attack_budget:g}"
     images, args.seed = team.once(lambda: prepare(args, directory))
     tools = defend.Tools(args)
-    in_effect = {**dict.fromkeys(defend.KNOBS), **defend.knobs_in_effect(args)}
-    record = runs.record_of(args, tools.models, tools.dtype, in_effect)
+    record = runs.record_of(args, tools.models, tools.dtype, defend.flags_in_effect(args))
     team.once(lambda: runs.check_record(directory, record))
     tools.preload(args)
 

@@ -457,6 +457,22 @@ def test_a_changed_argument_is_refused_and_listed(call, finished):
     assert tree(finished.made) == finished.files and times(finished.made) == finished.times
 
 
+@pytest.mark.parametrize(
+    ("method", "first", "then"),
+    [
+        ("encoder", "", "--check --faces all"),
+        ("cw", "--num_iters 2", "--num_iters 2 --step_size 0.003"),
+        ("noise", "", "--num_iters 7 --step_size 0.003"),
+    ],
+)
+def test_flags_that_the_method_does_not_read_may_differ(call, folder, tmp_path, method, first, then):
+    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method {method}"
+    assert call(main_defend, f"{line} {first}").status == 0
+    done = call(main_defend, f"{line} {then}")
+    assert done.status == 0 and "0 written, 3 there already" in done.out
+    assert call(main_defend, f"{line} {then} --seed 1").status == 1
+
+
 def test_overwrite_makes_all_again(call, finished):
     assert "3 written" in call(main_defend, finished.line, "--overwrite").out
     after = tree(finished.made)
