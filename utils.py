@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import numpy as np
@@ -151,7 +151,7 @@ def budget_size(text: str) -> float:
     value = positive_float(text)
     if allowed_levels(value) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text} is below 2/255 = 0.007843, one level of an 8-bit pixel: no pixel could change"
+            f"{text} is below 2/255, one level of an 8-bit pixel: no pixel could change; at least 0.00785"
         )
     return value
 
@@ -413,6 +413,19 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     return image
 
 
+def _is_neutral(source: Any, target: Any) -> bool:
+    """Whether the way from one RGB profile to another moves no colour by more than 2 levels: a linear sRGB
+    profile is called sRGB, too.
+    """
+    import numpy as np
+    from PIL import Image, ImageCms
+
+    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)  # (81, 9, 3)
+    there = ImageCms.profileToProfile(Image.fromarray(cube), source, target)
+    return bool(np.abs(np.asarray(there).astype(int) - cube).max() <= 2)
+
+
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
     from PIL import ImageCms
 
@@ -421,9 +434,10 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
             image = image.convert("RGB")
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+            target = ImageCms.createProfile("sRGB")
             # An sRGB profile changes nothing but the last bit, so that pixels are left alone.
-            if "srgb" not in ImageCms.getProfileDescription(source).lower():
-                target = ImageCms.createProfile("sRGB")
+            named = "srgb" in ImageCms.getProfileDescription(source).lower()
+            if not (named and _is_neutral(source, target)):
                 return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
         except (ImageCms.PyCMSError, OSError):
             pass  # a broken profile, or one for other channels: the pixels are taken as they are

@@ -312,7 +312,14 @@ def test_icc_profile_is_converted(mode, tmp_path):
     assert np.abs(utils.load_image(file).pixels.astype(int) - expected).max() <= 2
 
 
-@pytest.mark.parametrize("profile", [icc_profile(True), b"not a profile", icc_profile(True, "wild")[:200]])
+def test_a_profile_that_is_only_called_srgb_is_converted(tmp_path):
+    """As linear sRGB is, whose pixels would come out much too dark."""
+    pixels = random_pixels()
+    file = save(pixels, tmp_path / "a.png", icc_profile=icc_profile(True))
+    assert np.abs(utils.load_image(file).pixels.astype(int) - pixels[..., [1, 0, 2]]).max() <= 2
+
+
+@pytest.mark.parametrize("profile", [icc_profile(False), b"not a profile", icc_profile(True, "wild")[:200]])
 def test_srgb_or_broken_icc_profile_changes_nothing(profile, tmp_path):
     pixels = random_pixels()
     file = save(pixels, tmp_path / "a.png", icc_profile=profile)
