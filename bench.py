@@ -259,6 +259,11 @@ def operations(work: Callable[[], Any]) -> float:
     return counter.get_total_flops() / 1e12
 
 
+def input_shape(args: argparse.Namespace) -> tuple[int, int]:
+    """(H, W) of what is protected, edited or scored."""
+    return args.input_side or (args.resolution, args.resolution)
+
+
 def portraits(n: int, size: tuple[int, int]) -> Any:
     """(n, H, W, 3) uint8: the bundled synthetic portraits, brought to a size."""
     import numpy as np
@@ -299,7 +304,7 @@ def run_defense(method: str, args: argparse.Namespace, flags: dict[str, str]) ->
     import defend
 
     of_method = defense_arguments(args, flags, method)
-    size = args.input_side or (args.resolution, args.resolution)
+    size = input_shape(args)
     sources = portraits(args.batch_size, size)
     tools = defend.Tools(of_method)
     memory = Memory(tools.device)
@@ -337,7 +342,7 @@ def run_edit(args: argparse.Namespace, flags: dict[str, str]) -> dict[str, Any]:
     device, dtype = models.set_up(args)
     memory = Memory(device)
     editor = models.load_editor(chosen, "instruct-pix2pix", device, dtype, progress=False)
-    images = utils.to_tensor(portraits(args.batch_size, (args.resolution, args.resolution))).to(device)
+    images = utils.to_tensor(portraits(args.batch_size, input_shape(args))).to(device)
     prompts = [utils.edit_prompts[number % len(utils.edit_prompts)] for number in range(args.batch_size)]
 
     def work(steps: int) -> Tensor:
@@ -374,7 +379,7 @@ def run_metric(job: str, args: argparse.Namespace, flags: dict[str, str]) -> dic
 
     device, _ = models.set_up(args)
     memory = Memory(device)
-    sources = portraits(args.batch_size, (args.resolution, args.resolution))
+    sources = portraits(args.batch_size, input_shape(args))
     edits = 255 - sources
     if job in ("psnr", "ssim", "lpips"):
         scoring = metric_arguments(args, flags)
@@ -728,7 +733,7 @@ def one_line_about(args: argparse.Namespace, device: torch.device) -> str:
     where = f"{torch.get_num_threads()} threads of {os.cpu_count()} cores, {platform.machine()}"
     if utils.on_cuda(device):
         where = torch.cuda.get_device_name(device)
-    side = args.input_side or (args.resolution, args.resolution)
+    side = input_shape(args)
     form = "" if args.against_release else f", input {side[1]}x{side[0]}, worked on at {args.resolution}"
     form += "" if args.against_release else f", batches of {args.batch_size}"
     return f"{of}{form}, --dtype {args.dtype}; {where}; torch {torch.__version__}; medians of {args.repeats}"

@@ -444,6 +444,8 @@ class Editor:
                 output_type="pt",
                 **knobs,
             ).images
+        if not edited.isfinite().all():  # as a file it would be black, and count as protection
+            raise UserError("the edit has NaN or infinite pixels; try --dtype fp32")
         edited = (edited.float() * 2 - 1).to(images.device)
         return from_working(edited, images.shape[-2:], self.models.resolution)
 
@@ -563,7 +565,7 @@ def load_recognizer(member: str, device: torch.device, dtype: torch.dtype) -> Re
     Raises UserError.
     """
     with _loading("the face recogniser", member):
-        if Path(member).is_dir():
+        if member not in FACENET_URLS and Path(member).is_dir():
             return _transformers_recognizer(Path(member), device, dtype)
         import torch
         from facenet_pytorch import InceptionResnetV1
@@ -714,15 +716,15 @@ def load_perceptual(member: str, device: torch.device, dtype: torch.dtype) -> An
     import lpips
 
     with _loading("LPIPS", member):
-        if Path(member).is_dir():
+        if member in LPIPS_TRUNKS:
+            network = lpips.LPIPS(net=member, pnet_rand=True, verbose=False)
+            network.net.load_state_dict(_trunk_state(member, network.net))
+        elif Path(member).is_dir():
             config = json.loads((Path(member) / "config.json").read_text())
             network = lpips.LPIPS(
                 net=config["net"], lpips=config["lpips"], pretrained=False, pnet_rand=True, verbose=False
             )
             network.load_state_dict(_read_state(Path(member) / "model.safetensors"))
-        elif member in LPIPS_TRUNKS:
-            network = lpips.LPIPS(net=member, pnet_rand=True, verbose=False)
-            network.net.load_state_dict(_trunk_state(member, network.net))
         else:
             raise FileNotFoundError(f"neither a directory nor one of {', '.join(LPIPS_TRUNKS)}")
         return _frozen(network, device, dtype)
