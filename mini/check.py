@@ -210,7 +210,8 @@ def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarra
 def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Protects one by one, as defend.py does -> what it would save, (N, H, W, 3) uint8, and seconds each."""
     args = defend.parse_args(
-        ["--input_path=-", "--models=mini", f"--defend_method={method}", f"--attack_budget={BUDGET}"]
+        ["--input_path=-", "--models=mini", "--device=cpu"]
+        + [f"--defend_method={method}", f"--attack_budget={BUDGET}"]
     )
     tools = defend.Tools(args)
     tools.preload(args)

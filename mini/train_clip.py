@@ -198,7 +198,7 @@ def main(argv: list[str] | None = None) -> int:
         }
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train("clip", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed)
+    trained = world.train("clip", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     trained.half().save_pretrained(args.out)
     images = CLIPImageProcessor(
         size={"height": SIZE, "width": SIZE}, do_center_crop=False, resample=2,  # 2: bilinear

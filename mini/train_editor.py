@@ -9,7 +9,8 @@ Export and measure what an unfinished training has reached:
 
 Train a finished editor further, on other people and mostly on the prompts that are worst:
     python mini/train_editor.py --start_from=assets/mini/editor --first=1500 --identities=2500 \
-        --variations=1 --often 0 1 10 12 17 --noisy=0.5 --mask_weight=2 --lr=8e-4 --steps=7000
+        --variations=1 --often 0 1 10 12 17 --noisy=0.5 --mask_weight=2 --lr=8e-4 --steps=7000 \
+        --work=mini/checkpoints/further
 
 The result is a plain diffusers directory:
     StableDiffusionInstructPix2PixPipeline.from_pretrained("assets/mini/editor")
@@ -382,7 +383,8 @@ def main(argv: list[str] | None = None) -> int:
     editor = Editor(tokenizer)
     if args.start_from:
         load(editor, args.start_from)
-    editor = world.train(NAME, editor.to(device), loss_fn, steps=steps, lr=args.lr, seed=args.seed)
+    editor = editor.to(device)
+    editor = world.train(NAME, editor, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     export(editor, tokenizer, args.vae, args.out)
     evaluate(args)
     return 0

@@ -182,7 +182,7 @@ def main(argv: list[str] | None = None) -> int:
         }
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train("perceptual", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed)
+    trained = world.train("perceptual", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     metric = trained.metric
     calibrate(metric, world.render([(i, 0, None) for i in portraits.TRAIN[:CALIBRATION_PAIRS]]))
     args.out.mkdir(parents=True, exist_ok=True)

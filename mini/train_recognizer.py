@@ -199,7 +199,9 @@ def main(argv: list[str] | None = None) -> int:
         return {"loss": loss, "accuracy": accuracy}
 
     steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
-    trained = world.train(name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, seed=seed)
+    trained = world.train(
+        name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, seed=seed, flags=args
+    )
     export(trained.backbone, out)
     recognizer = models.load_recognizer(str(out), torch.device("cpu"), torch.float32)  # as users load it
     evaluate(recognizer, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, name))

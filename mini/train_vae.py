@@ -178,6 +178,7 @@ def main(argv: list[str] | None = None) -> int:
         lr=args.lr,
         weight_decay=0.0,
         seed=args.seed,
+        flags=args,
         log_every=50,
     )
     mean, std = standardise(vae, pictures[:1000])

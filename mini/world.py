@@ -32,6 +32,9 @@ from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int, to_t
 ASSETS = ROOT / "assets" / "mini"
 WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data, logs
 
+# Flags with other values of which a training may go on
+FREE = {"device", "out", "work", "export_only", "steps", "eval_identities"}
+
 Request = tuple[int, int, int | None]  # identity, variation, prompt: the arguments of portraits.portrait
 
 
@@ -179,6 +182,7 @@ def train(
     weight_decay: float = 0.01,
     ema_decay: float = 0.995,
     seed: int = 0,
+    flags: argparse.Namespace | None = None,
     save_every: int = 100,
     log_every: int = 20,
 ) -> nn.Module:
@@ -187,7 +191,8 @@ def train(
     `loss_fn(model, step, generator)` returns named scalars of which "loss" is minimised (forward passes run
     in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state
     goes to mini/checkpoints/NAME.pt; a killed run goes on from there. With `steps` 0 nothing is trained and
-    the last checkpoint is what counts (--export_only). Returns the averaged model, in eval mode.
+    the last checkpoint is what counts (--export_only). A checkpoint made with other `flags` (--steps may have
+    grown) is refused. Returns the averaged model, in eval mode.
     """
     path = WORK / f"{name}.pt"
     device = next(model.parameters()).device
@@ -195,6 +200,7 @@ def train(
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay), use_buffers=False)
     first = 0
+    recorded = {key: str(value) for key, value in vars(flags).items() if key not in FREE} if flags else {}
     if not (steps or path.exists()):
         raise SystemExit(f"error: {path} is not there; train first, without --export_only")
     if path.exists():
@@ -203,6 +209,11 @@ def train(
         average.load_state_dict(state["average"])
         optimizer.load_state_dict(state["optimizer"])
         first = state["step"]
+        before = state.get("flags", {})
+        other = sorted(key for key in before.keys() & recorded.keys() if before[key] != recorded[key])
+        if steps and (other or first > steps):
+            differing = ", ".join(f"--{key}" for key in other or ["steps"])
+            raise SystemExit(f"error: {path} was trained with another {differing}; choose another --work")
         log(name, f"step {first} of {path}")
     seen: dict[str, list[float]] = {}
     began = time.perf_counter()
@@ -217,7 +228,7 @@ def train(
         losses["loss"].backward()
         nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
-        if step >= warmup:
+        if step >= min(warmup, steps - 1):
             average.update_parameters(model)
         for key, value in losses.items():
             seen.setdefault(key, []).append(float(value.detach()))
@@ -233,6 +244,7 @@ def train(
                 "average": average.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "step": done,
+                "flags": recorded,
             }
             WORK.mkdir(parents=True, exist_ok=True)
             torch.save(state, path.with_suffix(".tmp"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import itertools
 
@@ -148,7 +149,9 @@ def test_augmentation_is_drawn_from_the_step_alone():
     torch.testing.assert_close(world.jitter(images, world.generator(0, 0), **still), images)
 
 
-def tiny_training(steps: int, stop: int | None = None) -> torch.Tensor:
+def tiny_training(
+    steps: int, stop: int | None = None, flags: argparse.Namespace | None = None
+) -> torch.Tensor:
     """Trains a line; `stop` kills it in the middle of that step."""
 
     def loss_fn(model: torch.nn.Module, step: int, draws: torch.Generator) -> dict[str, torch.Tensor]:
@@ -159,7 +162,9 @@ def tiny_training(steps: int, stop: int | None = None) -> torch.Tensor:
 
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
-    trained = world.train("line", model, loss_fn, steps=steps, lr=0.1, warmup=2, save_every=5, log_every=100)
+    trained = world.train(
+        "line", model, loss_fn, steps=steps, lr=0.1, warmup=2, flags=flags, save_every=5, log_every=100
+    )
     return trained.weight.detach().clone()
 
 
@@ -171,6 +176,25 @@ def test_a_killed_training_goes_on_to_the_same_weights(work):
     assert torch.equal(tiny_training(20), whole)
     assert "step 10 of" in (work / "line.log").read_text()
     assert not list(work.glob("*.tmp"))
+
+
+def test_a_short_training_is_no_random_model(work):
+    torch.manual_seed(0)
+    untrained = torch.nn.Linear(4, 1).weight
+    assert not torch.equal(tiny_training(2), untrained)  # no longer than its warm-up
+
+
+def test_a_checkpoint_of_another_training_is_refused(work):
+    def train(*flags):
+        return tiny_training(10, flags=train_editor.parse([*flags, f"--work={work}"]))
+
+    train("--steps=10")
+    train("--steps=20", "--device=cpu")  # goes on
+    for flags, named in ((["--start_from=x"], "--start_from"), (["--lr=1", "--seed=2"], "--lr, --seed")):
+        with pytest.raises(SystemExit, match=f"another {named}; choose another --work"):
+            train(*flags)
+    with pytest.raises(SystemExit, match="another --steps"):
+        tiny_training(9)
 
 
 def test_an_export_gives_the_checkpoint_and_needs_one(work):
