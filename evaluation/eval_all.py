@@ -8,9 +8,10 @@
 
 Writes all_metric.csv and, with the same name, .md: rows are the unprotected edits and each method, columns
 CLIP-S, PSNR, SSIM, LPIPS, CLIP-I, FR by the recogniser and by the judge, each with a 95 % interval, and the
-share of edits in which no face was found. An arrow shows which way a defender wants it. With
---protected_dirs, how visible each protection is, too (..._protected.csv). Which metric can be trusted for
-what: see the README.
+share of edits in which no face was found. An arrow shows which way a defender wants it. With --baseline,
+paired differences, too (..._minus_baseline.csv); with --protected_dirs, how visible each protection is
+(..._protected.csv). Either file of an earlier run is removed where this one has nothing for it. Which
+metric can be trusted for what: see the README.
 """
 
 from __future__ import annotations
@@ -132,6 +133,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     return utils.run_command(run, args)
 
 
+def remove_earlier(table: Path) -> None:
+    """An earlier run's, which would seem to belong to the table that is written beside it."""
+    if table.exists():
+        table.unlink()
+        print(f"{table}: an earlier run's, removed")
+
+
 def run(args: argparse.Namespace) -> int:
     output = args.output or Path("all_metric.csv")
     if output.suffix == ".md":
@@ -178,7 +186,7 @@ def run(args: argparse.Namespace) -> int:
         parts.append(markdown(differences, COLUMNS, rows, what, sign="+"))
         write_table(of_baseline, differences, rows)
     else:
-        of_baseline.unlink(missing_ok=True)  # an earlier table's
+        remove_earlier(of_baseline)
     if visibility.values:
         seen = {
             metric: {row: common.mean_of(of_row) for row, of_row in of_rows.items()}
@@ -187,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
         parts.append(markdown(seen, VISIBLE, list(protected), "protected images against their sources"))
         write_table(of_protected, seen, list(protected))
     else:
-        of_protected.unlink(missing_ok=True)
+        remove_earlier(of_protected)
     if args.per_image:
         write_per_image(args.per_image, values)
     text = "\n\n".join(parts)

@@ -64,7 +64,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="edits of the protected images, each holding seed{S}/",
     )
-    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories)")
+    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, of several)")
     grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
     common.add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
@@ -115,7 +115,7 @@ def make_grid(args: argparse.Namespace) -> int:
     clean = common.clean_row(args.clean_edit_dir, [args.seed])
     rows = common.find_rows(args.defend_edit_dirs, [args.seed])
     protected = common.protected_rows(args.protected_dirs)
-    titles = args.titles or [row.method for row in rows]
+    titles = args.titles or ([row.method for row in rows] if len(rows) > 1 else [""])
     if len(rows) != len(protected) or len(rows) != len(titles):
         raise UserError(
             f"{len(protected)} directories of protected images, but {len(rows)} of edits"
@@ -167,10 +167,12 @@ def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
 
 
 def column_titles(methods: Sequence[str], with_difference: bool) -> list[str]:
-    """One title a column: source, its edit, then of each method protected, (difference), its edit."""
+    """One title a column: source, its edit, then of each method protected, (difference), its edit; a method
+    may go without a name.
+    """
     titles = ["source", "edit of source"]
     for method in methods:
-        shown = f"\n{method}" if len(methods) > 1 else ""
+        shown = f"\n{method}" if method else ""
         titles += [f"protected{shown}", *([f"difference x{AMPLIFY}"] if with_difference else [])]
         titles.append(f"edit of protected{shown}")
     return titles

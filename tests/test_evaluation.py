@@ -610,6 +610,7 @@ def test_eval_all_tells_how_visible_a_protection_is(world, all_args, capsys):
     assert "minus clean, in pairs" in text and "protected images against their sources" in text
     assert eval_all.main([*all_args, "--output", "o/t.csv"]) == 0  # nothing of the earlier one is left
     assert sorted(path.name for path in Path("o").iterdir()) == ["t.csv", "t.md"]
+    assert "o/t_protected.csv: an earlier run's, removed" in capsys.readouterr().out
     (world / "protected/facelock/budget_0.03/ben.png").write_text("x")
     capsys.readouterr()
     assert eval_all.main([*all_args, *flags]) == 1  # and the rest is there
@@ -844,6 +845,8 @@ def test_the_grid_shows_what_it_says(world, monkeypatch):
     with Image.open("f.png") as picture:
         assert picture.width > 5 * 100 and picture.height > 4 * 100
     assert figure.main([*args[:-1], "f.jpg"]) == 1
+    assert figure.main([*args, "--titles", "weak"]) == 0
+    assert seen["columns"][2:] == ["protected\nweak", "difference x10", "edit of protected\nweak"]
     args[args.index("--protected_dirs") + 1 : args.index("--clean_edit_dir")] = [f"{world}/protected"] * 2
     place = args.index("--defend_edit_dirs") + 1
     args[place:place] = [f"{world}/edits/facelock/budget_0.02"]
