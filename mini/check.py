@@ -33,7 +33,8 @@ from utils import HelpFormatter, edit_prompts, save_png, start_seed, to_tensor, 
 
 SPLITS = {
     "validation": portraits.VALIDATION,
-    "test": range(portraits.TEST_FROM + 1_000, portraits.TEST_FROM + 2_000),  # the first ones are the demo's
+    # Below are the demo's, the people whom earlier weights were measured on, and the README's experiment.
+    "test": range(portraits.TEST_FROM + 3_000, portraits.TEST_FROM + 4_000),
 }
 PEOPLE = 20  # of the edits and of the defenses
 PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS = 50, 100, 200
