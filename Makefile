@@ -1,6 +1,6 @@
 # make demo   the main job on the embedded models, and a picture to look at: demo/figure.png
 # make table MODELS=mini IMAGES=DIR BUDGETS="0.03"   the paper's main experiment on your portraits
-# make experiment   the tables of the README, on the embedded models (37 minutes on 2 cores)
+# make experiment   the tables of the README, on the embedded models (32 minutes on 2 cores)
 # make test   the tests, at most 5 minutes; make test-all adds the slow ones
 # All create .venv and install into it first. Another Python: make test PYTHON=python3.12
 
