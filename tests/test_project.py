@@ -144,7 +144,8 @@ def test_readme_names_flags_that_exist(flags_of):
     foreign = {"--include"}  # of hf
     # of accelerate, torchrun and SLURM
     foreign |= {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
-    foreign |= {"--main_process_port", "--nproc_per_node", "--shutdown_timeout", "--nodes", "--ntasks", "--gpus"}
+    foreign |= {"--main_process_port", "--nproc_per_node", "--shutdown_timeout"}
+    foreign |= {"--nodes", "--ntasks", "--gpus"}
     named = set(re.findall(r"(?<![-\w])--\w+", README)) - foreign
     assert len(named) > 45 and named <= known
 
