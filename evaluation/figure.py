@@ -64,7 +64,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         required=True,
         help="edits of the protected images, each holding seed{S}/",
     )
-    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, of several)")
+    grid.add_argument(
+        "--titles", nargs="+", help="of the methods (default: their directories, if there are several)"
+    )
     grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
     common.add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")

@@ -2,8 +2,9 @@
 
     python mini/check.py                # people of the validation range, for every tuning
     python mini/check.py --split test   # people that nothing else looks at: the final figures only
+    python mini/check.py --num_inference_steps 4    # other than the mini set's own
 
-About 15 minutes on two CPU cores. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
+About 10 minutes on two CPU cores. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
 measured, and leaves a sheet of reconstructions and edits in mini/checkpoints/. Everything is loaded and run
 as the project's scripts do it. The models are stand-ins: nothing here says how a real photo is protected.
 """
@@ -29,7 +30,7 @@ import world
 
 import defend
 import models
-from utils import HelpFormatter, edit_prompts, save_png, start_seed, to_tensor, to_uint8_within
+from utils import HelpFormatter, edit_prompts, positive_int, save_png, start_seed, to_tensor, to_uint8_within
 
 SPLITS = {
     "validation": portraits.VALIDATION,
@@ -69,8 +70,10 @@ def print_nothing(text: str) -> None:
 class Models:
     """The mini set, loaded once."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int | None = None) -> None:
         self.chosen = models.MODEL_SETS["mini"]
+        if steps:
+            self.chosen = dataclasses.replace(self.chosen, num_inference_steps=steps)
         self.editor = self.edit_with(self.chosen)
         self.recognizers = {
             name: models.load_recognizer(getattr(self.chosen, name), CPU, torch.float32)
@@ -211,7 +214,7 @@ def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarra
 def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Protects one by one, as defend.py does -> what it would save, (N, H, W, 3) uint8, and seconds each."""
     args = defend.parse_args(
-        ["--input_path=-", "--models=mini", "--device=cpu"]
+        ["--input_path=-", "--models=mini", f"--device={CPU}"]
         + [f"--defend_method={method}", f"--attack_budget={BUDGET}"]
     )
     tools = defend.Tools(args)
@@ -232,10 +235,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default="validation", help="test: for the final figures only"
     )
+    parser.add_argument(
+        "--num_inference_steps", type=positive_int, help="of the edits (default: the mini set's)"
+    )
     args = parser.parse_args(argv)
     people = SPLITS[args.split]
     began = time.perf_counter()
-    loaded = Models()
+    loaded = Models(args.num_inference_steps)
     table = Table()
     sheet = world.WORK / f"check-{args.split}.png"
     check_vae(table, people, loaded)

@@ -1,7 +1,7 @@
 """Trains the mini editor (UNet and text encoder of an InstructPix2Pix pipeline) -> assets/mini/editor
 
 Needs assets/mini/editor/vae (mini/train_vae.py). About 10 minutes for the latents, made once, and an hour
-of training on two CPU cores; a killed run goes on from its last checkpoint when started again:
+and a half of training on two CPU cores; a killed run goes on from its last checkpoint when started again:
     python mini/train_editor.py
 
 Export and measure what an unfinished training has reached:

@@ -319,12 +319,17 @@ def test_a_missed_target_is_counted(capsys):
     ]
 
 
+def test_check_takes_other_steps():
+    assert check.Models(4).editor.models.num_inference_steps == 4
+    assert check.Models().editor.models.num_inference_steps == 20
+
+
 @pytest.mark.parametrize(("share", "status"), [(0.99, 1), (1.0, 0)])
 def test_check_exits_1_where_a_target_is_missed(monkeypatch, capsys, share, status):
     def one_row(table: check.Table, *_: object) -> None:
         table.row("share", str(share), ">= 1", np.float64(share) >= 1)
 
-    monkeypatch.setattr(check, "Models", lambda: None)
+    monkeypatch.setattr(check, "Models", lambda steps: None)
     for name in ("vae", "edits", "recognisers", "clip", "defenses", "guidance"):
         monkeypatch.setattr(check, f"check_{name}", one_row)
     assert check.main([]) == status

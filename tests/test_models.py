@@ -469,7 +469,9 @@ TRUNKS = {  # torchvision's name and the lengths of its features after which lpi
 
 
 @pytest.mark.parametrize("name", TRUNKS)
-def test_lpips_trunks_are_torchvisions(monkeypatch, name):
+def test_lpips_trunks_are_torchvisions(monkeypatch, name, tmp_path):
+    (tmp_path / name).mkdir()  # a folder of that name is no model
+    monkeypatch.chdir(tmp_path)
     torchvision_name, lengths = TRUNKS[name]
     with torch.device("meta"):  # the classifiers are large and not needed
         network = torchvision.models.get_model(torchvision_name, weights=None)

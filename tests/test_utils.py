@@ -319,7 +319,17 @@ def test_a_profile_that_is_only_called_srgb_is_converted(tmp_path):
     assert np.abs(utils.load_image(file).pixels.astype(int) - pixels[..., [1, 0, 2]]).max() <= 2
 
 
-@pytest.mark.parametrize("profile", [icc_profile(False), b"not a profile", icc_profile(True, "wild")[:200]])
+def almost_srgb():
+    """Another maker's sRGB: a green that is a two-thousandth off, which moves pixels by a level."""
+    data = bytearray(icc_profile(False))
+    entry = data.index(b"gXYZ") + 4
+    place = int.from_bytes(data[entry : entry + 4], "big") + 12  # of Y, after type, reserved and X
+    value = int.from_bytes(data[place : place + 4], "big")
+    data[place : place + 4] = (value - value // 2000).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("profile", [almost_srgb(), b"not a profile", icc_profile(True, "wild")[:200]])
 def test_srgb_or_broken_icc_profile_changes_nothing(profile, tmp_path):
     pixels = random_pixels()
     file = save(pixels, tmp_path / "a.png", icc_profile=profile)
