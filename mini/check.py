@@ -54,7 +54,7 @@ class Table:
         print("| what | measured | target | |\n|---|---|---|---|", flush=True)
 
     def row(self, what: str, measured: str, target: str = "", met: bool | None = None) -> None:
-        """met: whether the target is; None where there is none."""
+        """Prints a row. met: whether the target is; None where there is none."""
         self.missed += met is not None and not met  # numpy's bools are not Python's
         print(f"| {what} | {measured} | {target} | {_verdict(met)} |", flush=True)
 
@@ -64,11 +64,11 @@ def _verdict(met: bool | None) -> str:
 
 
 def print_nothing(text: str) -> None:
-    """The evaluations' own lines say what the table says."""
+    """Drops the evaluations' own lines, since the table says the same."""
 
 
 class Models:
-    """The mini set, loaded once."""
+    """Loads the mini set, once."""
 
     def __init__(self, steps: int | None = None) -> None:
         self.chosen = models.MODEL_SETS["mini"]
@@ -82,11 +82,12 @@ class Models:
 
     @staticmethod
     def edit_with(chosen: models.ModelSet) -> models.Editor:
+        """Loads the editor of a set."""
         return models.load_editor(chosen, "instruct-pix2pix", CPU, torch.float32, progress=False)
 
     @torch.no_grad()
     def similarity(self, name: str, edits: np.ndarray, sources: np.ndarray) -> np.ndarray:
-        """FR of edits (N, P, H, W, 3) to the sources (N, H, W, 3) -> (N, P)."""
+        """Measures FR of edits (N, P, H, W, 3) to the sources (N, H, W, 3) -> (N, P)."""
         box = [[(0, 0, edits.shape[3], edits.shape[2])]]
         values = []
         for images, source in zip(edits, sources, strict=True):
@@ -98,6 +99,7 @@ class Models:
 
 
 def check_vae(table: Table, people: range, loaded: Models) -> None:
+    """Measures what the autoencoder loses."""
     pictures, outputs = train_vae.reconstructions(loaded.editor.pipeline.vae, people[:PEOPLE_OF_VAE], CPU)
     values = train_vae.psnr(pictures, outputs)
     face = train_vae.psnr(pictures[:, *train_vae.CENTRE], outputs[:, *train_vae.CENTRE])
@@ -110,7 +112,7 @@ def check_vae(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.ndarray:
-    """The edits at the set's defaults -> those of PROMPTS, (PEOPLE, 6, H, W, 3), for the other rows."""
+    """Measures edits at the set's defaults -> those of PROMPTS, (PEOPLE, 6, H, W, 3), for the other rows."""
     found = train_editor.measure(loaded.editor, people[:PEOPLE])
     save_png(sheet, found.sheet(8))
     what = f"edits of {PEOPLE} people x 25 prompts"
@@ -148,7 +150,7 @@ def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.
 
 
 def check_guidance(table: Table, people: range, loaded: Models) -> None:
-    """The same at the paper's guidance, for a few prompts: reported, nothing is asked of it."""
+    """Measures edits by a few prompts at the paper's guidance: reported, nothing is asked of them."""
     chosen = dataclasses.replace(loaded.chosen, guidance_scale=7.5, image_guidance_scale=1.5)
     found = train_editor.measure(Models.edit_with(chosen), people[:PEOPLE], prompts=PROMPTS)
     met = found.prompts_met()
@@ -160,6 +162,7 @@ def check_guidance(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_recognisers(table: Table, people: range, loaded: Models) -> None:
+    """Measures how well recogniser and judge tell people apart."""
     for name in RECOGNISERS:
         found = train_recognizer.evaluate(
             loaded.recognizers[name], people[:PEOPLE_OF_RECOGNISERS], print_nothing
@@ -177,6 +180,7 @@ def check_recognisers(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_clip(table: Table, people: range, loaded: Models) -> None:
+    """Measures whether CLIP knows an edit's instruction."""
     found = train_clip.evaluate(Path(loaded.chosen.clip), CPU, people[:PEOPLE_OF_CLIP], print_nothing)
     table.row(
         f"CLIP, {PEOPLE_OF_CLIP} people: the right prompt nearest to the edit direction",
@@ -187,7 +191,7 @@ def check_clip(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarray) -> None:
-    """FR of the edits of protected portraits beside that of the unprotected ones, `clean`."""
+    """Measures FR of the edits of protected portraits beside that of the unprotected ones, `clean`."""
     people = people[:PEOPLE]
     sources = np.array(world.render([(person, 0, None) for person in people]))  # (N, H, W, 3)
     unprotected = {name: loaded.similarity(name, clean, sources).mean() for name in RECOGNISERS}
@@ -231,6 +235,7 @@ def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Prints the table, and returns 1 where a target is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     parser.add_argument(
         "--split", choices=tuple(SPLITS), default="validation", help="test: for the final figures only"

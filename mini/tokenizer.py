@@ -15,7 +15,7 @@ START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
-    """A byte-level BPE tokenizer in which every word of `texts` is one token; depends on the words alone.
+    """Builds a byte-level BPE tokenizer with a token for every word of `texts`; depends on the words alone.
 
     All 256 bytes are in the vocabulary, so that any other text is spelled out rather than lost. As in
     OpenAI's CLIP the text is lower-cased and the end token is also the padding and has the largest id.
@@ -33,7 +33,7 @@ def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
 
 
 def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Byte pair encoding until each word is one symbol: the commonest pair first, then by the alphabet.
+    """Merges pairs of bytes until each word is one symbol: the commonest first, then by the alphabet.
 
     Written out because the trainer of `tokenizers` breaks ties in another way in every process, and a
     resumed training must find the ids it began with.

@@ -46,7 +46,7 @@ PHRASES = {  # how a caption tells what portraits.describe names; other keys are
 
 
 def caption(words: dict[str, str], draw: random.Random, edit: str | None = None) -> str:
-    """A random subset of the attributes in a random order, and the edit's instruction if there is one."""
+    """Tells a random subset of the attributes in a random order, and the edit's instruction if any."""
     told = draw.sample(sorted(words), draw.randint(1, min(MAX_TOLD, len(words))))
     text = "a portrait of a person " + ", ".join(
         PHRASES.get(key, "with {}").format(words[key]) for key in told
@@ -55,22 +55,23 @@ def caption(words: dict[str, str], draw: random.Random, edit: str | None = None)
 
 
 def image_embedding(model: CLIPModel, images: torch.Tensor) -> torch.Tensor:
-    """(B, 3, 64, 64) -> (B, 128), not normalised, as CLIP-S needs it."""
+    """Embeds (B, 3, 64, 64) -> (B, 128), not normalised, as CLIP-S needs it."""
     return model.visual_projection(model.vision_model(pixel_values=images).pooler_output).float()
 
 
 def text_embedding(model: CLIPModel, tokens: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Tokens of B texts -> (B, 128), not normalised."""
+    """Embeds the tokens of B texts -> (B, 128), not normalised."""
     return model.text_projection(model.text_model(**tokens).pooler_output).float()
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """(N, D), (M, D) -> (N, M) in float32, also under autocast."""
+    """Compares each of (N, D) with each of (M, D) -> (N, M), in float32 also under autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float()) @ F.normalize(b.float()).T
 
 
 def build(tokenizer: CLIPTokenizer) -> CLIPModel:
+    """Makes the untrained model."""
     ends = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {
         "vocab_size": len(tokenizer),
@@ -135,11 +136,13 @@ def evaluate(
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the flags."""
     parser = world.parser_of(__doc__, steps=500, identities=700, batch=64, lr=1e-3, seed=2, out="clip")
     return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Trains, exports and evaluates."""
     args = parse(argv)
     device = pick_device(args.device)
 

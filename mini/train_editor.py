@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import hashlib
 import json
 import sys
 import time
@@ -58,7 +57,7 @@ EMPTY = len(edit_prompts)  # the row of the empty instruction, after those of th
 
 
 class Editor(nn.Module):
-    """What is trained: instruction -> text encoder -> UNet."""
+    """Holds what is trained: instruction -> text encoder -> UNet."""
 
     def __init__(self, tokenizer: CLIPTokenizer) -> None:
         super().__init__()
@@ -95,13 +94,13 @@ class Editor(nn.Module):
     def forward(
         self, noisy: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        """noisy, image: (B, 16, 16, 16); tokens: (B, 32) -> the prediction of v, (B, 16, 16, 16)."""
+        """Predicts v, (B, 16, 16, 16). noisy, image: (B, 16, 16, 16); tokens: (B, 32)."""
         text = self.text_encoder(tokens)[0]  # (B, 32, 128)
         return self.unet(torch.cat([noisy, image], dim=1), timesteps, text).sample
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Zero terminal SNR (Lin et al. 2023): sampling starts from what training called pure noise.
+    """Makes a scheduler of zero terminal SNR (Lin et al. 2023): sampling starts from training's pure noise.
 
     With it, v prediction and trailing steps, an edit's colours are right; with epsilon they were not, since
     the low frequencies are decided where epsilon teaches least.
@@ -125,7 +124,7 @@ def make_scheduler() -> DDIMScheduler:
 def requests(
     identities: range, edits: int, seed: int, variations: int = 2, often: Sequence[int] = ()
 ) -> list[world.Request]:
-    """For each picture the source and then `edits` different edits of it, drawn at random, those by the
+    """Lists each picture's source and then `edits` different edits of it, drawn at random, those by the
     prompts in `often` OFTEN times as likely as others."""
     rng = np.random.default_rng(seed)
     chances = np.ones(len(edit_prompts))
@@ -141,14 +140,12 @@ def requests(
 
 @torch.no_grad()
 def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) -> torch.Tensor:
-    """What the pipeline feeds to the UNet, vae.encode(image).latent_dist.mode(), as float16 (N, 16, 16, 16).
+    """Encodes as the pipeline does, vae.encode(image).latent_dist.mode() -> float16 (N, 16, 16, 16).
 
-    Cached in mini/checkpoints/data under a hash of generator, autoencoder and requests.
+    Cached in mini/checkpoints/data under a hash of the generator's version, requests and autoencoder.
     """
-    key = hashlib.sha256(Path(portraits.__file__).read_bytes())
-    key.update((folder / "diffusion_pytorch_model.safetensors").read_bytes())
-    key.update(np.array([(i, v, -1 if p is None else p) for i, v, p in wanted], dtype=np.int64).tobytes())
-    path = world.WORK / "data" / f"latents-{key.hexdigest()[:16]}.pt"
+    vae_file = folder / "diffusion_pytorch_model.safetensors"
+    path = world.WORK / "data" / f"latents-{world.cache_key(wanted, vae_file.read_bytes())}.pt"
     if path.exists():
         return torch.load(path, map_location=device, weights_only=True)
     world.log(NAME, f"rendering and encoding {len(wanted)} pictures")
@@ -171,7 +168,7 @@ def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) 
 
 
 def tokens_of(tokenizer: CLIPTokenizer) -> torch.Tensor:
-    """(26, 32): the 25 instructions and the empty one, padded as the pipeline pads them."""
+    """Tokenizes the 25 instructions and the empty one, padded as the pipeline pads them -> (26, 32)."""
     texts = [*edit_prompts.values(), ""]
     batch = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt")
     return batch.input_ids
@@ -184,7 +181,7 @@ def tokens_of(tokenizer: CLIPTokenizer) -> torch.Tensor:
 def make_loss(
     latents: torch.Tensor, wanted: list[world.Request], tokens: torch.Tensor, args: argparse.Namespace
 ):
-    """The v loss, with more weight on the latent cells that the edit changes.
+    """Makes the v loss, with more weight on the latent cells that the edit changes.
 
     Weights by noise level (min-SNR) are left out: they give nothing to the pure noise that sampling starts
     from, and the edit is decided there, since it is a function of the source and the instruction.
@@ -228,7 +225,7 @@ def make_loss(
 
 
 def load(editor: Editor, folder: Path) -> None:
-    """The weights of an exported editor, whose optimizer's state is gone."""
+    """Loads the weights of an exported editor, whose optimizer's state is gone."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     editor.unet.load_state_dict(unet.state_dict())
@@ -236,6 +233,7 @@ def load(editor: Editor, folder: Path) -> None:
 
 
 def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path) -> None:
+    """Writes a plain diffusers directory in float16."""
     pipeline = StableDiffusionInstructPix2PixPipeline(
         vae=AutoencoderKL.from_pretrained(vae_folder, dtype=torch.float16),
         text_encoder=editor.text_encoder.half(),
@@ -255,7 +253,7 @@ def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path
 
 @dataclass
 class Edits:
-    """Edits of N portraits by each of P prompts, and how near they come to the generator's own edits.
+    """Holds edits of N portraits by each of P prompts, and how near they come to the generator's own edits.
 
     `closer`: whether the edit is nearer (MSE inside the mask) to the generator's than the source's
     reconstruction is; `outside`: PSNR to the source outside the mask; `whole`: PSNR to the generator's edit
@@ -272,11 +270,11 @@ class Edits:
     seconds: float  # an edit, all prompts of a portrait in one batch
 
     def prompts_met(self) -> int:
-        """For how many prompts >= 80 % of identities are closer, at least half of them counting."""
+        """Counts the prompts by which >= 80 % of identities are closer, at least half of them counting."""
         return sum(_mean(column) >= 0.8 and np.isfinite(column).mean() >= 0.5 for column in self.closer.T)
 
     def sheet(self, people: int) -> np.ndarray:
-        """Above the source and the generator's edits, below the reconstruction and the editor's."""
+        """Puts the source and the generator's edits above the reconstruction and the editor's."""
         rows = []
         for n in range(people):
             rows.append(np.concatenate([self.sources[n], *self.truth[n]], axis=1))
@@ -342,11 +340,12 @@ def evaluate(args: argparse.Namespace) -> None:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Of what was counted; nan if nothing was."""
+    """Averages what was counted; nan if nothing was."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the flags."""
     parser = world.parser_of(__doc__, steps=10_000, identities=1_500, batch=32, lr=1e-3, seed=0, out="editor")
     parser.add_argument("--first", type=int, default=0, help="identity to train on, --identities from there")
     parser.add_argument("--variations", type=positive_int, default=2, help="pictures of each identity")
@@ -370,6 +369,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Trains, exports and evaluates."""
     args = parse(argv)
     torch.manual_seed(args.seed)
     device = pick_device(args.device)

@@ -53,13 +53,14 @@ class Namer(nn.Module):
         self.names = nn.Linear(self.metric.chns[-1], words + 1 + len(edit_prompts))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Scores words and edits, (B, words + 26)."""
         features = self.metric.net(self.metric.scaling_layer(images)).relu7
         return self.names(features.mean((2, 3))).float()
 
 
 @torch.no_grad()
 def layer_distances(metric: lpips.LPIPS, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """-> (L,): each layer's mean distance, summed over channels as LPIPS without heads does it."""
+    """Computes each layer's mean distance, summed over channels as LPIPS without heads does it -> (L,)."""
     first, second = (metric.net(metric.scaling_layer(images)) for images in (a, b))
     distances = [
         ((lpips.normalize_tensor(x) - lpips.normalize_tensor(y)) ** 2).sum(1).mean()
@@ -78,7 +79,7 @@ def calibrate(metric: lpips.LPIPS, images: np.ndarray) -> None:
 
 
 def distorted(images: torch.Tensor, kind: str, strength: float) -> torch.Tensor:
-    """Distortions of growing strength (1, 2, 4, 8): what a monotonic distance must put in order."""
+    """Distorts images by a strength (1, 2, 4, 8), which a monotonic distance must put in order."""
     generator = torch.Generator().manual_seed(0)
     if kind == "noise":
         noise = torch.randn(images.shape, generator=generator).to(images.device)
@@ -135,14 +136,14 @@ def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> 
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = world.parser_of(
-        __doc__, steps=250, identities=300, batch=32, lr=5e-4, seed=1, out="perceptual"
-    )
+    """Reads the flags."""
+    parser = world.parser_of(__doc__, steps=250, identities=300, batch=32, lr=5e-4, seed=1, out="perceptual")
     parser.add_argument("--images", type=positive_int, default=4, help="of each, every second edited")
     return world.parse(parser, argv)
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Trains, calibrates, exports and evaluates."""
     args = parse(argv)
     device = pick_device(args.device)
 

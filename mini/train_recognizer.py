@@ -49,7 +49,7 @@ PLAIN, EDITED = 4, 5  # pictures of each in the evaluation
 
 
 class CosFace(nn.Module):
-    """A backbone with one learned direction per training identity; only the backbone is kept afterwards."""
+    """Gives a backbone one learned direction per training identity; the backbone alone is kept afterwards."""
 
     def __init__(self, backbone: PreTrainedModel, identities: int) -> None:
         super().__init__()
@@ -57,7 +57,7 @@ class CosFace(nn.Module):
         self.centres = nn.Parameter(torch.randn(identities, backbone.config.hidden_sizes[-1]))
 
     def forward(self, images: torch.Tensor, labels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """-> the loss and the share of pictures whose own identity is nearest."""
+        """Computes the loss and the share of pictures whose own identity is nearest."""
         features = self.backbone(pixel_values=images).pooler_output.flatten(1)  # (B, D)
         with torch.autocast(images.device.type, enabled=False):  # cosines in float32: the margin is small
             cosines = F.normalize(features.float()) @ F.normalize(self.centres).T  # (B, identities)
@@ -67,6 +67,7 @@ class CosFace(nn.Module):
 
 
 def build(judge: bool) -> PreTrainedModel:
+    """Makes the untrained backbone."""
     if judge:
         return ConvNextModel(
             ConvNextConfig(
@@ -83,7 +84,7 @@ def build(judge: bool) -> PreTrainedModel:
 
 
 def training_requests(identities: range, images: int, seed: int) -> list[world.Request]:
-    """`images` variations of each identity, two of three with an edit drawn at random."""
+    """Lists `images` variations of each identity, two of three with an edit drawn at random."""
     draw = random.Random(seed)
     prompts = list(edit_prompts)
     return [(i, v, draw.choice(prompts) if v % 3 else None) for i in identities for v in range(images)]
@@ -91,7 +92,7 @@ def training_requests(identities: range, images: int, seed: int) -> list[world.R
 
 @torch.no_grad()
 def embed(recognizer: models.Recognizer, requests: list[world.Request]) -> torch.Tensor:
-    """Portraits -> (N, D) float32, L2-normalised, as the project's scripts embed them."""
+    """Embeds portraits as the project's scripts do -> (N, D) float32, L2-normalised."""
     pictures = world.render(requests)
     parts = []
     for row in range(0, len(pictures), 250):
@@ -101,7 +102,7 @@ def embed(recognizer: models.Recognizer, requests: list[world.Request]) -> torch
 
 
 def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float, float]:
-    """Cosines of same and of different identities -> (EER, threshold), where both errors are equal."""
+    """Finds where both errors are equal. Cosines of same and different identities -> (EER, threshold)."""
     thresholds = torch.cat([same, different]).sort().values
     rejected = torch.searchsorted(same.sort().values, thresholds) / len(same)  # genuine pairs below it
     accepted = 1 - torch.searchsorted(different.sort().values, thresholds) / len(different)  # impostors
@@ -112,7 +113,7 @@ def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float
 def evaluate(
     recognizer: models.Recognizer, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Error rates and cosines on people never trained on: PLAIN pictures and EDITED edits of each."""
+    """Measures errors and cosines on people never trained on: PLAIN pictures and EDITED edits of each."""
     count = len(identities)
     plain = [(i, v, None) for i in identities for v in range(PLAIN)]
     prompts = list(edit_prompts)
@@ -153,7 +154,7 @@ def evaluate(
 
 
 def export(model: PreTrainedModel, out: Path) -> None:
-    """float16 safetensors, and a preprocessor_config.json that gives size, mean and std."""
+    """Writes float16 safetensors, and a preprocessor_config.json that gives size, mean and std."""
     model.half().save_pretrained(out)
     ViTImageProcessor(
         size={"height": SIZE, "width": SIZE},
@@ -164,6 +165,7 @@ def export(model: PreTrainedModel, out: Path) -> None:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Reads the flags."""
     parser = world.parser_of(
         __doc__, steps=STEPS, identities=3_000, batch=64, lr=1e-3, seed=0, out="recognizer"
     )
@@ -176,6 +178,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
+    """Trains, exports and evaluates."""
     args = parse(argv)
     name = "judge" if args.judge else "recognizer"
     out = args.out or world.ASSETS / name

@@ -48,14 +48,20 @@ def stream(requests: Sequence[Request], processes: int | None = None) -> Iterato
         yield from pool.imap(_pixels, requests, chunksize=64)
 
 
+def cache_key(requests: Sequence[Request], more: bytes = b"") -> str:
+    """Hashes what rendered data is made by: the generator's VERSION, the requests, and what else there is."""
+    key = hashlib.sha256(f"portraits {portraits.VERSION}".encode())
+    key.update(np.array([(i, v, -1 if p is None else p) for i, v, p in requests], dtype=np.int64).tobytes())
+    key.update(more)
+    return key.hexdigest()[:16]
+
+
 def render(requests: Sequence[Request], processes: int | None = None) -> np.ndarray:
     """Renders portraits, or reads them from the cache -> (N, 128, 128, 3) uint8, memory-mapped.
 
-    The cache's name is a hash of the generator's source and the requests, so a changed generator is seen.
+    A generator that draws differently is seen by its portraits.VERSION.
     """
-    key = hashlib.sha256(Path(portraits.__file__).read_bytes())
-    key.update(np.array([(i, v, -1 if p is None else p) for i, v, p in requests], dtype=np.int64).tobytes())
-    path = WORK / "data" / f"{key.hexdigest()[:16]}.npy"
+    path = WORK / "data" / f"{cache_key(requests)}.npy"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         aside = path.with_suffix(f".{os.getpid()}.tmp")
@@ -69,7 +75,7 @@ def render(requests: Sequence[Request], processes: int | None = None) -> np.ndar
 
 
 def pictures(requests: Sequence[Request], size: int) -> np.ndarray:
-    """Rendered portraits, resized as models.py resizes them -> (N, size, size, 3) uint8."""
+    """Renders portraits, resized as the models' images are -> (N, size, size, 3) uint8."""
     pixels = render(requests)
     if pixels.shape[1] == size:
         return pixels
@@ -82,7 +88,7 @@ def pictures(requests: Sequence[Request], size: int) -> np.ndarray:
 
 
 def _draw(generator: torch.Generator, images: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Uniform in [0, 1), on the images' device."""
+    """Draws from [0, 1), to the images' device."""
     return torch.rand(shape, generator=generator).to(images.device)
 
 
@@ -95,7 +101,7 @@ def jitter(
     noise: float,
     tint: float = 0.0,
 ) -> torch.Tensor:
-    """Light augmentation of (B, 3, H, W) in [-1, 1], drawn per image: shift (fraction of the side),
+    """Augments (B, 3, H, W) in [-1, 1] lightly, each image by its own draw: shift (fraction of the side),
     brightness and contrast, Gaussian noise of a standard deviation between 0 and `noise`, and the colours
     mixed by a matrix I + t N(0, 1), t between 0 and `tint`."""
     count = len(images)
@@ -129,7 +135,7 @@ def change_surroundings(images: torch.Tensor, generator: torch.Generator, share:
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """A CPU generator of its own for each step, so that a resumed training draws what it would have drawn."""
+    """Makes a CPU generator for one step, so that a resumed training draws what it would have drawn."""
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
@@ -137,7 +143,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 def parser_of(
     doc: str, *, steps: int, identities: int, batch: int, lr: float, seed: int, out: str
 ) -> argparse.ArgumentParser:
-    """The flags that every training has, with its own defaults."""
+    """Makes a parser with the flags that every training has, with its own defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=positive_int, default=steps, help="also the cosine schedule's length")
     parser.add_argument("--identities", type=positive_int, default=identities, help="to train on")
@@ -154,7 +160,7 @@ def parser_of(
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """The arguments; people whom the judge alone may see are refused, and --work becomes WORK."""
+    """Reads the flags; people whom the judge alone may see are refused, and --work becomes WORK."""
     global WORK
     args = parser.parse_args(argv)
     if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
@@ -186,7 +192,7 @@ def train(
     save_every: int = 100,
     log_every: int = 20,
 ) -> nn.Module:
-    """One resumable training: AdamW, linear warm-up, cosine decay to 1 % of `lr`, averaged weights.
+    """Trains, resumably: AdamW, linear warm-up, cosine decay to 1 % of `lr`, averaged weights.
 
     `loss_fn(model, step, generator)` returns named scalars of which "loss" is minimised (forward passes run
     in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state
