@@ -5,9 +5,9 @@
         --attack_budget=0.02
     python main_defend.py --image_dir=assets/portraits/mini --output_dir=protected/mini --models=mini
 
-Writes OUTPUT_DIR/budget_{B}/NAME.png and a run.json that records how. Run again, it skips what is finished.
-With --batch_size=1 a portrait gets just what defend.py gives it; in larger batches the arithmetic differs in
-its last bits, which sign steps can amplify.
+Writes OUTPUT_DIR/budget_{B}/NAME.png, run.json and manifest.jsonl that record how, and report.csv with what
+each file measures. Run again, it skips what is finished. With --batch_size=1 a portrait gets just what
+defend.py gives it; in larger batches the arithmetic differs in its last bits, which sign steps can amplify.
 """
 
 from __future__ import annotations
@@ -17,18 +17,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import defend
-import models
+import records
 import runs
 import utils
+from defend import ProgressBar, add_defense_arguments
+from images import image_size
+from processes import Team
+from protection import Protector, Subject
 from utils import UserError
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--image_dir", type=Path, required=True, help="directory of portraits")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where budget_{B}/ is made")
-    defend.add_defense_arguments(parser)
+    parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where budget_{B}/ is made")
+    add_defense_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -39,63 +42,77 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    team = runs.Team.gather(args)
-    directory = args.output_dir / f"budget_{args.attack_budget:g}"
-    images, args.seed = team.once(lambda: prepare(args, directory))
-    tools = defend.Tools(args)
-    record = runs.record_of(args, tools.models, tools.dtype, defend.flags_in_effect(args))
-    team.once(lambda: runs.check_record(directory, record))
-    tools.preload(args)
-
-    items = [
-        runs.Item(image, directory / f"{image.stem}.png", size, label=image.name) for image, size in images
-    ]
-    warnings = {models.size_warning(tools.models, size) for _, size in images if size}
-    for warning in sorted(filter(None, warnings)) if team.is_first else ():
-        print(warning, file=sys.stderr)
-
-    def load(item: runs.Item) -> defend.Subject:
-        return defend.load_subject(item.source, args, tools)
-
-    def work(batch: list[runs.Item], subjects: list[defend.Subject], wanted: list[bool]) -> None:
-        outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
-        bar = defend.LossBar(args.num_iters, args.defend_method, shown=team.is_first)
-        try:
-            reports = defend.protect_subjects(subjects, outputs, args, tools, bar)
-        finally:
-            bar.close()
-        for report in reports:
-            bar.bar.write(str(report))
-
-    with runs.writing(directory, record, team):
-        summary = runs.run_batches(
-            runs.batches(items, args.batch_size),
-            load,
-            work,
-            overwrite=args.overwrite,
-            debug=args.debug,
-            unit="portrait",
-            team=team,
-        )
-    return runs.finish(summary, team, directory)
+    """Protects the directory that the flags name -> exit status."""
+    team = Team.gather(args.device)
+    directory = team.once(lambda: budget_directory(args.output_dir, args.attack_budget))
+    args.seed = team.once(lambda: settle_seed(args.seed, directory))
+    return protect_directory(args.image_dir, directory, Protector(args), runs.Options.of(args), team)
 
 
-def prepare(
-    args: argparse.Namespace, directory: Path
-) -> tuple[list[tuple[Path, tuple[int, int] | None]], int]:
-    """All that can be checked before models are loaded -> the images with their sizes, and the seed.
+def budget_directory(parent: Path, budget: float) -> Path:
+    """Names the directory of a budget as the authors' release does; an older, shorter name is still found."""
+    short = parent / f"budget_{budget:g}"
+    record = records.read_record(short)
+    if record and record["arguments"].get("attack_budget") == budget:
+        return short
+    return parent / f"budget_{budget}"
 
-    Raises UserError.
-    """
-    images = runs.find_images(args.image_dir)
-    if directory.resolve() == args.image_dir.resolve():
+
+def settle_seed(seed: int, directory: Path) -> int:
+    """Draws the seed if it is -1. Raises UserError if the directory was begun with one already."""
+    if seed == -1 and (record := records.read_record(directory)):
+        raise UserError(f"{directory} was begun with --seed {record.get('seed')}; give that, not -1")
+    return utils.draw_seed(seed)
+
+
+def protect_directory(
+    image_dir: Path, directory: Path, protector: Protector, options: runs.Options, team: Team
+) -> int:
+    """Protects the portraits of a directory into another -> exit status. Raises UserError."""
+    images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(image_dir)])
+    if directory.resolve() == image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
     utils.check_directory(directory)
-    defend.check_knobs(args)
-    recorded = runs.read_record(directory)
-    if args.seed == -1 and recorded is not None:
-        raise UserError(f"{directory} was begun with --seed {recorded.get('seed')}; give that, not -1")
-    return [(image, utils.image_size(image)) for image in images], utils.draw_seed(args.seed)
+    items = [runs.Item(path, directory / f"{path.stem}.png", size, path.name) for path, size in images]
+    if team.is_first:
+        protector.chosen.warn_of(size for _, size in images)
+
+    def work(batch: list[runs.Item], subjects: list[Subject], wanted: list[bool]) -> runs.Facts:
+        outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
+        with ProgressBar(protector.run.num_iters, protector.name, shown=team.is_first) as bar:
+            reports = protector.save(subjects, outputs, bar)
+        for report in reports:
+            bar.bar.write(str(report))
+        sys.stdout.flush()
+        return [report.facts() for report in reports]
+
+    status = runs.make(
+        items,
+        lambda item: protector.load(item.source),
+        work,
+        directory,
+        protector.settings(),
+        options=options,
+        prepare=protector.preload,
+        unit="portrait",
+        team=team,
+    )
+    if team.is_first:
+        write_report(directory)
+    return status
+
+
+def write_report(directory: Path) -> None:
+    """Writes report.csv: what each file of the directory measured when it was written. Raises UserError."""
+    import pandas as pd
+
+    lines = [entry for entry in records.read_manifest(directory).values() if "linf" in entry]
+    if not lines:
+        return
+    table = pd.DataFrame(lines).drop(columns=["source", "settings", "sha256", "bytes"])
+    table.insert(0, "name", table.pop("output").map(lambda output: utils.csv_name(Path(output).stem)))
+    text = table.sort_values("name").to_csv(index=False, float_format="%.6g")
+    utils.write_file(directory / "report.csv", text.encode(errors="surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@
         --prompts=0,3,7 --models=mini
 
 Writes EDIT_DIR/seed{S}/prompt{i}/NAME.png, i being the number in utils.edit_prompts (or the line of
---prompt_file, from 0), and a run.json in seed{S}. Run again with the same seed, it skips what is finished.
-edit.py with the same seed reproduces any single file.
+--prompt_file, from 0), and run.json and manifest.jsonl in seed{S}. Run again with the same seed, it skips
+what is finished. edit.py with the same seed reproduces any single file.
 """
 
 from __future__ import annotations
@@ -18,17 +18,20 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import edit
-import models
 import runs
 import utils
-from utils import Portrait
+from edit import add_seed_argument, edit_portraits
+from images import Portrait, image_size, load_portrait, save_png
+from models.sets import Chosen, add_edit_arguments, choose
+from processes import Team
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--src_dir", type=Path, required=True, help="directory of images")
-    parser.add_argument("--edit_dir", type=Path, required=True, help="where seed{S}/prompt{i}/ are made")
+    parser.add_argument("--src_dir", type=utils.path, required=True, help="directory of images")
+    parser.add_argument(
+        "--edit_dir", type=utils.path, required=True, help="where seed{S}/prompt{i}/ are made"
+    )
     parser.add_argument(
         "--prompts",
         type=utils.number_list,
@@ -37,11 +40,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--prompt_file",
-        type=Path,
-        help="a text file of one's own instructions, one a line (default: the 25 of the paper)",
+        type=utils.path,
+        help="a text file of one's own instructions, one a line, numbered by their lines from 0; blank lines "
+        "are left out and keep their numbers (default: the 25 of the paper)",
     )
-    edit.add_seed_argument(parser)
-    edit.add_edit_arguments(parser)
+    add_seed_argument(parser)
+    add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -52,66 +56,70 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    team = runs.Team.gather(args)
-    chosen = edit.choose(args)
+    """Edits the directory that the flags name -> exit status."""
+    team = Team.gather(args.device)
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
-    images, args.seed = team.once(lambda: prepare(args))
-    directory = args.edit_dir / f"seed{args.seed}"
-    device, dtype = models.set_up(args)
-    unread = {"strength" if args.model == "instruct-pix2pix" else "image_guidance_scale": None}
-    record = runs.record_of(args, chosen, dtype, unread)
-    record["prompts"] = {str(number): text for number, text in prompts.items()}
-    team.once(lambda: runs.check_record(directory, record))
-    editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
+    seed = team.once(lambda: settle_seed(args.seed, args.edit_dir))
+    directory = args.edit_dir / f"seed{seed}"
+    return edit_directory(args.src_dir, directory, prompts, seed, choose(args), runs.Options.of(args), team)
 
+
+def settle_seed(seed: int, edit_dir: Path) -> int:
+    """Draws the seed if it is -1: one whose folder doesn't exist yet."""
+    drawn = utils.draw_seed(seed)
+    while seed == -1 and (edit_dir / f"seed{drawn}").exists():
+        drawn = utils.draw_seed(-1)
+    return drawn
+
+
+def edit_directory(
+    src_dir: Path,
+    directory: Path,
+    prompts: dict[int, str],
+    seed: int,
+    chosen: Chosen,
+    options: runs.Options = runs.USUAL,
+    team: Team = runs.ALONE,
+) -> int:
+    """Edits the images of a directory into a seed{S} -> exit status. Raises UserError."""
+    images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(src_dir)])
+    utils.check_directory(directory)
     items = [
         runs.Item(
-            image,
-            directory / f"prompt{number}" / f"{image.stem}.png",
+            path,
+            directory / f"prompt{number}" / f"{path.stem}.png",
             size,
-            label=f"prompt{number}/{image.name}",
+            label=f"prompt{number}/{path.name}",
             prompt=text,
         )
-        for image, size in images
+        for path, size in images
         for number, text in prompts.items()
     ]
-    warnings = {models.size_warning(chosen, size) for _, size in images if size}
-    for warning in sorted(filter(None, warnings)) if team.is_first else ():
-        print(warning, file=sys.stderr)
+    if team.is_first:
+        chosen.warn_of((size for _, size in images), prompts.values())
 
     def load(item: runs.Item) -> Portrait:
-        return utils.load_portrait(item.source, chosen.resolution)
+        return load_portrait(item.source, chosen.resolution)
 
-    def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> None:
-        edited = edit.edit_portraits(portraits, [item.prompt for item in batch], editor, args.seed)
+    def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> runs.Facts:
+        edited = edit_portraits(portraits, [item.prompt for item in batch], chosen.load_editor(), seed)
         for item, portrait, pixels, is_wanted in zip(batch, portraits, edited, wanted, strict=True):
             if is_wanted:
-                utils.save_png(item.output, pixels, portrait.alpha)
+                save_png(item.output, pixels, portrait.alpha)
+        return [{}] * sum(wanted)
 
-    with runs.writing(directory, record, team):
-        summary = runs.run_batches(
-            runs.batches(items, args.batch_size),
-            load,
-            work,
-            overwrite=args.overwrite,
-            debug=args.debug,
-            unit="edit",
-            team=team,
-        )
-    return runs.finish(summary, team, directory)
-
-
-def prepare(args: argparse.Namespace) -> tuple[list[tuple[Path, tuple[int, int] | None]], int]:
-    """All that can be checked before models are loaded -> the images with their sizes, and the seed.
-
-    For -1 that is one whose folder doesn't exist yet. Raises UserError.
-    """
-    images = runs.find_images(args.src_dir)
-    utils.check_directory(args.edit_dir)
-    seed = utils.draw_seed(args.seed)
-    while args.seed == -1 and (args.edit_dir / f"seed{seed}").exists():
-        seed = utils.draw_seed(-1)
-    return [(image, utils.image_size(image)) for image in images], seed
+    return runs.make(
+        items,
+        load,
+        work,
+        directory,
+        {"seed": seed, **chosen.edit_settings()},
+        options=options,
+        prompts=prompts,
+        prepare=chosen.load_editor,
+        unit="edit",
+        team=team,
+    )
 
 
 if __name__ == "__main__":

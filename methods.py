@@ -1,26 +1,27 @@
-"""The defenses: image tensors in, protected image tensors out. Pure tensor code, one function a method.
+"""The defenses: image tensors in, protected image tensors out. Objectives, two loops, and nothing else.
 
 Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1]; every budget and step is an L-infinity size in
-that range (0.03 is 3.8/255 of a pixel). `vae` is a diffusers autoencoder. In the equations E and D are its
-encoder (the latent mean) and decoder, x the clean image, x' the optimised one, z0 = E(x) and z = E(x').
+that range (0.03 is 3.8/255 of a pixel). Notation: x is the clean image, x' the optimised one, E and D are
+the VAE's encoder (the latent mean) and decoder, z0 = E(x), z = E(x') and y = clip(D(z), -1, 1).
 
-To add a defense, write its objective as a function `loss(x', i) -> (B,)`, hand it to `pgd`, and enter it in
-`METHODS` (and its name in `utils.METHOD_NAMES`). The scripts pass each method the keywords that its signature
-names.
+A defense is a function that takes x and what it needs (`vae`, `face_similarity`, ...) and returns its
+objective: a function of (x', t), t in [0, 1) being the share of iterations done, that gives one value an
+image, (B,), to be maximised. To add one, write that function and enter it in METHODS: a parameter without a
+default is something that protection.py must have to offer, one with a default is a flag.
 """
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
+    from torch import Tensor
 
-# Keeps float16 gradients from vanishing; a power of two, so that it changes no digit and no sign.
-LOSS_SCALE = 2.0**12
-MAX_GRAPHS = 2**16  # of torch.compile: no limit
+LOSS_SCALE = 2.0**12  # keeps float16 gradients from vanishing; a power of two changes no digit and no sign
 CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
 
 # Facelock's weight and schedule, those of the authors' release.
@@ -28,187 +29,96 @@ LATENT_WEIGHT = 0.2
 PERCEPTUAL_FROM = 0.25  # share of the iterations after which the LPIPS term is on
 FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
-Loss = Callable[[Tensor, int], Tensor]  # (x_adv, iteration) -> (B,)
-Callback = Callable[[int, Tensor], None]  # (iteration, losses (B,), still on the device)
-
-
-class GradientError(RuntimeError):
-    """A gradient with NaN or infinity: nothing computed from it could be trusted."""
+Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# projected gradient descent
+# the defenses
 
 
-def step_size_at(i: int, num_iters: int, step_size: float) -> float:
-    """The step of iteration `i` (from 0): step_size * (1 - 0.99 i / num_iters),
-    as in the authors' release.
+def noise(x: Tensor) -> Objective:
+    """Asks for nothing: the control, uniform noise of the whole budget. 0"""
+    return lambda x_adv, t: 0 * _norm(x_adv)
+
+
+def encoder_attack(x: Tensor, vae: Any, targeted: bool = True) -> Objective:
+    """Drives the latent to zero or away from the clean one (the encoder attack of Salman et al. 2023):
+
+        targeted:    -||z||_2
+        untargeted:  mean((z - z0)^2)
     """
-    return step_size * (1 - 0.99 * i / num_iters)
+    if targeted:
+        return lambda x_adv, t: -_norm(_encode(vae, x_adv))
+    z0 = _encode(vae, x).detach()
+    return lambda x_adv, t: _mean_square(_encode(vae, x_adv) - z0)
 
 
-def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
-    """A uniform point of each image's L-infinity ball, cut to [-1, 1]; like x in shape and dtype.
+def vae_attack(x: Tensor, vae: Any) -> Objective:
+    """Drives the reconstruction to grey, 0 (the paper's "VAE attack", after Salman et al. 2023):
 
-    One CPU generator an image, so an image's start depends on its own seed and shape alone. It is drawn in
-    float32 whatever x's dtype. Raises ValueError unless there is one seed an image.
+        -||D(z)||_2,  not clipped
     """
-    _check(x, budget)
-    if len(seeds) != len(x):
-        raise ValueError(f"{len(seeds)} seeds for {len(x)} images")
-    draws = [torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    offset = (2 * torch.stack(draws).to(x) - 1) * budget
-    return project(x + offset, x, budget)
+    return lambda x_adv, t: -_norm(_decode(vae, _encode(vae, x_adv)))
 
 
-def project(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
-    """The nearest point to x_adv with |x_adv - x| <= budget (up to rounding of the dtype) and in [-1, 1]."""
-    return x_adv.clamp(x - budget, x + budget).clamp(-1, 1)
+def cw_l2_attack(x: Tensor, vae: Any, c: float = 0.03, targeted: bool = False) -> Objective:
+    """Moves the latent by little change (the L2 attack of Carlini & Wagner 2017, on the encoder; for `adam`):
+
+        -(sum(((x' - x) / 2)^2) + c f)
+        targeted:    f = ||z||_2
+        untargeted:  f = -sum over latent rows of ||z - z0||_2
+
+    A latent row is one row of one channel, as in the authors' release.
+    """
+    z0 = _encode(vae, x).detach()
+
+    def f(z: Tensor) -> Tensor:
+        rows = ((z - z0).square().sum(dim=-1) + 1e-8).sqrt()  # (B, C, h/8); its gradient at 0 is defined
+        return _norm(z) if targeted else -rows.flatten(1).sum(dim=1)
+
+    def objective(x_adv: Tensor, t: float) -> Tensor:
+        change = ((x_adv - x) / 2).square().flatten(1).sum(dim=1)  # (B,)
+        return -(change + c * f(_encode(vae, x_adv)))
+
+    return objective
 
 
-def pgd(
+def facelock(
     x: Tensor,
-    loss_fn: Loss,
-    *,
-    budget: float,
-    step_size: float,
-    num_iters: int,
-    start: Tensor | None = None,
-    maximize: bool = True,
-    compile: bool = False,
-    stages: Sequence[int] = (0,),
-    callback: Callback | None = None,
-) -> Tensor:
-    """Projected sign-gradient ascent (Madry et al. 2018), or descent with maximize=False:
+    vae: Any,
+    face_similarity: Callable[[Tensor], Tensor],
+    perceptual_distance: Callable[[Tensor], Tensor],
+) -> Objective:
+    """Makes a reconstruction that no longer shows the person (FaceLock, Wang et al. 2025):
 
-        x' <- project(x' +- step_size_at(i) * sign(grad sum_b loss_b(x')))
+        -[t >= 0.35] cos(f(y), f(x)) + 0.2 mean((z - z0)^2) + [t > 0.25] LPIPS(y, x)
 
-    x: (B, 3, H, W) in [-1, 1]; 16-bit floats are optimised in float32, where small steps still count.
-    loss_fn(x_adv, i) returns one loss an image, (B,); their sum is differentiated, so a batch gives each
-    image what it would get alone. start: default `random_start` with seed 0. compile: forward, backward and
-    step as one graph of torch.compile, the same up to rounding; one graph for each of `stages`, the
-    iterations from which the loss has another form, and all that it then knows of i. callback(i, losses) is
-    called after each iteration with detached losses; reading them waits for the device.
-    Returns x' like x (float32 at least), max |x' - x| <= budget. x is left as it is.
-    Raises ValueError for a wrong shape or range and GradientError for a gradient that is not finite; warns
-    if an image's gradient is all zero.
+    face_similarity(y) is cos(f(y), f(x)) and perceptual_distance(y) is LPIPS(y, x), each (B,), with
+    everything of the clean image computed once by whoever made them. All three terms push away from the
+    person. While neither the face nor the LPIPS term is on, nothing is decoded.
     """
-    x, x_adv = _begin(x, start, budget)
-    sign = 1 if maximize else -1
-    steps = [sign * step_size_at(i, num_iters, step_size) for i in range(num_iters)]
-    steps = torch.tensor(steps, dtype=x.dtype, device=x.device)  # sent there once
-    differentiate = _traceable_gradient if compile else _gradient
+    z0 = _encode(vae, x).detach()
 
-    def iteration(x_adv: Tensor, step: Tensor, i: int) -> tuple[Tensor, Tensor, Tensor]:
-        losses, gradient = differentiate(loss_fn, x_adv, i)  # (B,), (B, 3, H, W)
-        return project(x_adv + step * gradient.sign(), x, budget), losses, gradient
+    def objective(x_adv: Tensor, t: float) -> Tensor:
+        z = _encode(vae, x_adv)
+        value = LATENT_WEIGHT * _mean_square(z - z0)
+        if t > PERCEPTUAL_FROM:
+            y = _decode(vae, z).clamp(-1, 1)
+            value = value + perceptual_distance(y).to(z.dtype)
+            if t >= FACE_FROM:
+                value = value - face_similarity(y).to(z.dtype)
+        return value
 
-    if compile:
-        iteration = _compiled(iteration)
-    flags = _GradientFlags()
-    for i in range(num_iters):
-        form = max(stage for stage in stages if stage <= i) if compile else i
-        x_adv, losses, gradient = iteration(x_adv, steps[i], form)
-        flags.update(gradient, last=i == num_iters - 1)
-        if callback is not None:
-            callback(i, losses)
-    return x_adv
-
-
-def _gradient(loss_fn: Loss, x_adv: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """(losses (B,), LOSS_SCALE times the gradient of their sum), both detached"""
-    x_adv = x_adv.detach().requires_grad_(True)
-    losses = loss_fn(x_adv, i)
-    (gradient,) = torch.autograd.grad(LOSS_SCALE * losses.sum(), x_adv)
-    return losses.detach(), gradient
-
-
-def _traceable_gradient(loss_fn: Loss, x_adv: Tensor, i: int) -> tuple[Tensor, Tensor]:
-    """`_gradient` in the form that torch.compile takes whole; it knows no gradient checkpointing"""
-
-    def total(x_adv: Tensor) -> tuple[Tensor, Tensor]:
-        losses = loss_fn(x_adv, i)
-        return LOSS_SCALE * losses.sum(), losses
-
-    gradient, losses = torch.func.grad(total, has_aux=True)(x_adv)
-    return losses, gradient
-
-
-def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile with a graph for each image size, batch size and stage. Its limit of eight guards against
-    code that never settles; a directory with three sizes of portraits would reach it, and fail.
-    """
-    import torch._dynamo
-
-    limits = torch._dynamo.config.patch(recompile_limit=MAX_GRAPHS, accumulated_recompile_limit=MAX_GRAPHS)
-    return limits(torch.compile(function, fullgraph=True, dynamic=False))
-
-
-class _GradientFlags:
-    """Non-finite and all-zero gradients, noted on the device and read every CHECK_EVERY iterations."""
-
-    def __init__(self) -> None:
-        self.seen = 0
-        self.broken: Tensor | None = None
-        self.zero: Tensor | None = None
-        self.warned = False
-
-    def update(self, gradient: Tensor, last: bool) -> None:
-        largest = gradient.detach().abs().flatten(1).amax(dim=1)  # (B,); NaN and infinity survive a maximum
-        broken = ~largest.isfinite().all()
-        zero = (largest == 0).any()
-        self.broken = broken if self.broken is None else self.broken | broken
-        self.zero = zero if self.zero is None else self.zero | zero
-        self.seen += 1
-        if not last and self.seen % CHECK_EVERY:
-            return
-        if self.broken:
-            raise GradientError(f"the gradient is NaN or infinite within the first {self.seen} iterations")
-        if self.zero and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"the gradient of an image was zero everywhere within the first {self.seen} iterations: "
-                "its steps change nothing",
-                RuntimeWarning,
-                stacklevel=4,
-            )
-
-
-def _image(x: Tensor, budget: float) -> Tensor:
-    """x, checked and detached, in float32 at least."""
-    _check(x, budget)
-    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
-
-
-def _begin(x: Tensor, start: Tensor | None, budget: float) -> tuple[Tensor, Tensor]:
-    """(x, x_adv): the image and where its optimisation starts, within the budget."""
-    x = _image(x, budget)
-    start = random_start(x, budget, seeds=[0] * len(x)) if start is None else start.detach().to(x)
-    if start.shape != x.shape:
-        raise ValueError(f"start is {tuple(start.shape)}, the image {tuple(x.shape)}")
-    return x, project(start, x, budget)
-
-
-def _check(x: Tensor, budget: float) -> None:
-    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
-        raise ValueError(f"an image must be a float (B, 3, H, W) tensor, not {x.dtype} {tuple(x.shape)}")
-    if not budget > 0:
-        raise ValueError(f"the budget must be positive, not {budget}")
-    if not bool((x.abs() <= 1).all()):
-        raise ValueError("an image must be in [-1, 1]")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the VAE, differentiable, in the image's dtype whatever the network's
+    return objective
 
 
 def _encode(vae: Any, x: Tensor) -> Tensor:
-    """E(x): (B, 3, H, W) -> the latent mean, (B, C, h/8, w/8)"""
+    """E(x), in x's dtype whatever the network's: (B, 3, H, W) -> the latent mean, (B, C, h/8, w/8)"""
     return vae.encode(x).latent_dist.mean.to(x.dtype)
 
 
 def _decode(vae: Any, z: Tensor) -> Tensor:
-    """D(z): (B, C, h/8, w/8) -> (B, 3, h, w), not clipped"""
+    """D(z), not clipped: (B, C, h/8, w/8) -> (B, 3, h, w)"""
     return vae.decode(z).sample.to(z.dtype)
 
 
@@ -223,199 +133,169 @@ def _mean_square(values: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the defenses
+# the loops
 
 
-def noise(x: Tensor, *, budget: float, start: Tensor | None = None) -> Tensor:
-    """The control: `start` itself, by default uniform noise of the whole budget (`random_start`, seed 0).
+@dataclass(frozen=True)
+class Run:
+    """How a loop goes. Budget and step are L-infinity sizes in [-1, 1]."""
 
-    What the same budget does without an objective. x, the result and errors as in `pgd`.
+    budget: float = 0.03
+    step_size: float = 0.01  # the first one; it falls linearly to 1 % of it
+    num_iters: int = 100
+    lr: float = 0.03  # of Adam
+    start: Tensor | None = None  # where x' begins; default: `random_start` with seed 0
+    callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
+
+
+def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Projected sign-gradient ascent (Madry et al. 2018), with the step sizes of the authors' release:
+
+        x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
+
+    x: (B, 3, H, W) in [-1, 1]; 16-bit floats are optimised in float32, where small steps still count. The sum
+    over images is differentiated, so a batch gives each image what it would get alone. Returns x' like x
+    (float32 at least), max |x' - x| <= budget. x is left as it is. Raises ValueError for a wrong shape or
+    range and GradientError for a gradient that is not finite; warns if an image's gradient is all zero.
     """
-    return _begin(x, start, budget)[1]
+    import torch
+
+    x, x_adv = _begin(x, run)
+    peaks: list[Tensor] = []
+    for i in range(run.num_iters):
+        x_adv.requires_grad_(True)
+        values = objective(x_adv, i / run.num_iters)
+        (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
+        step = run.step_size * (1 - 0.99 * i / run.num_iters)
+        x_adv = project(x_adv.detach() + step * gradient.sign(), x, run.budget)
+        _watch(gradient, peaks, i, run)
+        if run.callback:
+            run.callback(i, values.detach())
+    return x_adv
 
 
-def encoder_attack(
-    x: Tensor,
-    vae: Any,
-    *,
-    budget: float,
-    step_size: float,
-    num_iters: int,
-    targeted: bool = True,
-    start: Tensor | None = None,
-    compile: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
-    """The encoder attack (PhotoGuard, Salman et al. 2023), towards a zero latent or away from the clean one:
+def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Adam (Kingma & Ba 2015) on w, x' = tanh(w), as in Carlini & Wagner 2017; projected at the end.
 
-        targeted:    minimise  ||z||_2
-        untargeted:  maximise  mean((z - z0)^2)
-
-    x, the result and errors as in `pgd`. The decoder is not used.
+    Adam's state is kept per element, so the images of a batch don't mix. Unlike the authors' release it
+    begins at `start`. x, the result and errors as in `pgd`.
     """
-    with torch.no_grad():
-        z0 = None if targeted else _encode(vae, _image(x, budget))
+    import torch
 
-    def loss(x_adv: Tensor, i: int) -> Tensor:
-        z = _encode(vae, x_adv)
-        return _norm(z) if targeted else _mean_square(z - z0)
-
-    return pgd(
-        x,
-        loss,
-        budget=budget,
-        step_size=step_size,
-        num_iters=num_iters,
-        start=start,
-        maximize=not targeted,
-        compile=compile,
-        callback=callback,
-    )
-
-
-def vae_attack(
-    x: Tensor,
-    vae: Any,
-    *,
-    budget: float,
-    step_size: float,
-    num_iters: int,
-    start: Tensor | None = None,
-    compile: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
-    """The VAE attack: a reconstruction that is grey (0 in [-1, 1]).
-
-        minimise  ||D(z)||_2, the reconstruction not clipped
-
-    The paper's "VAE attack", after Salman et al. 2023. x, the result and errors as in `pgd`.
-    """
-
-    def loss(x_adv: Tensor, i: int) -> Tensor:
-        return _norm(_decode(vae, _encode(vae, x_adv)))
-
-    return pgd(
-        x,
-        loss,
-        budget=budget,
-        step_size=step_size,
-        num_iters=num_iters,
-        start=start,
-        maximize=False,
-        compile=compile,
-        callback=callback,
-    )
-
-
-def cw_l2_attack(
-    x: Tensor,
-    vae: Any,
-    *,
-    budget: float,
-    num_iters: int,
-    c: float = 0.03,
-    lr: float = 0.03,
-    targeted: bool = False,
-    start: Tensor | None = None,
-    callback: Callback | None = None,
-) -> Tensor:
-    """The L2 attack of Carlini & Wagner 2017 on the encoder: Adam on w, with a = (tanh(w) + 1) / 2 in [0, 1],
-
-        minimise  sum((a - (x + 1) / 2)^2) + c * f(2 a - 1)
-        untargeted:  f(x') = -sum over latent rows of ||E(x') - z0||_2
-        targeted:    f(x') = ||E(x')||_2
-
-    and a projection to the budget at the end. A latent row is one row of one channel, as in the authors'
-    release; unlike there, the VAE is fed [-1, 1], Adam starts at `start`, and the budget is in [-1, 1].
-    x, the result and errors as in `pgd`.
-    """
-    x, x_adv = _begin(x, start, budget)
-    x01 = (x + 1) / 2
-    a = ((x_adv + 1) / 2).clamp(1e-6, 1 - 1e-6)
-    w = torch.atanh(2 * a - 1).requires_grad_(True)
-    with torch.no_grad():
-        z0 = None if targeted else _encode(vae, x)
-
-    def f(x_adv: Tensor) -> Tensor:
-        z = _encode(vae, x_adv)
-        if targeted:
-            return _norm(z)
-        rows = ((z - z0).square().sum(dim=-1) + 1e-8).sqrt()  # (B, C, h/8); its gradient at 0 is defined
-        return -rows.flatten(1).sum(dim=1)
-
-    # Adam's state is kept per element, so the images of a batch don't mix.
-    optimizer = torch.optim.Adam([w], lr=lr)
-    flags = _GradientFlags()
-    for i in range(num_iters):
-        a = (w.tanh() + 1) / 2
-        losses = (a - x01).square().flatten(1).sum(dim=1) + c * f(2 * a - 1)  # (B,)
-        (w.grad,) = torch.autograd.grad(losses.sum(), w)
-        flags.update(w.grad, last=i == num_iters - 1)
+    x, x_adv = _begin(x, run)
+    w = torch.atanh(x_adv.clamp(2e-6 - 1, 1 - 2e-6)).requires_grad_(True)
+    optimizer = torch.optim.Adam([w], lr=run.lr)
+    peaks: list[Tensor] = []
+    for i in range(run.num_iters):
+        values = objective(w.tanh(), i / run.num_iters)
+        (w.grad,) = torch.autograd.grad(-values.sum(), w)
         optimizer.step()
-        if callback is not None:
-            callback(i, losses.detach())
-    return project(w.detach().tanh(), x, budget)
+        _watch(w.grad, peaks, i, run)
+        if run.callback:
+            run.callback(i, values.detach())
+    return project(w.detach().tanh(), x, run.budget)
 
 
-def facelock(
-    x: Tensor,
-    vae: Any,
-    face_similarity: Callable[[Tensor], Tensor],
-    perceptual_distance: Callable[[Tensor], Tensor],
-    *,
-    budget: float,
-    step_size: float,
-    num_iters: int,
-    start: Tensor | None = None,
-    compile: bool = False,
-    callback: Callback | None = None,
-) -> Tensor:
-    """FaceLock (Wang et al. 2025): a VAE reconstruction y = clip(D(z), -1, 1)
-    that no longer shows the person.
+def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Leaves the start as it is. x, the result and errors as in `pgd`."""
+    return _begin(x, run)[1]
 
-        maximise  -[i >= 0.35 N] cos(f(y), f(x)) + 0.2 mean((z - z0)^2) + [i > 0.25 N] LPIPS(y, x)
 
-    face_similarity(y) is cos(f(y), f(x)) and perceptual_distance(y) is LPIPS(y, x), each (B,), with
-    everything of the clean image computed once by whoever made them. All three terms push away from the
-    person, so each step goes along the gradient's sign. While neither the face nor the LPIPS term is on,
-    nothing is decoded. x, the result and errors as in `pgd`.
+def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
+    """Draws a uniform point of each image's L-infinity ball, cut to [-1, 1]; like x in shape and dtype.
+
+    One CPU generator an image, so an image's start depends on its own seed and shape alone. It is drawn in
+    float32 whatever x's dtype. Raises ValueError unless there is one seed an image.
     """
-    with torch.no_grad():
-        z0 = _encode(vae, _image(x, budget))
+    import torch
 
-    def terms_on(i: int) -> tuple[bool, bool]:
-        return i >= FACE_FROM * num_iters, i > PERCEPTUAL_FROM * num_iters  # face, perceptual
-
-    def loss(x_adv: Tensor, i: int) -> Tensor:
-        face_on, perceptual_on = terms_on(i)
-        z = _encode(vae, x_adv)
-        objective = LATENT_WEIGHT * _mean_square(z - z0)
-        if face_on or perceptual_on:
-            y = _decode(vae, z).clamp(-1, 1)
-            if perceptual_on:
-                objective = objective + perceptual_distance(y).to(z.dtype)
-            if face_on:
-                objective = objective - face_similarity(y).to(z.dtype)
-        return objective
-
-    stages = [i for i in range(num_iters) if i == 0 or terms_on(i) != terms_on(i - 1)]
-    return pgd(
-        x,
-        loss,
-        budget=budget,
-        step_size=step_size,
-        num_iters=num_iters,
-        start=start,
-        compile=compile,
-        stages=stages,
-        callback=callback,
-    )
+    _check(x, budget)
+    if len(seeds) != len(x):
+        raise ValueError(f"{len(seeds)} seeds for {len(x)} images")
+    draws = [torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return project(x + (2 * torch.stack(draws).to(x) - 1) * budget, x, budget)
 
 
-METHODS: dict[str, Callable[..., Tensor]] = {
-    "noise": noise,
-    "encoder": encoder_attack,
-    "vae": vae_attack,
-    "cw": cw_l2_attack,
-    "facelock": facelock,
+def project(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
+    """Gives the nearest point to x_adv with |x_adv - x| <= budget, up to the dtype's rounding, in [-1, 1]."""
+    return x_adv.clamp(x - budget, x + budget).clamp(-1, 1)
+
+
+class GradientError(RuntimeError):
+    """A gradient with NaN or infinity: nothing computed from it could be trusted."""
+
+
+def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
+    """Notes each image's largest gradient, and reads what was noted every CHECK_EVERY iterations."""
+    import torch
+
+    peaks.append(gradient.abs().flatten(1).amax(dim=1))  # (B,); NaN and infinity survive a maximum
+    if len(peaks) < CHECK_EVERY and i < run.num_iters - 1:
+        return
+    seen = torch.stack(peaks)
+    if not seen.isfinite().all():
+        raise GradientError(f"the gradient is NaN or infinite within the first {i + 1} iterations")
+    if (seen == 0).any():  # said once: it is the same line
+        text = "the gradient of an image was zero everywhere: its steps change nothing"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    peaks.clear()
+
+
+def _begin(x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """(x, x'): the image in float32 at least, and where its optimisation starts, within the budget."""
+    x = _image(x, run.budget)
+    start = random_start(x, run.budget, [0] * len(x)) if run.start is None else run.start.detach().to(x)
+    if start.shape != x.shape:
+        raise ValueError(f"start is {tuple(start.shape)}, the image {tuple(x.shape)}")
+    return x, project(start, x, run.budget)
+
+
+def _image(x: Tensor, budget: float) -> Tensor:
+    """The image, checked, in float32 at least."""
+    import torch
+
+    _check(x, budget)
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check(x: Tensor, budget: float) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f"an image must be a float (B, 3, H, W) tensor, not {x.dtype} {tuple(x.shape)}")
+    if not budget > 0:
+        raise ValueError(f"the budget must be positive, not {budget}")
+    if not bool((x.abs() <= 1).all()):
+        raise ValueError("an image must be in [-1, 1]")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the table
+
+
+class Method(NamedTuple):
+    """A defense: its objective, the loop that maximises it, and what of `Run` that loop reads."""
+
+    objective: Callable[..., Objective]
+    loop: Callable[[Tensor, Objective, Run], Tensor] = pgd
+    reads: tuple[str, ...] = ("step_size", "num_iters")  # beside budget and start
+    fp32: bool = False  # networks in float32 whatever --dtype says
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the objective takes beside x: knobs with their defaults, needs with `NEED`."""
+        parameters = list(inspect.signature(self.objective).parameters.values())[1:]
+        return {parameter.name: parameter.default for parameter in parameters}
+
+    def protect(self, x: Tensor, run: Run = Run(), **offers: Any) -> Tensor:
+        """Runs the loop on the objective that `offers` (needs and knobs) make."""
+        x = _image(x, run.budget)
+        return self.loop(x, self.objective(x, **offers), run)
+
+
+NEED = inspect.Parameter.empty
+METHODS: dict[str, Method] = {
+    "noise": Method(noise, stay, reads=()),
+    "encoder": Method(encoder_attack),
+    "vae": Method(vae_attack),
+    "cw": Method(cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True),  # Adam sees a gradient's size
+    "facelock": Method(facelock),
 }

@@ -12,7 +12,6 @@ as the project's scripts do it. The models are stand-ins: nothing here says how 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
 import time
@@ -29,8 +28,10 @@ import train_vae
 import world
 
 import defend
-import models
-from utils import HelpFormatter, edit_prompts, positive_int, save_png, start_seed, to_tensor, to_uint8_within
+from images import save_png, to_tensor, to_uint8_within
+from models.faces import face_similarity_to, load_recognizer
+from protection import Protector
+from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
 SPLITS = {
     "validation": portraits.VALIDATION,
@@ -71,19 +72,11 @@ class Models:
     """Loads the mini set, once."""
 
     def __init__(self, steps: int | None = None) -> None:
-        self.chosen = models.MODEL_SETS["mini"]
-        if steps:
-            self.chosen = dataclasses.replace(self.chosen, num_inference_steps=steps)
-        self.editor = self.edit_with(self.chosen)
+        self.chosen = world.mini_set(num_inference_steps=steps)
+        self.editor = self.chosen.load_editor()
         self.recognizers = {
-            name: models.load_recognizer(getattr(self.chosen, name), CPU, torch.float32)
-            for name in RECOGNISERS
+            name: load_recognizer(getattr(self.chosen, name), CPU, torch.float32) for name in RECOGNISERS
         }
-
-    @staticmethod
-    def edit_with(chosen: models.ModelSet) -> models.Editor:
-        """Loads the editor of a set."""
-        return models.load_editor(chosen, "instruct-pix2pix", CPU, torch.float32, progress=False)
 
     @torch.no_grad()
     def similarity(self, name: str, edits: np.ndarray, sources: np.ndarray) -> np.ndarray:
@@ -91,7 +84,7 @@ class Models:
         box = [[(0, 0, edits.shape[3], edits.shape[2])]]
         values = []
         for images, source in zip(edits, sources, strict=True):
-            to_source = models.face_similarity_to(
+            to_source = face_similarity_to(
                 self.recognizers[name], to_tensor(source).expand(len(images), -1, -1, -1), box * len(images)
             )
             values.append(to_source(to_tensor(images)).numpy())
@@ -151,8 +144,8 @@ def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.
 
 def check_guidance(table: Table, people: range, loaded: Models) -> None:
     """Measures edits by a few prompts at the paper's guidance: reported, nothing is asked of them."""
-    chosen = dataclasses.replace(loaded.chosen, guidance_scale=7.5, image_guidance_scale=1.5)
-    found = train_editor.measure(Models.edit_with(chosen), people[:PEOPLE], prompts=PROMPTS)
+    editor = world.mini_set(guidance_scale=7.5, image_guidance_scale=1.5).load_editor()
+    found = train_editor.measure(editor, people[:PEOPLE], prompts=PROMPTS)
     met = found.prompts_met()
     table.row(
         f"edits at the paper's guidance 1.5 / 7.5, {PEOPLE} people x {len(PROMPTS)} prompts",
@@ -221,14 +214,14 @@ def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np
         ["--input_path=-", "--models=mini", f"--device={CPU}"]
         + [f"--defend_method={method}", f"--attack_budget={BUDGET}"]
     )
-    tools = defend.Tools(args)
-    tools.preload(args)
+    protector = Protector(args)
+    protector.preload()
     box = [[(0, 0, sources.shape[2], sources.shape[1])]]
     files, seconds = [], []
     for person, source in zip(people, sources, strict=True):
         began = time.perf_counter()
         seeds = [start_seed(args.seed, f"portrait_{person}")]
-        images = defend.protect(to_tensor(source), args, tools, boxes=box, seeds=seeds)
+        images = protector.protect(to_tensor(source), box, seeds)
         seconds.append(time.perf_counter() - began)
         files.append(to_uint8_within(images, source[None], BUDGET)[0])
     return np.stack(files), seconds

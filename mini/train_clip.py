@@ -26,8 +26,9 @@ from tokenizer import build_tokenizer
 from torch import nn
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
 
-import models
-from utils import edit_prompts, pick_device, to_tensor
+from images import to_tensor
+from models.clip import load_clip
+from utils import edit_prompts, pick_device
 
 SIZE, PATCH, WIDTH = 64, 8, 128  # px, px, vision width
 TEXT_WIDTH, PROJECTION = 96, 128
@@ -102,7 +103,7 @@ def evaluate(
     never trained on.
     """
     count = len(identities)
-    clip = models.load_clip(str(out), device, torch.float32)
+    clip = load_clip(str(out), device, torch.float32)
     instructions = list(edit_prompts.values())
     texts = clip.embed_texts(instructions)  # (25, D)
     requests = [(i, 0, prompt) for i in identities for prompt in (None, *edit_prompts)]

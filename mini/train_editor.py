@@ -19,7 +19,6 @@ The result is a plain diffusers directory:
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import sys
 import time
@@ -43,8 +42,9 @@ from torch import nn
 from train_vae import psnr, reconstruct
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-import models
-from utils import edit_prompts, pick_device, positive_int, save_png, to_tensor, to_uint8
+from images import save_png, to_tensor, to_uint8
+from models import editors
+from utils import edit_prompts, pick_device, positive_int
 
 NAME = "editor"
 LATENT = (16, 16, 16)  # channels, height, width of a 128x128 portrait's latent
@@ -283,7 +283,7 @@ class Edits:
         return np.concatenate(rows)
 
 
-def apply(editor: models.Editor, pictures: np.ndarray, prompts: Sequence[int], seed: int) -> np.ndarray:
+def apply(editor: editors.Editor, pictures: np.ndarray, prompts: Sequence[int], seed: int) -> np.ndarray:
     """Edits (N, H, W, 3) uint8 by each of the prompts, as the edit scripts do -> (N, prompts, H, W, 3)."""
     texts = [edit_prompts[number] for number in prompts]
     return np.stack(
@@ -292,7 +292,7 @@ def apply(editor: models.Editor, pictures: np.ndarray, prompts: Sequence[int], s
 
 
 def measure(
-    editor: models.Editor, identities: Sequence[int], seed: int = 0, prompts: Sequence[int] | None = None
+    editor: editors.Editor, identities: Sequence[int], seed: int = 0, prompts: Sequence[int] | None = None
 ) -> Edits:
     """Edits people never trained on by the prompts (all), and compares with the generator's edits."""
     numbers = list(prompts or edit_prompts)
@@ -318,9 +318,7 @@ def measure(
 
 def evaluate(args: argparse.Namespace) -> None:
     """Measures validation identities, at the mini set's defaults, and logs each prompt; and a sheet."""
-    chosen = dataclasses.replace(models.MODEL_SETS["mini"], editors={"instruct-pix2pix": str(args.out)})
-    device = pick_device(args.device)
-    editor = models.load_editor(chosen, "instruct-pix2pix", device, torch.float32, progress=False)
+    editor = world.mini_set(args.device, model_id=str(args.out)).load_editor()
     found = measure(editor, portraits.VALIDATION[: args.eval_identities], args.seed)
     for column, (number, text) in enumerate(edit_prompts.items()):
         closer, outside, whole = (values[:, column] for values in (found.closer, found.outside, found.whole))

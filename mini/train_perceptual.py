@@ -26,7 +26,8 @@ import world
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from utils import edit_prompts, pick_device, positive_int, to_tensor
+from images import to_tensor
+from utils import edit_prompts, pick_device, positive_int
 
 # The mean distance of different people's portraits. With 0.5 its gradient in facelock was as large as the
 # face term's, and the defense moved both recognisers less; chosen on validation identities.
@@ -96,7 +97,7 @@ def distorted(images: torch.Tensor, kind: str, strength: float) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> dict[str, float]:
-    """Loads what was exported, as models.py does, and checks that the distance behaves."""
+    """Loads what was exported, as the scripts do, and checks that the distance behaves."""
     metric = lpips.LPIPS(**json.loads((out / "config.json").read_text()), verbose=False)
     metric.load_state_dict(
         {key: value.float() for key, value in load_file(out / "model.safetensors").items()}

@@ -32,8 +32,9 @@ from transformers import (
     ViTImageProcessor,
 )
 
-import models
-from utils import edit_prompts, pick_device, positive_int, to_tensor
+from images import to_tensor
+from models.faces import Recognizer, load_recognizer
+from utils import edit_prompts, pick_device, positive_int
 
 SIZE = 64  # px, the side of what the recognisers see
 MARGIN, SCALE = 0.3, 24.0  # CosFace: cosine margin, and the factor that makes logits of cosines
@@ -91,7 +92,7 @@ def training_requests(identities: range, images: int, seed: int) -> list[world.R
 
 
 @torch.no_grad()
-def embed(recognizer: models.Recognizer, requests: list[world.Request]) -> torch.Tensor:
+def embed(recognizer: Recognizer, requests: list[world.Request]) -> torch.Tensor:
     """Embeds portraits as the project's scripts do -> (N, D) float32, L2-normalised."""
     pictures = world.render(requests)
     parts = []
@@ -111,7 +112,7 @@ def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float
 
 
 def evaluate(
-    recognizer: models.Recognizer, identities: range, say: Callable[[str], None]
+    recognizer: Recognizer, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Measures errors and cosines on people never trained on: PLAIN pictures and EDITED edits of each."""
     count = len(identities)
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
         name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, seed=seed, flags=args
     )
     export(trained.backbone, out)
-    recognizer = models.load_recognizer(str(out), torch.device("cpu"), torch.float32)  # as users load it
+    recognizer = load_recognizer(str(out), torch.device("cpu"), torch.float32)  # as users load it
     evaluate(recognizer, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, name))
     return 0
 

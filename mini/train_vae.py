@@ -24,7 +24,8 @@ import world
 from diffusers import AutoencoderKL
 from torch.nn import functional as F
 
-from utils import pick_device, positive_int, save_png, to_tensor, to_uint8
+from images import save_png, to_tensor, to_uint8
+from utils import pick_device, positive_int
 
 NAME = "vae"
 CHANNELS = 16  # of the latent; 4 blur at 19 dB

@@ -27,7 +27,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # the scripts of mini/ use the project's own modules, as a user's script would
 
-from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int, to_tensor, to_uint8
+from images import to_tensor, to_uint8
+from models.sets import Chosen, choose
+from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int
 
 ASSETS = ROOT / "assets" / "mini"
 WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data, logs
@@ -167,6 +169,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
         parser.error(f"--identities {args.identities} would share people with the judge")
     WORK = args.work
     return args
+
+
+def mini_set(device: str = "cpu", **flags: object) -> Chosen:
+    """Chooses the mini models as the scripts do, in float32, with other flags' values."""
+    return choose(argparse.Namespace(models="mini", device=device, dtype="fp32", **flags))
 
 
 def log(name: str, text: str) -> None:

@@ -1,0 +1,156 @@
+"""How networks are loaded: quietly, frozen, and with one clear line where they can't be.
+
+Nothing from a hub is executed; pickles are read with `weights_only=True`. Heavy imports are inside the
+functions.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import pickle
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from utils import UserError, first_line, memory_format, pick_device, pick_dtype
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def set_up(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
+    """Quiets the model libraries and picks where the networks run and in what. Raises UserError."""
+    quiet()
+    picked = pick_device(device)
+    return picked, pick_dtype(dtype, picked)
+
+
+def quiet() -> None:
+    """Keeps warnings and loading bars of the libraries from between a script's few lines; downloads show."""
+    import logging
+    import warnings
+
+    import diffusers
+    import huggingface_hub
+    import transformers
+
+    huggingface_hub.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.set_verbosity(logging.CRITICAL)  # a pickle instead of safetensors is no error
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    logging.getLogger("torch.hub").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    # of lpips' call
+    warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
+
+
+def shown(member: str) -> str:
+    """Writes a bundled model's path relative to the repository, as --help and run.json have it."""
+    path = Path(member)
+    return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else member
+
+
+@contextlib.contextmanager
+def loading(what: str, member: str) -> Iterator[None]:
+    """Turns whatever a library raises for weights that can't be had into one clear line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # OSError, HTTP errors, KeyError of a wrong state dict, unpickling errors...
+        raise UserError(
+            f"{what} '{shown(member)}' can't be loaded ({_reason(error)}); "
+            "the bundled --models mini work offline"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong; torch's advice for a refused pickle, to read it all the same, is left out."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if isinstance(error, pickle.UnpicklingError):
+        return "it holds more than tensors"
+    # the hub's explanation comes after the first line
+    return " ".join(str(error).split()) if isinstance(error, HfHubHTTPError) else first_line(error)
+
+
+def from_hub(member: str) -> tuple[str, dict[str, Any]]:
+    """Turns a hub id, ID@REVISION or a local directory into what `from_pretrained` wants: name and keywords.
+
+    Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
+    five retries; without a network, what an earlier run has downloaded is used.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.file_download import repo_folder_name
+
+    if Path(member).is_dir():
+        return member, {"local_files_only": True}
+    if Path(member).is_absolute() or member.startswith(".") or member.count("/") > 1:
+        raise FileNotFoundError("no such directory")
+    name, _, revision = member.partition("@")
+    fixed = {"revision": revision} if revision else {}
+    try:
+        HfApi().model_info(name, timeout=10, **fixed)
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # a gated one is among them
+        raise
+    except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
+        if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).exists():
+            reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
+            raise ConnectionError(reason) from None
+        fixed["local_files_only"] = True
+    return name, fixed
+
+
+def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Gives `from_pretrained`'s keyword for each part of a model that is there as its fp16 variant alone.
+
+    name, where: as `from_hub` gives them.
+    """
+    from huggingface_hub import HfApi, constants
+    from huggingface_hub.file_download import repo_folder_name
+
+    if Path(name).is_dir():
+        files = Path(name).glob("*/*")
+    elif "local_files_only" in where:
+        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+        files = cache.glob("snapshots/*/*/*")
+    else:
+        files = map(Path, HfApi().list_repo_files(name, revision=where.get("revision")))
+    is_variant: dict[str, list[bool]] = {}
+    for file in files:
+        if file.suffix in (".safetensors", ".bin"):
+            is_variant.setdefault(file.parent.name, []).append(".fp16" in file.name)
+    return {part: {"variant": "fp16"} for part, found in is_variant.items() if all(found)}
+
+
+def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
+    """Readies a network for inference: no dropout, no gradients for its parameters."""
+    network = network.to(device=device, dtype=dtype, memory_format=memory_format(device))
+    return network.eval().requires_grad_(False)
+
+
+def compiled(network: torch.nn.Module) -> None:
+    """Has torch compile a network where it stands, with a graph for each image size.
+
+    torch's limit of eight graphs guards against code that never settles; three sizes of portraits reach it.
+    One graph for all sizes breaks torch 2.14's code generator.
+    """
+    import torch._dynamo
+
+    torch._dynamo.config.recompile_limit = torch._dynamo.config.accumulated_recompile_limit = 2**16
+    network.compile(dynamic=False)
+
+
+def read_state(path: Path) -> dict[str, Tensor]:
+    """Reads a state dict from a .safetensors file, or from a pickle that may hold nothing but tensors."""
+    import torch
+    from safetensors.torch import load_file
+
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    return torch.load(path, map_location="cpu", weights_only=True)

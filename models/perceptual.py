@@ -1,0 +1,94 @@
+"""The perceptual distance: an lpips.LPIPS (Zhang et al. 2018), and its form that the attack maximises."""
+
+from __future__ import annotations
+
+import functools
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from models.loading import compiled, frozen, loading, read_state
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # lpips name -> torchvision's
+
+
+def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Tensor]:
+    """Makes a function of images like `clean` (B, 3, H, W) in [-1, 1]: their LPIPS distance to it, (B,).
+
+    The same as `network(images, clean)` of an lpips.LPIPS (Zhang et al. 2018), with the clean image's
+    features computed here, once. The gradient is finite where a pixel's features are all zero, which lpips'
+    isn't.
+    """
+    import torch
+
+    dtype = next(network.net.parameters()).dtype
+
+    def features(images: Tensor) -> list[Tensor]:
+        unit = []
+        for layer in network.net(network.scaling_layer(images.to(dtype))):
+            layer = layer.float() if layer.dtype.itemsize == 2 else layer
+            norm = (layer.square().sum(dim=1, keepdim=True) + 1e-20).sqrt()
+            unit.append(layer / (norm + 1e-10))
+        return unit
+
+    with torch.no_grad():
+        reference = features(clean)
+
+    def perceptual_distance(images: Tensor) -> Tensor:
+        total = torch.zeros(len(images), device=images.device, dtype=reference[0].dtype)
+        for k, (layer, other) in enumerate(zip(features(images), reference, strict=True)):
+            difference = (layer - other).square()  # (B, C, h, w)
+            if network.lpips:
+                difference = network.lins[k](difference.to(dtype)).to(total.dtype)
+            total = total + difference.sum(dim=1).mean(dim=(1, 2))
+        return total
+
+    return perceptual_distance
+
+
+@functools.cache
+def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compile: bool = False) -> Any:
+    """Loads an lpips.LPIPS: by trunk (ImageNet weights of torchvision, heads of lpips), or a directory.
+
+    The directory has `config.json` (the keywords net and lpips) and `model.safetensors`. Once a process.
+    Raises UserError.
+    """
+    import lpips
+
+    with loading("LPIPS", member):
+        if member in LPIPS_TRUNKS:
+            network = lpips.LPIPS(net=member, pnet_rand=True, verbose=False)
+            network.net.load_state_dict(_trunk_state(member, network.net))
+        elif Path(member).is_dir():
+            config = json.loads((Path(member) / "config.json").read_text())
+            network = lpips.LPIPS(
+                net=config["net"], lpips=config["lpips"], pretrained=False, pnet_rand=True, verbose=False
+            )
+            network.load_state_dict(read_state(Path(member) / "model.safetensors"))
+        else:
+            raise FileNotFoundError(f"neither a directory nor one of {', '.join(LPIPS_TRUNKS)}")
+        network = frozen(network, device, dtype)
+    if compile:
+        compiled(network.net)
+    return network
+
+
+def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
+    """torchvision's ImageNet weights under lpips' names: slice2.5.weight is features.5.weight there.
+
+    lpips would load them itself, but without `weights_only`.
+    """
+    import torch
+    import torchvision
+
+    url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
+    state = torch.hub.load_state_dict_from_url(
+        url, map_location="cpu", weights_only=True, check_hash=True
+    )
+    return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}
