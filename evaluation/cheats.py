@@ -23,14 +23,17 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import common
+from command import add_prompt_arguments
+from pairing import Edits, find_edits
 
-import edit
-import models
+import models.sets
 import runs
 import utils
+from images import Portrait, load_image, save_png
+from main_edit import edit_directory
+from records import read_record
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -39,16 +42,18 @@ if TYPE_CHECKING:
 GAMMA = 1.5
 COLOUR = 2.0  # 1 leaves it
 SIGMA = 2.0  # px
+SHIFT = 4  # px
 
 
 def mirrored(image: Image.Image, _: int) -> Image.Image:
+    """Exchanges left and right."""
     from PIL import ImageOps
 
     return ImageOps.mirror(image)
 
 
 def shifted(image: Image.Image, pixels: int) -> Image.Image:
-    """To the right and down; the border is repeated."""
+    """Moves to the right and down; the border is repeated."""
     import numpy as np
     from PIL import Image
 
@@ -57,184 +62,161 @@ def shifted(image: Image.Image, pixels: int) -> Image.Image:
 
 
 def gamma(image: Image.Image, _: int) -> Image.Image:
+    """Brightens the middle tones."""
     return image.point(lambda value: round(255 * (value / 255) ** (1 / GAMMA)))
 
 
 def saturated(image: Image.Image, _: int) -> Image.Image:
+    """Strengthens the colours."""
     from PIL import ImageEnhance
 
     return ImageEnhance.Color(image).enhance(COLOUR)
 
 
 def blurred(image: Image.Image, _: int) -> Image.Image:
+    """Blurs by a Gaussian."""
     from PIL import ImageFilter
 
     return image.filter(ImageFilter.GaussianBlur(SIGMA))
 
 
-# Of the clean edit; `shift` is for those that want it
-OF_EDITS: dict[str, Callable[[Image.Image, int], Image.Image]] = {
+# Of a picture and the px of `shifted`
+ALTERED: dict[str, Callable[[Image.Image, int], Image.Image]] = {
     "mirrored": mirrored,
     "shifted": shifted,
     "gamma": gamma,
     "saturated": saturated,
     "blurred": blurred,
+    "source": lambda image, _: image,
 }
-NAMES = ("reseeded", *OF_EDITS, "source")
+NAMES = ("reseeded", *ALTERED)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--src_dir", type=Path, required=True, help="the source images")
-    parser.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the sources")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where CHEAT/seed{S}/ are made")
+    parser.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
+    parser.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where CHEAT/seed{S}/ are made")
     parser.add_argument(
         "--cheats", nargs="+", choices=NAMES, default=list(NAMES), metavar="CHEAT", help=", ".join(NAMES)
     )
-    common.add_prompt_arguments(parser)
-    parser.add_argument("--shift", type=utils.positive_int, default=4, help="px")
+    add_prompt_arguments(parser)
+    parser.add_argument("--shift", type=utils.positive_int, default=SHIFT, help="px")
     parser.add_argument(
         "--seed", type=utils.known_seed, required=True, help="the S of the clean edits' seed{S}"
     )
     parser.add_argument(
         "--other_seed", type=utils.known_seed, help="the noise of 'reseeded' (default: --seed + 1)"
     )
-    edit.add_edit_arguments(parser)
+    models.sets.add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
-    clean = common.clean_row(args.clean_edit_dir, [args.seed])
-    prompts = common.prompts_of([clean], [args.seed], args.prompts)
-    texts = common.texts_of([clean], [args.seed], prompts, args.prompt_file)
-    texts = {prompt: texts.get(prompt, "") for prompt in prompts}
-    cheats = [name for name in NAMES if name in args.cheats]  # the one that needs an editor first
-    if clean.directory.resolve() in [(args.output_dir / name).resolve() for name in cheats]:
-        raise UserError(f"{clean.directory}: the clean edits would be overwritten")
-    utils.check_directory(args.output_dir)
-    folders = {prompt: clean.directory / f"seed{args.seed}" / f"prompt{prompt}" for prompt in prompts}
-    edits = {prompt: utils.images_by_stem(folder) for prompt, folder in folders.items()}
-    sources = utils.images_by_stem(args.src_dir)
-    there = {folder: set(edits[prompt]) for prompt, folder in folders.items()}
-    names = common.shared_names(there | {args.src_dir: set(sources)}, common=False)
+    """Makes the cheats that the flags name -> exit status."""
+    edits = find_edits(
+        [args.clean_edit_dir],
+        [args.seed],
+        src_dir=args.src_dir,
+        prompts=args.prompts,
+        prompt_file=args.prompt_file,
+    )
+    other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
+    chosen = models.sets.choose(args) if "reseeded" in args.cheats else None
+    options = runs.Options.of(args)
+    return make_cheats(edits, args.output_dir, chosen, args.cheats, args.shift, other_seed, options)
 
+
+def make_cheats(
+    edits: Edits,
+    output_dir: Path,
+    chosen: models.sets.Chosen | None,
+    cheats: Sequence[str] = NAMES,
+    shift: int = SHIFT,
+    other_seed: int = 1,
+    options: runs.Options = runs.USUAL,
+) -> int:
+    """Makes cheats of one row of clean edits, of one seed, with their sources -> exit status.
+
+    chosen: the editor of `reseeded`, with the settings of the clean edits. Raises UserError.
+    """
+    if len(edits.rows) > 1:
+        raise UserError(f"which are the clean edits? ({', '.join(row.method for row in edits.rows)})")
+    (row,), seed = edits.rows, edits.keys[0].seed
+    if row.directory.resolve() in [(output_dir / name).resolve() for name in cheats]:
+        raise UserError(f"{row.directory}: the clean edits would be overwritten")
+    utils.check_directory(output_dir)
+    texts = {number: edits.texts.get(number, "") for number in edits.prompts}
     status = 0
-    for cheat in cheats:
-        directory = args.output_dir / cheat / f"seed{args.seed}"
-        items = [
-            runs.Item(
-                sources[name] if cheat in ("source", "reseeded") else edits[prompt][name],
-                directory / f"prompt{prompt}" / f"{name}.png",
-                utils.image_size(sources[name]),
-                label=f"{cheat}/prompt{prompt}/{name}",
-                prompt=texts[prompt],
-            )
-            for name in names
-            for prompt in prompts
-        ]
+    for cheat in [name for name in NAMES if name in cheats]:  # the one that needs an editor first
+        directory = output_dir / cheat / f"seed{seed}"
         if cheat == "reseeded":
-            status = max(status, reseed(args, clean, directory, items, texts))
+            check_reseeding(row.directory / f"seed{seed}", chosen, texts, seed, other_seed)
+            src_dir = next(iter(edits.sources.values())).parent
+            made = edit_directory(src_dir, directory, texts, other_seed, chosen, options)
         else:
-            status = max(status, alter(args, cheat, directory, items, texts))
+            made = alter(cheat, edits, directory, texts, shift, options)
+        status = max(status, made)
     return status
 
 
-def reseed(
-    args: argparse.Namespace,
-    clean: common.Row,
-    directory: Path,
-    items: list[runs.Item],
-    texts: dict[int, str],
-) -> int:
-    """Edits the sources anew, as the clean edits were made but with another seed -> exit status.
-
-    Raises UserError, also for other settings than the clean edits' run.json has.
-    """
+def check_reseeding(
+    clean: Path, chosen: models.sets.Chosen, texts: dict[int, str], seed: int, other_seed: int
+) -> None:
+    """Refuses to edit anew in another way than the clean edits of a seed{S} were made. Raises UserError."""
     unknown = [f"prompt{number}" for number, text in texts.items() if not text]
     if unknown:
         raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
-    seed = args.seed + 1 if args.other_seed is None else args.other_seed
-    if seed == args.seed:
-        raise UserError(f"--other_seed {seed}: that is the clean edits' own noise")
-    chosen = edit.choose(args)
-    device, dtype = models.set_up(args)
-    unread = {"strength" if args.model == "instruct-pix2pix" else "image_guidance_scale": None}
-    ours = dict.fromkeys(("cheats", "clean_edit_dir", "other_seed", "shift"))  # nothing that edits reads them
-    record = runs.record_of(args, chosen, dtype, unread | ours)
-    record |= {"seed": seed, "prompts": {str(number): text for number, text in texts.items()}}
-    of_clean = (runs.read_record(clean.directory / f"seed{args.seed}") or {}).get("arguments", {})
+    if other_seed == seed:
+        raise UserError(f"--other_seed {other_seed}: that is the clean edits' own noise")
+    before = (read_record(clean) or {}).get("arguments", {})
     differing = [
-        f"--{flag} {value}, not {record['arguments'].get(flag)}"
-        for flag, value in of_clean.items()
-        if flag not in common.SEPARATE and value != record["arguments"].get(flag)
+        f"--{flag} {before[flag]}, not {value}"
+        for flag, value in chosen.edit_settings().items()
+        if flag in before and before[flag] != value
     ]
     if differing:
-        raise UserError(f"{clean.directory}: the clean edits were made with {'; '.join(differing)}")
-    runs.check_record(directory, record)
-    editor = models.load_editor(chosen, args.model, device, dtype, progress=False)
-
-    def work(batch: list[runs.Item], portraits: list[utils.Portrait], wanted: list[bool]) -> None:
-        edited = edit.edit_portraits(portraits, [item.prompt for item in batch], editor, seed)
-        for item, portrait, pixels, is_wanted in zip(batch, portraits, edited, wanted, strict=True):
-            if is_wanted:
-                utils.save_png(item.output, pixels, portrait.alpha)
-
-    def load(item: runs.Item) -> utils.Portrait:
-        return utils.load_portrait(item.source, chosen.resolution)
-
-    return _make(args, items, load, work, directory, record, args.batch_size)
+        raise UserError(f"{clean}: the clean edits were made with {'; '.join(differing)}")
 
 
 def alter(
-    args: argparse.Namespace, cheat: str, directory: Path, items: list[runs.Item], texts: dict[int, str]
+    cheat: str, edits: Edits, directory: Path, texts: dict[int, str], shift: int, options: runs.Options
 ) -> int:
-    """Changes the clean edits' pixels, or takes the source's -> exit status."""
-    from PIL import Image
-
-    made_from = "src_dir" if cheat == "source" else "clean_edit_dir"
-    arguments = {"cheat": cheat, made_from: str(getattr(args, made_from).resolve())}
-    arguments |= {"shift": args.shift} if cheat == "shifted" else {}
-    record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
-    record["prompts"] = {str(number): text for number, text in texts.items() if text}
-
-    def work(batch: list[runs.Item], loaded: list[utils.Portrait], _: list[bool]) -> None:
-        import numpy as np
-
-        for item, portrait in zip(batch, loaded, strict=True):
-            pixels = portrait.pixels
-            if cheat in OF_EDITS:
-                pixels = np.asarray(OF_EDITS[cheat](Image.fromarray(pixels), args.shift))
-            utils.save_png(item.output, pixels)
-
-    return _make(args, items, lambda item: utils.load_image(item.source), work, directory, record, 1)
-
-
-def _make(
-    args: argparse.Namespace,
-    items: list[runs.Item],
-    load: Callable[[runs.Item], utils.Portrait],
-    work: Callable[[list[runs.Item], list[utils.Portrait], list[bool]], None],
-    directory: Path,
-    record: dict[str, Any],
-    batch_size: int,
-) -> int:
-    team = runs.Team()
-    with runs.writing(directory, record, team):
-        summary = runs.run_batches(
-            runs.batches(items, batch_size),
-            load,
-            work,
-            overwrite=args.overwrite,
-            debug=args.debug,
-            unit="picture",
+    """Changes the clean edits' pixels, or takes the source's -> exit status. Raises UserError."""
+    items = [
+        runs.Item(
+            edits.sources[key.name] if cheat == "source" else edits.path(edits.rows[0], key),
+            directory / f"prompt{key.prompt}" / f"{key.name}.png",
+            None,
+            label=f"{cheat}/prompt{key.prompt}/{key.name}",
+            prompt=texts[key.prompt],
         )
-    return runs.finish(summary, team, directory)
+        for key in edits.keys
+    ]
+
+    def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
+        import numpy as np
+        from PIL import Image
+
+        for item, portrait in zip(batch, portraits, strict=True):
+            save_png(item.output, np.asarray(ALTERED[cheat](Image.fromarray(portrait.pixels), shift)))
+        return [{}] * len(batch)
+
+    return runs.make(
+        items,
+        lambda item: load_image(item.source),
+        work,
+        directory,
+        {"seed": edits.keys[0].seed, "cheat": cheat, **({"shift": shift} if cheat == "shifted" else {})},
+        options=options,
+        prompts={number: text for number, text in texts.items() if text},
+        unit="picture",
+    )
 
 
 if __name__ == "__main__":

@@ -17,260 +17,211 @@ metric can be trusted for what: see the README.
 from __future__ import annotations
 
 import argparse
-import math
+import dataclasses
+import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import common
 import eval_clip_i
 import eval_clip_s
 import eval_facial
 import eval_lpips
 import eval_psnr
 import eval_ssim
+import outputs
+import tables
+from chain import Manifests, check_edits, check_protected
+from command import edits_of, make_parser
+from directories import Row, find_row, protected_rows
+from pairing import Edits, Key, sizes_of
+from scoring import rows_of, score
+from views import Metric
 
-import models
+import models.sets
 import utils
+from images import images_by_stem
+from records import listed, read_record
 from utils import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
+    import pandas as pd
+    from torch import Tensor
+
+METRICS = [
+    eval_clip_s.METRIC,
+    eval_psnr.METRIC,
+    eval_ssim.METRIC,
+    eval_lpips.METRIC,
+    eval_clip_i.METRIC,
+    eval_facial.METRIC,
+    eval_facial.JUDGE,
+    eval_facial.NO_FACE,
+]
 
 
-@dataclass(frozen=True)
-class Column:
-    """How a metric is shown."""
-
-    title: str
-    digits: int
+def linf(images: Tensor, references: Tensor) -> Tensor:
+    """Measures max |a - b| of 8-bit images in [-1, 1], (B, 3, H, W) -> (B,), without float32's rounding."""
+    levels = (images - references).abs().amax(dim=(1, 2, 3)).double() / utils.LEVEL
+    return levels.round() * utils.LEVEL
 
 
-COLUMNS = {
-    "clip_s": Column("CLIP-S ↓", 3),
-    "psnr": Column("PSNR ↓", 2),
-    "ssim": Column("SSIM ↓", 3),
-    "lpips": Column("LPIPS ↑", 3),
-    "clip_i": Column("CLIP-I ↓", 3),
-    "facial": Column("FR ↓", 3),
-    "facial_judge": Column("FR, judge ↓", 3),
-    "no_face": Column("no face", 3),
-}
-VISIBLE = {  # of a protected image against its source: less is seen the other way round
-    "psnr": Column("PSNR ↑", 2),
-    "ssim": Column("SSIM ↑", 3),
-    "lpips": Column("LPIPS ↓", 3),
-    "linf": Column("L-infinity", 4),
-}
-
-
-@dataclass
-class Visibility:
-    """How far protected images are from their sources, as these come by."""
-
-    directories: dict[str, dict[str, Path]]  # by the row's name: files by stem
-    metrics: dict[str, common.AgainstClean]
-    values: dict[str, dict[str, common.Values]] = field(default_factory=dict)  # metric -> row -> ...
-    damaged: list[str] = field(default_factory=list)
-
-    def __call__(self, name: str, source: np.ndarray) -> None:
-        """A source's protected images; one that can't be compared leaves the name out of every row."""
-        try:
-            images = {row: utils.load_image(files[name]).pixels for row, files in self.directories.items()}
-        except UserError as error:
-            self.damaged.append(f"{error} (left out of the table of protected images)")
-            return
-        key = common.Key(0, 0, name)
-        reference = utils.to_tensor(source)
-        for row, image in images.items():
-            found = {
-                metric: function(utils.to_tensor(image), reference).item()
-                for metric, function in self.metrics.items()
-            }
-            for metric, value in (found | {"linf": utils.linf(image, source)}).items():
-                self.values.setdefault(metric, {}).setdefault(row, {})[key] = value
-
-
-def find_protected(given: Sequence[Path], sources: dict[str, Path]) -> dict[str, dict[str, Path]]:
-    """Files by stem of each directory of protected images, or of each budget_{B} in it.
-
-    Raises UserError if one lacks an image or has it in another size.
-    """
-    found = {}
-    for directory in common.protected_rows(given):
-        files = found[str(directory)] = utils.images_by_stem(directory)
-        lacking = [name for name in sources if name not in files]
-        if lacking:
-            raise UserError(f"images are missing: {', '.join(lacking)} in {directory}")
-        for name, source in sources.items():
-            size, wanted = utils.image_size(files[name]), utils.image_size(source)
-            if size and wanted and size != wanted:
-                raise UserError(
-                    f"{files[name]} is {size[1]}x{size[0]}, its source {wanted[1]}x{wanted[0]}"
-                )
-    return found
+# Of a protected image against its source: less is seen the other way round
+VISIBILITY = [
+    dataclasses.replace(eval_psnr.METRIC, title="PSNR ↑"),
+    dataclasses.replace(eval_ssim.METRIC, title="SSIM ↑"),
+    dataclasses.replace(eval_lpips.METRIC, title="LPIPS ↓"),
+    Metric("linf", "L-infinity", linf, needs=("edits", "clean"), digits=4),
+]
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "all", sources=True, clean=True)
+    parser = make_parser(__doc__, "all", METRICS)
     parser.add_argument(
         "--protected_dirs",
-        type=Path,
+        type=utils.path,
         nargs="+",
+        default=[],
         help="protected images, to see how visible each protection is: each holds them, or budget_{B}/",
     )
-    models.add_perceptual_argument(parser)
-    models.add_clip_argument(parser)
-    models.add_face_arguments(parser)
-    common.add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
-
-
-def remove_earlier(table: Path) -> None:
-    """An earlier run's, which would seem to belong to the table that is written beside it."""
-    if table.exists():
-        table.unlink()
-        print(f"{table}: an earlier run's, removed")
+    return utils.run_command(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
-    output = args.output or Path("all_metric.csv")
-    if output.suffix == ".md":
-        raise UserError(f"{output}: the Markdown table is written beside a .csv; ask for that")
-    of_baseline = output.with_name(f"{output.stem}_minus_baseline.csv")
-    of_protected = output.with_name(f"{output.stem}_protected.csv")
-    common.check_outputs(output, output.with_suffix(".md"), args.per_image, of_baseline, of_protected)
-    smallest = max(eval_ssim.WINDOW, eval_lpips.SMALLEST)
-    edits = common.find_edits(args, clean_is_row=True, smallest=smallest, needs_texts=True)
-    protected = find_protected(args.protected_dirs or [], edits.sources)
-    against_clean = {"psnr": eval_psnr.psnr, "ssim": eval_ssim.ssim, "lpips": eval_lpips.load(args)}
-    clip_metrics = {
-        "clip_s": eval_clip_s.clip_s,
-        "clip_i": lambda edit, source, _: eval_clip_i.clip_i(edit, source),
-    }
-    clip = common.clip_scorer(args, edits, clip_metrics)
-    faces = eval_facial.load(args, list(eval_facial.METRICS))
-    visibility = Visibility(protected, against_clean)
-    results = common.score(
-        edits, against_clean, [clip, faces], args.batch_size, visibility if protected else None
+    """Evaluates what the flags name -> exit status."""
+    return evaluate(
+        edits_of(args),
+        models.sets.choose(args),
+        args.output or Path("all_metric.csv"),
+        per_image=args.per_image,
+        baseline=args.baseline,
+        protected_dirs=args.protected_dirs,
+        batch_size=args.batch_size,
     )
-    values = {metric: results.values[metric] for metric in COLUMNS if metric in results.values}
-    means = {
-        metric: {row.method: common.mean_of(of_row) for row, of_row in of_rows.items() if of_row}
-        for metric, of_rows in values.items()
-    }
-    seeds = sorted(set(args.seed))
-    note = f"{len(edits.sources)} images, {len(edits.prompts)} prompts, seed {', '.join(map(str, seeds))}"
-    if results.n_left_out:
-        note += f"; {results.n_left_out} of {results.n_edits} edits left out of every row"
-    parts = [markdown(means, COLUMNS, [row.method for row in edits.rows], note)]
-    write_table(output, means, [row.method for row in edits.rows])
-    if edits.baseline:
-        differences = {
-            metric: {
-                row.method: common.difference_of(of_row, of_rows[edits.baseline])
-                for row, of_row in of_rows.items()
-                if row != edits.baseline and of_row and of_rows[edits.baseline]
-            }
-            for metric, of_rows in values.items()
-        }
-        rows = [row.method for row in edits.rows if row != edits.baseline]
-        what = f"minus {edits.baseline.method}, in pairs"
-        parts.append(markdown(differences, COLUMNS, rows, what, sign="+"))
-        write_table(of_baseline, differences, rows)
-    else:
-        remove_earlier(of_baseline)
-    if visibility.values:
-        seen = {
-            metric: {row: common.mean_of(of_row) for row, of_row in of_rows.items()}
-            for metric, of_rows in visibility.values.items()
-        }
-        parts.append(markdown(seen, VISIBLE, list(protected), "protected images against their sources"))
-        write_table(of_protected, seen, list(protected))
-    else:
-        remove_earlier(of_protected)
-    if args.per_image:
-        write_per_image(args.per_image, values)
-    text = "\n\n".join(parts)
-    utils.write_file(output.with_suffix(".md"), (text + "\n").encode(errors="surrogateescape"))
-    print(text)
-    print(f"{output}: {len(edits.rows)} rows; the same as Markdown: {output.with_suffix('.md')}")
-    results.damaged += visibility.damaged
-    return max(faces.report(results), results.exit_status())
 
 
-def write_table(path: Path, means: dict[str, dict[str, common.Mean]], rows: Sequence[str]) -> None:
-    """The CSV: four columns a metric (value, interval, images), empty where a metric has no value."""
-    header = ["method"]
-    for metric in means:
-        header += [metric, f"{metric}_low", f"{metric}_high", f"{metric}_n"]
-        header += ["psnr_n_inf"] if metric == "psnr" else []
-    lines = []
+def evaluate(
+    edits: Edits,
+    chosen: models.sets.Chosen,
+    output: Path,
+    *,
+    per_image: Path | None = None,
+    baseline: str | None = None,
+    protected_dirs: Sequence[Path] = (),
+    batch_size: int = 16,
+) -> int:
+    """Scores edits by every metric, writes the tables and prints them -> exit status.
+
+    Raises UserError before anything is written: for outputs that would destroy something, for pictures that
+    don't belong together, and for protected images beyond their budget.
+    """
+    of_baseline, of_protected, text = check_outputs(output, per_image)
+    manifests = Manifests()
+    rows = rows_of(edits, METRICS)
+    against = find_row(rows, baseline).method if baseline else None
+    check_edits(edits, manifests)
+    protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
+    visible = score(protected, VISIBILITY, chosen, batch_size) if protected else None
+    if visible:
+        check_budgets(protected, visible.values)
+    scores = score(edits, METRICS, chosen, batch_size)
+
+    parts = []
+
+    def add(
+        path: Path | None, found: pd.DataFrame, metrics: list[Metric], rows: list[Row], *about: str
+    ) -> None:
+        names = [row.method for row in rows]
+        if path:
+            outputs.write_csv(path, tables.all_metrics(found, metrics, names))
+        parts.append(tables.markdown(found, metrics, names, *about))
+
+    seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
+    note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
+    if scores.n_left_out:
+        note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
+    add(output, tables.means(scores.values), METRICS, rows, note)
+    if against:
+        others = [row for row in rows if row.method != against]
+        found = tables.differences(scores.values, against)
+        add(of_baseline, found, METRICS, others, f"minus {against}, in pairs", "+")
+    if visible:
+        found = tables.means(visible.values)
+        add(of_protected, found, VISIBILITY, protected.rows, "protected images against their sources")
+    for path, is_new in ((of_baseline, against), (of_protected, visible)):
+        if path and path.exists() and not is_new:  # it would seem to belong to this table
+            path.unlink()
+            print(utils.one_line(f"{path}: an earlier run's, removed"))
+    if per_image:
+        outputs.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in METRICS]))
+    whole = "\n\n".join(parts)
+    print(whole)
+    if text:
+        utils.write_file(text, f"{whole}\n".encode(errors="surrogateescape"))
+        print(utils.one_line(f"{output}: {len(rows)} rows; the same as Markdown: {text}"))
+    status = scores.report()
+    return max(status, visible.report("protected images")) if visible else status
+
+
+def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
+    """Refuses outputs that can't be or would destroy something -> those beside the table; none of a device.
+
+    Raises UserError.
+    """
+    if outputs.is_special(output):
+        outputs.check_outputs([per_image])
+        return [None] * 3
+    csv = [output.with_name(f"{output.stem}_{what}.csv") for what in ("minus_baseline", "protected")]
+    text = output.with_suffix(".md")
+    outputs.check_outputs([output, per_image, *csv])
+    outputs.check_outputs([text], suffixes=(".md",), is_ours=is_markdown)
+    return [*csv, text]
+
+
+def is_markdown(content: bytes) -> bool:
+    """Tells the Markdown of these tables by its beginning."""
+    return re.match(rb"\d+ images, \d+ prompts, seed \d", content) is not None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# protected images
+
+
+def find_protected(given: Sequence[Path], edits: Edits, manifests: Manifests) -> Edits:
+    """Pairs protected images with their sources, in the form of edits and clean edits.
+
+    Raises UserError for missing images, other sizes, and what doesn't belong together.
+    """
+    rows = [Row(str(directory), directory) for directory in protected_rows(given)]
+    sources = Row("source", next(iter(edits.sources.values())).parent)
+    files = {(row, 0, 0): images_by_stem(row.directory) for row in rows} | {(sources, 0, 0): edits.sources}
     for row in rows:
-        line = [row]
-        for metric, of_rows in means.items():
-            mean = of_rows.get(row)
-            line += mean.cells() if mean else [""] * 4
-            line += [str(mean.n_inf) if mean else ""] if metric == "psnr" else []
-        lines.append(line)
-    common.write_csv(path, header, lines)
+        lacking = [name for name in edits.sources if name not in files[row, 0, 0]]
+        if lacking:
+            raise UserError(f"images are missing: {', '.join(lacking)} in {row.directory}")
+        check_protected(edits, row.directory, files[row, 0, 0], manifests)
+    keys = [Key(0, 0, name) for name in edits.sources]
+    return Edits(rows, sources, files, keys, sizes_of([sources, *rows], files, keys), {}, {})
 
 
-def write_per_image(path: Path, values: dict[str, dict[common.Row, common.Values]]) -> None:
-    """One line an edit, a column a metric."""
-    rows = list(next(iter(values.values())))
-    lines = []
-    for row in rows:
-        keys = sorted(set().union(*(of_rows[row] for of_rows in values.values())))
-        for key in keys:
-            found = [common.number(of_rows[row].get(key, math.nan)) for of_rows in values.values()]
-            lines.append([row.method, str(key.seed), str(key.prompt), key.name, *found])
-    common.write_csv(path, ["method", "seed", "prompt", "name", *values], lines)
+def check_budgets(protected: Edits, values: pd.DataFrame) -> None:
+    """Refuses protected images that are further from their sources than their run.json says.
 
-
-def markdown(
-    means: dict[str, dict[str, common.Mean]],
-    columns: dict[str, Column],
-    rows: Sequence[str],
-    note: str,
-    sign: str = "",
-) -> str:
-    """A Markdown table of means with their intervals, under a line that says of what."""
-    shown = {metric: column for metric, column in columns.items() if metric in means}
-    table = [["method", *(column.title for column in shown.values()), "n"]]
-    everything = [mean for of_rows in means.values() for mean in of_rows.values()]
-    for row in rows:
-        line = [row]
-        for metric, column in shown.items():
-            mean = means[metric].get(row)
-            line.append(cell(mean, column.digits, sign) if mean else "-")
-        counts = {means[metric][row].n for metric in shown if row in means[metric]}
-        line.append(" to ".join(map(str, sorted({min(counts), max(counts)}))) if counts else "0")
-        table.append(line)
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    lines = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in table]
-    lines.insert(1, "|" + "|".join("-" * (width + 2) for width in widths) + "|")
-    few = any(mean.n < common.FEW_IMAGES for mean in everything)
-    note += f"; fewer than {common.FEW_IMAGES} images, the intervals are approximate" if few else ""
-    return "\n".join([f"{note}:", "", *lines])
-
-
-def cell(mean: common.Mean, digits: int, sign: str) -> str:
-    """`0.412 [0.38, 0.44]`, with the count of infinite values where there are any."""
-    if math.isnan(mean.value):
-        text = "-"
-    else:
-        text = f"{mean.value:{sign}.{digits}f}"
-    if not math.isnan(mean.low):
-        text += f" [{mean.low:{sign}.{digits}f}, {mean.high:{sign}.{digits}f}]"
-    return text + (f" ({mean.n_inf} inf)" if mean.n_inf else "")
+    Raises UserError.
+    """
+    of_linf = values[values["metric"] == "linf"]
+    for row in protected.rows:
+        budget = ((read_record(row.directory) or {}).get("arguments", {})).get("attack_budget")
+        found = of_linf[of_linf["method"] == row.method]
+        beyond = found[found["value"] > budget + 1e-9] if isinstance(budget, int | float) else found[:0]
+        if len(beyond):
+            names = listed(beyond.itertuples(), lambda line: f"{line.name} {line.value:.3g}")
+            raise UserError(f"{row.directory}: beyond the budget {budget:g} of its run.json: {names}")
 
 
 if __name__ == "__main__":

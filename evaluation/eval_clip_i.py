@@ -10,41 +10,24 @@ others.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import common
-
-import models
-import utils
+from command import Metric, script
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def clip_i(edits: Tensor, sources: Tensor) -> Tensor:
-    """cos(CLIP(edit), CLIP(source)) of embeddings (B, D) -> (B,)"""
+    """Measures cos(CLIP(edit), CLIP(source)) of embeddings (B, D) -> (B,)."""
     from torch.nn.functional import cosine_similarity
 
     return cosine_similarity(edits, sources, dim=1)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "clip_i", sources=True, clean=False)
-    models.add_clip_argument(parser)
-    common.add_model_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    return common.run_clip(args, "clip_i", lambda edit, source, _: clip_i(edit, source), needs_texts=False)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return utils.run_command(run, parse_args(argv))
-
+METRIC = Metric("clip_i", "CLIP-I ↓", clip_i, needs=("clip_edits", "clip_sources"))
+parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,25 +11,19 @@ or the lines of --prompt_file. --models mini: the bundled stand-in, whose values
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import common
-
-import models
-import utils
+from command import Metric, script
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 NO_DIRECTION = 1e-5  # of the source embedding's length: what rounding leaves of two equal images
 
 
 def clip_s(edits: Tensor, sources: Tensor, texts: Tensor) -> Tensor:
-    """cos(CLIP(edit) - CLIP(source), CLIP(instruction)) of embeddings (B, D) -> (B,).
+    """Measures cos(CLIP(edit) - CLIP(source), CLIP(instruction)) of embeddings (B, D) -> (B,).
 
     As Wang et al. 2025 define it: the embeddings are not normalised before the difference. 0 for an edit that
     is the source itself, whose direction would be the rounding's.
@@ -41,20 +35,8 @@ def clip_s(edits: Tensor, sources: Tensor, texts: Tensor) -> Tensor:
     return cosine_similarity(directions, texts, dim=1).masked_fill(none, 0.0)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "clip_s", sources=True, clean=False)
-    models.add_clip_argument(parser)
-    common.add_model_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    return common.run_clip(args, "clip_s", clip_s, needs_texts=True)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return utils.run_command(run, parse_args(argv))
-
+METRIC = Metric("clip_s", "CLIP-S ↓", clip_s, needs=("clip_edits", "clip_sources", "clip_texts"))
+parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

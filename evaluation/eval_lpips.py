@@ -11,26 +11,19 @@ eval_facial.py for that. --models mini: the bundled stand-in, whose values compa
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
-import common
-
-import models
-import utils
+from command import Metric, script
 
 if TYPE_CHECKING:
     from torch import Tensor
-
 
 SMALLEST = 32  # px; from here on each trunk's last layer has pixels left
 
 
 def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:
-    """LPIPS (Zhang et al. 2018) of images in [-1, 1], (B, 3, H, W) -> (B,), by an lpips.LPIPS `network`."""
+    """Measures LPIPS (Zhang et al. 2018) of images in [-1, 1], (B, 3, H, W) -> (B,), by an lpips.LPIPS."""
     import torch
 
     like = next(network.net.parameters())
@@ -38,26 +31,8 @@ def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:
         return network(images.to(like), references.to(like)).flatten().float().cpu()
 
 
-def load(args: argparse.Namespace) -> common.AgainstClean:
-    """The metric with the network that the flags name. Raises UserError."""
-    device, dtype = models.set_up(args)
-    return partial(lpips_distance, models.load_perceptual(models.choose(args).perceptual, device, dtype))
-
-
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "lpips", sources=False, clean=True)
-    models.add_perceptual_argument(parser)
-    common.add_model_arguments(parser)
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    return common.run_against_clean(args, "lpips", lambda: load(args), smallest=SMALLEST)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return utils.run_command(run, parse_args(argv))
-
+METRIC = Metric("lpips", "LPIPS ↑", lpips_distance, needs=("perceptual", "edits", "clean"), smallest=SMALLEST)
+parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,23 +10,19 @@ says that they differ, not that the person is gone: see eval_facial.py for that.
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-import common
-
-import utils
+from command import Metric, script
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio, 10 log10(2^2 / MSE), of images in [-1, 1], (B, 3, H, W) -> (B,) in dB.
+    """Measures 10 log10(2^2 / MSE) of images in [-1, 1], (B, 3, H, W) -> (B,) in dB, by scikit-image.
 
-    By scikit-image; infinite for identical images.
+    Infinite for identical images.
     """
     import numpy as np
     import torch
@@ -38,19 +34,8 @@ def psnr(images: Tensor, references: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = common.make_parser(__doc__, "psnr", sources=False, clean=True)
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return parser.parse_args(argv)
-
-
-def run(args: argparse.Namespace) -> int:
-    return common.run_against_clean(args, "psnr", lambda: psnr, smallest=1)
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return utils.run_command(run, parse_args(argv))
-
+METRIC = Metric("psnr", "PSNR ↓", psnr, needs=("edits", "clean"), digits=2, infinite=True)
+parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -13,29 +13,34 @@ PNG or PDF, by the ending of --output. Each has flags of its own: figure.py grid
 from __future__ import annotations
 
 import argparse
-import csv
 import io
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import common
-import eval_all
+import outputs
+from chain import Manifests, check_edits, check_pair
+from command import add_prompt_arguments
+from directories import protected_rows
+from eval_all import METRICS
+from pairing import Edits, Key, find_edits
 
 import utils
+from images import images_by_stem, load_image
 from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
+    import pandas as pd
     from matplotlib.figure import Figure
 
 MOST_LINES = 60  # of a grid that somebody could still look at
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
+NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 GRID = """A grid: columns are the source, its edit and, method by method, the protected image and its edit;
 a line is a portrait and an instruction. --protected_dirs and --defend_edit_dirs go in the same order.
 """
@@ -51,15 +56,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     grid = kinds.add_parser(
         "grid", help="portraits and their edits", description=GRID, formatter_class=utils.HelpFormatter
     )
-    grid.set_defaults(make=make_grid)
-    grid.add_argument("--src_dir", type=Path, required=True, help="the source images")
-    grid.add_argument("--clean_edit_dir", type=Path, required=True, help="edits of the sources")
+    grid.set_defaults(run=run_grid)
+    grid.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
+    grid.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
     grid.add_argument(
-        "--protected_dirs", type=Path, nargs="+", required=True, help="the protected images of each method"
+        "--protected_dirs",
+        type=utils.path,
+        nargs="+",
+        required=True,
+        help="the protected images of each method",
     )
     grid.add_argument(
         "--defend_edit_dirs",
-        type=Path,
+        type=utils.path,
         nargs="+",
         required=True,
         help="edits of the protected images, each holding seed{S}/",
@@ -68,7 +77,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--titles", nargs="+", help="of the methods (default: their directories, if there are several)"
     )
     grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
-    common.add_prompt_arguments(grid)
+    add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
     grid.add_argument(
         "--difference", action="store_true", help=f"a column with the protection itself, x{AMPLIFY}"
@@ -76,36 +85,37 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     plot = kinds.add_parser(
         "plot", help="a metric's curve", description=PLOT, formatter_class=utils.HelpFormatter
     )
-    plot.set_defaults(make=make_plot)
+    plot.set_defaults(run=run_plot)
     plot.add_argument(
         "--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files, each with its place"
     )
-    plot.add_argument(
-        "--metric", help="the column to show (default: the one metric of the file: its mean)"
-    )
+    plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
     plot.add_argument("--xlabel", help="default: budget, or nothing")
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
-        kind.add_argument("--output", type=Path, default=Path(name), help="a .png or .pdf")
+        kind.add_argument("--output", type=utils.path, default=Path(name), help="a .png or .pdf")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(args.run, args)
 
 
-def run(args: argparse.Namespace) -> int:
-    if args.output.suffix.lower() not in (".png", ".pdf"):
-        raise UserError(f"{args.output}: a figure is written as .png or .pdf")
-    common.check_outputs(args.output)
-    return args.make(args)
+def check_output(output: Path, inputs: Sequence[Path]) -> None:
+    """Refuses an output that is no .png or .pdf, an input, or not a figure of ours. Raises UserError."""
+    outputs.check_outputs([output], inputs, (".png", ".pdf"), is_figure)
+
+
+def is_figure(content: bytes) -> bool:
+    """Tells a file that matplotlib wrote: a PNG says so at its beginning, a PDF at its end."""
+    return content.startswith((b"\x89PNG", b"%PDF")) and b"Matplotlib" in content
 
 
 def save(figure: Figure, output: Path) -> None:
     """Writes the file, whole or not at all. Raises UserError."""
     buffer = io.BytesIO()
-    figure.savefig(buffer, format=output.suffix[1:].lower())
+    figure.savefig(buffer, format=output.suffix[1:].lower() or "png")  # /dev/null has no ending
     utils.write_file(output, buffer.getvalue())
 
 
@@ -113,64 +123,82 @@ def save(figure: Figure, output: Path) -> None:
 # the grid
 
 
-def make_grid(args: argparse.Namespace) -> int:
-    clean = common.clean_row(args.clean_edit_dir, [args.seed])
-    rows = common.find_rows(args.defend_edit_dirs, [args.seed])
-    protected = common.protected_rows(args.protected_dirs)
-    titles = args.titles or ([row.method for row in rows] if len(rows) > 1 else [""])
-    if len(rows) != len(protected) or len(rows) != len(titles):
-        raise UserError(
-            f"{len(protected)} directories of protected images, but {len(rows)} of edits"
-            + (f" and {len(titles)} titles" if args.titles else "")
-        )
-    prompts = common.prompts_of([clean, *rows], [args.seed], args.prompts)
-    texts = common.texts_of([clean, *rows], [args.seed], prompts, args.prompt_file)
-    sources = utils.images_by_stem(args.src_dir)
-    lines = [(name, prompt) for name in args.names or sources for prompt in prompts]
-    if len(lines) > MOST_LINES:
-        raise UserError(f"a grid of {len(lines)} lines: choose some with --names or --prompts")
-    listed = {directory: utils.images_by_stem(directory) for directory in [args.src_dir, *protected]}
-    listed |= {
-        folder: utils.images_by_stem(folder)
-        for row in (clean, *rows)
-        for prompt in prompts
-        for folder in [row.directory / f"seed{args.seed}" / f"prompt{prompt}"]
-    }
-
-    def pixels(directory: Path, name: str) -> np.ndarray:
-        if name not in listed[directory]:
-            raise UserError(f"{directory}: no image {name}")
-        return utils.load_image(listed[directory][name]).pixels
-
-    def edit_of(row: common.Row, name: str, prompt: int) -> np.ndarray:
-        return pixels(row.directory / f"seed{args.seed}" / f"prompt{prompt}", name)
-
-    cells = []
-    for name, prompt in lines:
-        source = pixels(args.src_dir, name)
-        cells.append([source, edit_of(clean, name, prompt)])
-        for directory, row in zip(protected, rows, strict=True):
-            image = pixels(directory, name)
-            if image.shape != source.shape:
-                raise UserError(f"{directory}: {name} has another size than its source")
-            cells[-1] += [image, *([difference(image, source)] if args.difference else [])]
-            cells[-1].append(edit_of(row, name, prompt))
-    labels = [f"{name}\n{texts.get(prompt, f'prompt {prompt}')}" for name, prompt in lines]
-    save(draw(cells, labels, column_titles(titles, args.difference)), args.output)
-    print(f"{args.output}: {len(lines)} lines, {len(cells[0])} columns")
+def run_grid(args: argparse.Namespace) -> int:
+    """Draws the grid that the flags name -> exit status."""
+    edits = find_edits(
+        args.defend_edit_dirs,
+        [args.seed],
+        clean_edit_dir=args.clean_edit_dir,
+        src_dir=args.src_dir,
+        prompts=args.prompts,
+        prompt_file=args.prompt_file,
+        names=args.names,
+    )
+    names = list(dict.fromkeys(args.names or edits.names))
+    make_grid(edits, args.protected_dirs, args.output, names, args.titles, args.difference)
     return 0
 
 
+def make_grid(
+    edits: Edits,
+    protected_dirs: Sequence[Path],
+    output: Path,
+    names: Sequence[str] | None = None,
+    titles: Sequence[str] | None = None,
+    with_difference: bool = False,
+) -> None:
+    """Draws portraits with their protected forms and edits of one seed, a line a portrait and instruction.
+
+    protected_dirs: in the order of the rows. Raises UserError, also for pictures that don't belong together.
+    """
+    protected = protected_rows(protected_dirs)
+    titles = titles or ([row.method for row in edits.rows] if len(edits.rows) > 1 else [""])
+    if not len(edits.rows) == len(protected) == len(titles):
+        raise UserError(
+            f"{len(protected)} directories of protected images, but {len(edits.rows)} of edits "
+            f"and {len(titles)} titles"
+        )
+    keys = [Key(edits.keys[0].seed, i, name) for name in names or edits.names for i in edits.prompts]
+    if len(keys) > MOST_LINES:
+        raise UserError(f"a grid of {len(keys)} lines: choose some with --names or --prompts")
+    manifests = Manifests()
+    check_edits(edits, manifests)
+    files = [images_by_stem(directory) for directory in protected]
+    for row, directory, found in zip(edits.rows, protected, files, strict=True):
+        lacking = [name for name in edits.names if name not in found]
+        if lacking:
+            raise UserError(f"{directory}: no image {', '.join(lacking)}")
+        check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
+    shown = [edits.path(row, key) for row in edits.every_row for key in keys]
+    shown += [*edits.sources.values(), *(path for found in files for path in found.values())]
+    check_output(output, shown)
+
+    cells = []
+    for key in keys:
+        source = load_image(edits.sources[key.name]).pixels
+        cells.append([source, load_image(edits.path(edits.clean, key)).pixels])
+        for row, found in zip(edits.rows, files, strict=True):
+            image = load_image(found[key.name]).pixels
+            if image.shape != source.shape:
+                raise UserError(f"{found[key.name]}: has another size than its source")
+            cells[-1] += [image, *([difference(image, source)] if with_difference else [])]
+            cells[-1].append(load_image(edits.path(row, key)).pixels)
+    labels = [f"{key.name}\n{edits.texts.get(key.prompt, f'prompt {key.prompt}')}" for key in keys]
+    save(draw(cells, labels, column_titles(titles, with_difference)), output)
+    print(utils.one_line(f"{output}: {len(keys)} lines, {len(cells[0])} columns"))
+
+
 def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: what was added to the source, AMPLIFY times, around grey."""
+    """Shows what was added to the source, AMPLIFY times, around grey: (H, W, 3) uint8."""
     import numpy as np
 
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
 
 
 def column_titles(methods: Sequence[str], with_difference: bool) -> list[str]:
-    """One title a column: source, its edit, then of each method protected, (difference), its edit; a method
-    may go without a name.
+    """Lists a title a column: source, its edit, then of each method protected, (difference), its edit.
+
+    A method may go without a name.
     """
     titles = ["source", "edit of source"]
     for method in methods:
@@ -204,99 +232,101 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
 # the plot
 
 
-@dataclass(frozen=True)
-class Point:
-    """One row of a table."""
-
-    method: str  # the last part of its directory that is no budget
-    place: str  # on the axis; empty for a row that belongs to none, such as the clean edits' among budgets
-    value: float
-    low: float  # NaN where there is no interval
-    high: float
-
-
-def make_plot(args: argparse.Namespace) -> int:
-    tables = {}
+def run_plot(args: argparse.Namespace) -> int:
+    """Draws the plot that the flags name -> exit status."""
+    files = {}
     for given in args.tables:
         label, _, file = ("", "", given) if Path(given).exists() else given.rpartition("=")
-        if label in tables:
+        if label in files:
             raise UserError(f"--tables: {f'two are called {label}' if label else 'two have no label'}")
-        tables[label] = Path(file)
-    if len(tables) > 1 and "" in tables:
-        raise UserError(f"--tables: {tables['']} has no label: LABEL=FILE")
-    points = [
-        point for label, file in tables.items() for point in read_points(file, args.metric, label)
-    ]
-    places = [(point.method, point.place) for point in points]
-    twice = [f"{method} at {place or label}" for method, place in places if places.count((method, place)) > 1]
-    if twice:
-        raise UserError(f"--tables: {twice[0]} has two values (a method is the last part of its directory)")
-    by_budget = list(tables) == [""]
-    if by_budget and not any(point.place for point in points):
-        raise UserError(f"{tables['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
-    xlabel = args.xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
-    shown = eval_all.COLUMNS[args.metric].title if args.metric in eval_all.COLUMNS else args.metric or "mean"
-    save(draw_plot(points, shown, xlabel), args.output)
-    n_places = len({place for _, place in places if place})
-    print(f"{args.output}: {len({method for method, _ in places})} methods, {n_places} places")
+        files[label] = Path(file)
+    make_plot(files, args.output, args.metric, args.xlabel)
     return 0
 
 
-def read_points(file: Path, metric: str | None, label: str) -> list[Point]:
-    """A table's rows. Raises UserError if it is none or has no such metric."""
-    try:
-        with open(file, newline="", encoding="utf-8") as opened:
-            rows = list(csv.DictReader(opened))
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{file}: not a readable table ({utils.first_line(error)})") from None
-    ends = (f"{metric}_low", f"{metric}_high") if metric else ("ci_low", "ci_high")
-    column = metric or "mean"
+def make_plot(
+    files: dict[str, Path], output: Path, metric: str | None = None, xlabel: str | None = None
+) -> None:
+    """Draws a metric of tables by label, or of one without a label against its budgets. Raises UserError."""
+    import pandas as pd
+
+    if len(files) > 1 and "" in files:
+        raise UserError(f"--tables: {files['']} has no label: LABEL=FILE")
+    check_output(output, list(files.values()))
+    points = pd.concat([read_points(file, metric, label) for label, file in files.items()], ignore_index=True)
+    twice = points[points.duplicated(["method", "place"])]
+    if len(twice):
+        method, place = twice.iloc[0][["method", "place"]]
+        where = f" at {place}" if place else ""
+        raise UserError(
+            f"--tables: {method}{where} has two values (a method is the last part of its directory)"
+        )
+    by_budget = list(files) == [""]
+    if by_budget and not any(points["place"]):
+        raise UserError(f"{files['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
+    titles = {known.name: known.title for known in METRICS}
+    usual = "budget (L-infinity, [-1, 1])" if by_budget else ""
+    save(draw_plot(points, titles.get(metric, metric or "mean"), xlabel or usual), output)
+    n_places = points.loc[points["place"] != "", "place"].nunique()
+    print(utils.one_line(f"{output}: {points['method'].nunique()} methods, {n_places} places"))
+
+
+def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
+    """Reads a table's rows: method (the last part of its directory that is no budget), place, value, ends.
+
+    place: on the axis; empty for a row that belongs to none, such as the clean edits' among budgets. Raises
+    UserError if it is no table or has no such metric.
+    """
+    table = outputs.read_csv(file)
+    column, ends = metric or "mean", (f"{metric}_low", f"{metric}_high") if metric else ("ci_low", "ci_high")
     wanted = {"method", column, *ends}
-    if not rows or not wanted <= rows[0].keys():
-        there = ", ".join(name[:-4] for name in (rows[0] if rows else ()) if name.endswith("_low"))
+    if table.empty or not wanted <= {*table.columns}:
+        there = ", ".join(name[:-4] for name in table.columns if name.endswith("_low"))
         raise UserError(f"{file}: no columns {', '.join(sorted(wanted))} (metrics there: {there or 'none'})")
-    points = []
-    for row in rows:
-        parts = [part for part in Path(row["method"]).parts if part != "/"]
-        budgets = [part[7:] for part in parts if re.fullmatch(r"budget_[\d.e-]+", part)]
-        rest = [part for part in parts if not re.fullmatch(r"(budget_|seed)[\d.e-]+", part)]
-        try:
-            value, low, high = (float(row[name] or "nan") for name in (column, *ends))
-        except ValueError as error:
-            raise UserError(f"{file}: {error}") from None
-        if row[column]:
-            budget = budgets[-1] if budgets else ""
-            method = rest[-1] if rest else row["method"]
-            if label and budget:
-                method += f", {budget}"
-            points.append(Point(method, label or budget, value, low, high))
+    points = table[["method", column, *ends]].set_axis(["method", "value", "low", "high"], axis=1)
+    try:
+        points = points.astype({"value": float, "low": float, "high": float})
+    except ValueError as error:
+        raise UserError(f"{file}: {error}") from None
+    points = points.dropna(subset="value").reset_index(drop=True)
+    places = []
+    for at, name in points["method"].items():
+        parts = [part for part in Path(name).parts if part != "/"]
+        budgets = [part[7:] for part in parts if re.fullmatch(f"budget_{NUMBER}", part)]
+        rest = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
+        budget, method = (budgets or [""])[-1], rest[-1] if rest else name
+        points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
+        places.append(label or budget)
+    points["place"] = places
     return points
 
 
-def draw_plot(points: Sequence[Point], ylabel: str, xlabel: str) -> Figure:
-    """A line a method over numbers, to scale; points beside each other over names. A row without a place is a
-    dashed line.
+def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
+    """Draws a line a method over numbers, to scale, or points beside each other over names.
+
+    A row without a place is a dashed line.
     """
-    import numpy as np
     from matplotlib.figure import Figure
 
-    places = list(dict.fromkeys(point.place for point in points if point.place))
-    to_scale = all(_is_number(place) for place in places)
+    places = [place for place in points["place"].unique() if place]
+    to_scale = all(re.fullmatch(NUMBER, place) for place in places)
     at = {place: float(place) if to_scale else number for number, place in enumerate(places)}
-    methods = list(dict.fromkeys(point.method for point in points))
     figure = Figure(figsize=(6, 3.5), dpi=DPI)
     axis = figure.subplots()
-    for index, method in enumerate(methods):
-        own = sorted((p for p in points if p.method == method and p.place), key=lambda p: at[p.place])
-        for point in points:
-            if point.method == method and not point.place:
-                axis.axhline(point.value, linestyle="--", color="grey", label=method)
-        if own:
-            beside = 0 if to_scale else 0.5 * ((index + 0.5) / len(methods) - 0.5)
+    methods = points["method"].unique()
+    for number, method in enumerate(methods):
+        own = points[points["method"] == method]
+        for value in own.loc[own["place"] == "", "value"]:
+            axis.axhline(value, linestyle="--", color="grey", label=method)
+        own = own[own["place"] != ""]
+        own = own.assign(x=own["place"].map(at).astype(float)).sort_values("x")
+        if len(own):
+            beside = 0 if to_scale else 0.5 * ((number + 0.5) / len(methods) - 0.5)
+            ends = [(own["value"] - own["low"]).fillna(0), (own["high"] - own["value"]).fillna(0)]
             axis.errorbar(
-                [at[point.place] + beside for point in own],
-                [point.value for point in own],
-                yerr=np.nan_to_num([[p.value - p.low for p in own], [p.high - p.value for p in own]]),
+                own["x"] + beside,
+                own["value"],
+                yerr=ends,
                 marker="o",
                 capsize=3,
                 linestyle="-" if to_scale else "",
@@ -310,10 +340,6 @@ def draw_plot(points: Sequence[Point], ylabel: str, xlabel: str) -> Figure:
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure
-
-
-def _is_number(text: str) -> bool:
-    return re.fullmatch(r"\d*\.?\d+(e-?\d+)?", text) is not None
 
 
 if __name__ == "__main__":

@@ -6,18 +6,18 @@
     python evaluation/purify.py --input_dir portraits --output_dir out --method jpeg:75+resize:0.5
 
     jpeg:Q       JPEG of quality Q, 1 to 95
-    blur:K:S     Gaussian, K x K pixels (odd), sigma S px
-    rotate:A     by an angle within A degrees; the corners become black
-    resize:F     down to the share F of each side and back up
-    crop:F       the middle F of each side, brought back up
-    noise:S      Gaussian noise, S levels of 255
+    blur:K:S     Gaussian, K x K pixels (odd, up to 999), sigma S px, 0.1 to 100
+    rotate:A     by an angle within A degrees, 0.01 to 180; the corners become black
+    resize:F     down to the share F of each side, 0.001 to 0.999, and back up
+    crop:F       the middle F of each side, 0.001 to 0.999, brought back up
+    noise:S      Gaussian noise, S levels of 255, 0.01 to 255
     vae          a round trip through the editor's VAE
     a+b+...      one after the other
 
-Writes OUTPUT_DIR/NAME.png, the input's size, without alpha. Angle and noise come from --seed and the file's
-stem, so a source and its protected form get the same. Compare the edits of a purified protection with edits
-of the equally purified source: purification changes an edit, too.
-The paper's: jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+Writes OUTPUT_DIR/NAME.png, the input's size, without alpha, and run.json and manifest.jsonl that record how.
+Angle and noise come from --seed and the file's stem, so a source and its protected form get the same.
+Compare the edits of a purified protection with edits of the equally purified source: purification changes an
+edit, too. The paper's: jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
 """
 
 from __future__ import annotations
@@ -26,120 +26,128 @@ import argparse
 import io
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import common  # noqa: F401 (finds the project's modules)
+import directories  # noqa: F401 (finds the project's modules)
 
-import models
+import models.sets
 import runs
 import utils
+from images import Portrait, from_working, load_image, save_png, to_tensor, to_uint8
+from models.editors import load_vae
+from models.loading import shown
 from utils import UserError
 
 if TYPE_CHECKING:
     import numpy as np
     import torch
 
-# (H, W, 3) uint8, the step's numbers, a seeded CPU generator -> (H, W, 3) uint8
-Purifier = Callable[["np.ndarray", Sequence[float], "torch.Generator"], "np.ndarray"]
 
-
-def jpeg(pixels: np.ndarray, numbers: Sequence[float], _: torch.Generator) -> np.ndarray:
-    """JPEG of a quality, Pillow's other settings."""
+def jpeg(pixels: np.ndarray, generator: torch.Generator, quality: int) -> np.ndarray:
+    """Compresses with a quality and Pillow's other settings."""
     import numpy as np
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, format="JPEG", quality=int(numbers[0]))
-    return np.array(Image.open(buffer))
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
+    return np.array(Image.open(buffer, formats=["JPEG"]))
 
 
-def blur(pixels: np.ndarray, numbers: Sequence[float], _: torch.Generator) -> np.ndarray:
-    """Gaussian blur of a kernel size and a sigma in px, reflecting at the borders, by torchvision."""
+def blur(pixels: np.ndarray, generator: torch.Generator, side: int, sigma: float) -> np.ndarray:
+    """Blurs by a Gaussian of a kernel's side and a sigma in px, reflecting at the borders, by torchvision."""
     from torchvision.transforms.functional import gaussian_blur
 
-    side, sigma = int(numbers[0]), numbers[1]
     if side // 2 >= min(pixels.shape[:2]):
         raise UserError(f"blur:{side}: the image's side is only {min(pixels.shape[:2])} px")
-    return utils.to_uint8(gaussian_blur(utils.to_tensor(pixels), [side, side], [sigma, sigma]))[0]
+    return to_uint8(gaussian_blur(to_tensor(pixels), [side, side], [sigma, sigma]))[0]
 
 
-def rotate(pixels: np.ndarray, numbers: Sequence[float], generator: torch.Generator) -> np.ndarray:
-    """Rotation by an angle drawn from [-A, A] degrees, bicubic, by Pillow."""
+def rotate(pixels: np.ndarray, generator: torch.Generator, most: float) -> np.ndarray:
+    """Rotates by an angle drawn from [-most, most] degrees, bicubic, by Pillow."""
     import numpy as np
     import torch
     from PIL import Image
 
-    angle = numbers[0] * (2 * torch.rand((), generator=generator).item() - 1)
+    angle = most * (2 * torch.rand((), generator=generator).item() - 1)
     return np.array(Image.fromarray(pixels).rotate(angle, Image.Resampling.BICUBIC))
 
 
-def resize(pixels: np.ndarray, numbers: Sequence[float], _: torch.Generator) -> np.ndarray:
-    """Down to a share of each side and back up, bicubic, by Pillow."""
+def resize(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
+    """Brings each side down to a share and back up, bicubic, by Pillow."""
     import numpy as np
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    small = max(1, round(width * numbers[0])), max(1, round(height * numbers[0]))
+    small = max(1, round(width * share)), max(1, round(height * share))
     image = Image.fromarray(pixels).resize(small, Image.Resampling.BICUBIC)
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def crop(pixels: np.ndarray, numbers: Sequence[float], _: torch.Generator) -> np.ndarray:
-    """The middle share of each side, brought back up to the whole size, bicubic, by Pillow."""
+def crop(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
+    """Brings the middle share of each side back up to the whole size, bicubic, by Pillow."""
     import numpy as np
     from PIL import Image
 
     height, width = pixels.shape[:2]
-    x, y = round(width * (1 - numbers[0]) / 2), round(height * (1 - numbers[0]) / 2)
+    x, y = round(width * (1 - share) / 2), round(height * (1 - share) / 2)
     image = Image.fromarray(pixels).crop((x, y, max(x + 1, width - x), max(y + 1, height - y)))
     return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
 
 
-def noise(pixels: np.ndarray, numbers: Sequence[float], generator: torch.Generator) -> np.ndarray:
-    """Gaussian noise of a standard deviation in 8-bit levels, the same for source and protected."""
+def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.ndarray:
+    """Adds Gaussian noise of a standard deviation in 8-bit levels, the same for source and protected."""
     import torch
 
-    images = utils.to_tensor(pixels)
+    images = to_tensor(pixels)
     drawn = torch.randn(images.shape, generator=generator)
-    return utils.to_uint8(images + drawn * numbers[0] * utils.LEVEL)[0]
+    return to_uint8(images + drawn * levels * utils.LEVEL)[0]
 
 
-def through_vae(vae: models.WorkingVAE, device: torch.device) -> Purifier:
-    """A round trip through the editor's VAE, at its working size."""
+def through_vae(chosen: models.sets.Chosen) -> Callable[..., np.ndarray]:
+    """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
+    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, chosen.device, chosen.dtype)
 
-    def vae_purifier(pixels: np.ndarray, _: Sequence[float], __: torch.Generator) -> np.ndarray:
+    def vae_trip(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
         import torch
 
         with torch.no_grad():
-            latent = vae.encode(utils.to_tensor(pixels).to(device)).latent_dist.mean
+            latent = vae.encode(to_tensor(pixels).to(chosen.device)).latent_dist.mean
             images = vae.decode(latent).sample.float()
-        return utils.to_uint8(utils.from_working(images, pixels.shape[:2], vae.resolution))[0]
+        return to_uint8(from_working(images, pixels.shape[:2], vae.resolution))[0]
 
-    return vae_purifier
+    return vae_trip
 
 
-@dataclass(frozen=True)
-class Kind:
-    """One kind of step: its numbers, what they may be, and what it does."""
+class Kind(NamedTuple):
+    """A kind of step: what it does to (H, W, 3) uint8 with a seeded generator and its numbers."""
 
-    numbers: int
-    allowed: Callable[[Sequence[float]], bool]
-    purifier: Purifier | None  # None: needs a model
+    purifier: Callable[..., np.ndarray] | None  # None: it takes a model
     form: str
+    numbers: tuple[Callable[[str], Any], ...] = ()  # argparse types
 
 
+def odd(text: str) -> int:
+    """argparse type: the side of a kernel, which has a middle."""
+    if not text.isdecimal() or int(text) % 2 == 0 or int(text) > 999:
+        raise argparse.ArgumentTypeError(f"{text!r} is not an odd number from 1 to 999")
+    return int(text)
+
+
+def between(low: float, high: float) -> Callable[[str], Any]:
+    """argparse type: a number within bounds."""
+    return utils.number(float, low, high, f"a number from {low:g} to {high:g}")
+
+
+quality = utils.number(int, 1, 95, "a whole number from 1 to 95")
 KINDS = {
-    "jpeg": Kind(1, lambda n: 1 <= n[0] <= 95 and n[0] % 1 == 0, jpeg, "jpeg:Q, Q from 1 to 95"),
-    "blur": Kind(
-        2, lambda n: n[0] >= 1 and n[0] % 2 == 1 and n[1] > 0, blur, "blur:K:S, K odd, S > 0"
-    ),
-    "rotate": Kind(1, lambda n: 0 < n[0] <= 180, rotate, "rotate:A, A up to 180 degrees"),
-    "resize": Kind(1, lambda n: 0 < n[0] < 1, resize, "resize:F, F between 0 and 1"),
-    "crop": Kind(1, lambda n: 0 < n[0] < 1, crop, "crop:F, F between 0 and 1"),
-    "noise": Kind(1, lambda n: 0 < n[0] <= 255, noise, "noise:S, S up to 255 levels"),
-    "vae": Kind(0, lambda n: True, None, "vae"),
+    "jpeg": Kind(jpeg, "jpeg:Q", (quality,)),
+    "blur": Kind(blur, "blur:K:S", (odd, between(0.1, 100))),
+    "rotate": Kind(rotate, "rotate:A", (between(0.01, 180),)),
+    "resize": Kind(resize, "resize:F", (between(0.001, 0.999),)),
+    "crop": Kind(crop, "crop:F", (between(0.001, 0.999),)),
+    "noise": Kind(noise, "noise:S", (between(0.01, 255),)),
+    "vae": Kind(None, "vae"),
 }
 
 Step = tuple[str, tuple[float, ...]]  # kind, numbers
@@ -152,89 +160,101 @@ def chain(text: str) -> list[Step]:
         name, *rest = part.split(":")
         if name not in KINDS:
             raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KINDS)}")
-        try:
-            numbers = tuple(float(number) for number in rest)
-        except ValueError:
-            numbers = ()
         kind = KINDS[name]
-        if len(numbers) != kind.numbers or len(rest) != kind.numbers or not kind.allowed(numbers):
+        if len(rest) != len(kind.numbers):
             raise argparse.ArgumentTypeError(f"{part!r} is not of the form {kind.form}")
-        steps.append((name, numbers))
+        try:
+            steps.append((name, tuple(read(given) for read, given in zip(kind.numbers, rest, strict=True))))
+        except argparse.ArgumentTypeError as error:
+            raise argparse.ArgumentTypeError(f"{kind.form}: {error}") from None
     return steps
 
 
 def purify(
-    pixels: np.ndarray, steps: Sequence[Step], purifiers: dict[str, Purifier], seed: int, stem: str
+    pixels: np.ndarray,
+    steps: Sequence[Step],
+    seed: int,
+    stem: str,
+    vae_trip: Callable[..., np.ndarray] | None = None,
 ) -> np.ndarray:
     """(H, W, 3) uint8 -> the same size, after all steps. Random ones depend on seed, stem and their place."""
     import torch
 
     for place, (name, numbers) in enumerate(steps):
         generator = torch.Generator().manual_seed(utils.start_seed(seed, f"{place}:{stem}"))
-        pixels = purifiers[name](pixels, numbers, generator)
+        purifier = KINDS[name].purifier or vae_trip
+        pixels = purifier(pixels, generator, *numbers)
     return pixels
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--input_dir", type=Path, required=True, help="directory of images")
-    parser.add_argument("--output_dir", type=Path, required=True, help="where NAME.png goes")
+    parser.add_argument("--input_dir", type=utils.path, required=True, help="directory of images")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where NAME.png goes")
     parser.add_argument("--method", required=True, type=chain, help="see above")
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of angles and noise")
-    parser.add_argument("--overwrite", action="store_true", help="make finished files again")
-    models.add_editor_arguments(parser)
-    models.add_model_arguments(parser)
+    runs.add_run_arguments(parser, batches=False)
+    models.sets.add_editor_arguments(parser)
+    models.sets.add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
-    images = runs.find_images(args.input_dir)
-    if args.output_dir.resolve() == args.input_dir.resolve():
-        raise UserError(f"{args.output_dir}: would overwrite the inputs")
-    utils.check_directory(args.output_dir)
-    arguments = {
-        "input_dir": str(args.input_dir.resolve()),
-        "method": "+".join(":".join([name, *(f"{n:g}" for n in numbers)]) for name, numbers in args.method),
-    }
-    purifiers = {name: kind.purifier for name, kind in KINDS.items() if kind.purifier}
-    if any(name == "vae" for name, _ in args.method):
-        chosen = models.choose(args)
-        device, dtype = models.set_up(args)
-        purifiers["vae"] = through_vae(models.load_vae(chosen, args.model, device, dtype), device)
-        arguments |= {
-            "dtype": str(dtype).removeprefix("torch."),
-            "model_id": models.shown(chosen.editors[args.model]),
-            "resolution": chosen.resolution,
-        }
-    elif args.model_id or args.resolution:
+    """Purifies the directory that the flags name -> exit status."""
+    with_vae = needs_vae(args.method)
+    if not with_vae and (args.model_id or args.resolution):
         raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
-    record = {"seed": args.seed, "arguments": arguments, "versions": runs.versions()}
-    team = runs.Team()
+    chosen = models.sets.choose(args) if with_vae else None
+    options = runs.Options.of(args)
+    return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, chosen, options)
 
-    items = [
-        runs.Item(path, args.output_dir / f"{path.stem}.png", None, label=path.name) for path in images
-    ]
 
-    def work(batch: list[runs.Item], loaded: list[utils.Portrait], _: list[bool]) -> None:
-        for item, portrait in zip(batch, loaded, strict=True):
-            pixels = purify(portrait.pixels, args.method, purifiers, args.seed, item.source.stem)
-            utils.save_png(item.output, pixels)
+def needs_vae(steps: Sequence[Step]) -> bool:
+    """Tells whether any step takes a model."""
+    return any(name == "vae" for name, _ in steps)
 
-    with runs.writing(args.output_dir, record, team):
-        summary = runs.run_batches(
-            runs.batches(items, 1),
-            lambda item: utils.load_image(item.source),
-            work,
-            overwrite=args.overwrite,
-            debug=args.debug,
-            unit="image",
-        )
-    return runs.finish(summary, team, args.output_dir)
+
+def purify_directory(
+    input_dir: Path,
+    output_dir: Path,
+    steps: Sequence[Step],
+    seed: int = 0,
+    chosen: models.sets.Chosen | None = None,
+    options: runs.Options = runs.USUAL,
+) -> int:
+    """Purifies the images of a directory into another -> exit status. chosen: for the VAE, if a step is it.
+
+    Raises UserError.
+    """
+    images = runs.find_images(input_dir)
+    if output_dir.resolve() == input_dir.resolve():
+        raise UserError(f"{output_dir}: would overwrite the inputs")
+    utils.check_directory(output_dir)
+    method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
+    settings = {"seed": seed, "method": method}
+    if needs_vae(steps):
+        settings |= {"dtype": chosen.dtype_name, "model_id": shown(chosen.model_id)}
+        settings |= {"resolution": chosen.resolution}
+
+    def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
+        vae_trip = through_vae(chosen) if needs_vae(steps) else None
+        for item, portrait in zip(batch, portraits, strict=True):
+            save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, vae_trip))
+        return [{}] * len(batch)
+
+    return runs.make(
+        [runs.Item(path, output_dir / f"{path.stem}.png", None, path.name) for path in images],
+        lambda item: load_image(item.source),
+        work,
+        output_dir,
+        settings,
+        options=options,
+        prepare=(lambda: through_vae(chosen)) if needs_vae(steps) else lambda: None,
+    )
 
 
 if __name__ == "__main__":

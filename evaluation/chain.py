@@ -1,0 +1,151 @@
+"""Checks that sources, protected images and edits belong together, by the hashes that the scripts recorded.
+
+A picture may have come by several steps (protected, purified, edited); each directory's manifest tells one.
+Where nothing is recorded, nothing is refused.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from directories import Row
+from pairing import Edits, Key
+
+from images import images_by_stem
+from records import digest, listed, read_manifest, read_record
+from utils import UserError, warn
+
+MOST_STEPS = 9  # of a chain; directories that were made of each other would have no end
+
+
+class Manifests:
+    """What the manifests of directories of results say; each is read once."""
+
+    def __init__(self) -> None:
+        self._entries: dict[Path, dict[str, dict[str, Any]]] = {}
+        self._sources: dict[Path, Path | None] = {}
+        self._files: dict[Path, dict[str, Path]] = {}
+
+    def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
+        """Gives the line about a file, by its path in the directory; None if there is none."""
+        if directory not in self._entries:
+            self._entries[directory] = read_manifest(directory)
+        return self._entries[directory].get(output)
+
+    def source(self, directory: Path, output: str) -> Path | None:
+        """Finds the file that a result was made of, where it was; None if there is none now."""
+        if directory not in self._sources:
+            self._sources[directory] = _sources_of(directory)
+        folder = self._sources[directory]
+        if folder is None:
+            return None
+        if re.fullmatch(r"prompt\d+", folder.name):  # cheats.py's: made of edits, prompt by prompt
+            folder = folder.with_name(Path(output).parent.name)
+        if folder not in self._files:
+            try:
+                self._files[folder] = images_by_stem(folder)
+            except UserError:  # moved away, say
+                self._files[folder] = {}
+        return self._files[folder].get(Path(output).stem)
+
+    def origins(self, directory: Path, output: str) -> list[str]:
+        """Lists the hashes of what a file was made of, of what that was made of, and so on."""
+        found: list[str] = []
+        while (entry := self.entry(directory, output)) and len(found) < MOST_STEPS:
+            if found and entry.get("sha256") != found[-1]:  # another file has taken its place since
+                break
+            found.append(entry.get("source", ""))
+            source = self.source(directory, output)
+            if source is None:
+                break
+            directory, output = source.parent, source.name
+        return found
+
+    def foreign(self, edits: Edits, row: Row, files: dict[str, Path]) -> Iterator[str]:
+        """Finds the images whose edits in this row were made of others than these files."""
+        for key in edits.keys:
+            origins = self.origins(*place(edits, row, key))
+            if origins and digest(files[key.name]) not in ("", *origins):  # "": who reads it will say so
+                yield key.name
+
+
+def place(edits: Edits, row: Row, key: Key) -> tuple[Path, str]:
+    """Gives the directory whose manifest tells of an edit, and the edit's path in it."""
+    directory = row.directory / f"seed{key.seed}"
+    return directory, edits.path(row, key).relative_to(directory).as_posix()
+
+
+def check_edits(edits: Edits, manifests: Manifests) -> None:
+    """Refuses edits whose sources have changed since, and clean ones of others than the sources given.
+
+    Rows of which nothing is recorded are warned of in one line. Raises UserError.
+    """
+    unknown = []
+    for row in edits.every_row:
+        places = {key: place(edits, row, key) for key in edits.keys}
+        if any(manifests.entry(*found) is None for found in places.values()):
+            unknown.append(row)
+        changed: dict[str, Path] = {}
+        for key, found in places.items():
+            entry, source = manifests.entry(*found), manifests.source(*found)
+            if entry and source and digest(source) not in ("", entry.get("source")):
+                changed.setdefault(key.name, source)
+        if changed:
+            where = next(iter(changed.values())).parent
+            raise UserError(
+                f"{row.directory} holds edits of other pictures than those that {where} holds now "
+                f"({listed(changed, str)})"
+            )
+    if edits.clean and edits.sources:
+        check_pair(edits, edits.clean, edits.sources, manifests)
+    if unknown:
+        rows = listed(dict.fromkeys(unknown), lambda row: str(row.directory))
+        warn(f"nothing tells what these edits were made of, so that can't be checked: {rows}")
+
+
+def check_pair(edits: Edits, row: Row, files: dict[str, Path], manifests: Manifests, hint: str = "") -> None:
+    """Refuses a row whose edits are recorded to be of other pictures than these. Raises UserError."""
+    if foreign := list(dict.fromkeys(manifests.foreign(edits, row, files))):
+        folder = files[foreign[0]].parent
+        raise UserError(
+            f"{row.directory} holds edits of other pictures than those in {folder} "
+            f"({listed(foreign, str)}){hint}"
+        )
+
+
+def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manifests: Manifests) -> None:
+    """Refuses protected images that were made of other sources, were changed since, or that no row edits.
+
+    Raises UserError.
+    """
+    other, changed = [], []
+    for name in edits.names:
+        entry = manifests.entry(directory, files[name].name)
+        if entry is None:
+            continue
+        if digest(edits.sources[name]) not in ("", *manifests.origins(directory, files[name].name)):
+            other.append(name)
+        elif digest(files[name]) not in ("", entry.get("sha256")):
+            changed.append(name)
+    if other:
+        where = edits.sources[other[0]].parent
+        raise UserError(
+            f"{directory} was made from other pictures than those in {where} ({listed(other, str)})"
+        )
+    if changed:
+        raise UserError(f"{directory}: not the files that main_defend.py wrote ({listed(changed, str)})")
+    if all(next(manifests.foreign(edits, row, files), None) for row in edits.rows):
+        closest = min(edits.rows, key=lambda row: len(list(manifests.foreign(edits, row, files))))
+        check_pair(edits, closest, files, manifests, ", and so do all other rows")
+
+
+def _sources_of(directory: Path) -> Path | None:
+    """Where a directory's sources were, as run.json says."""
+    try:
+        sources = (read_record(directory) or {}).get("sources")
+    except UserError:  # somebody's own run.json, beside pictures that no script of ours made
+        return None
+    return Path(sources) if isinstance(sources, str) else None

@@ -1,0 +1,144 @@
+"""Finding the rows of a table, their seeds and prompts.
+
+A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as main_edit.py makes it. A given
+directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+# The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py`
+# above it.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import utils
+from utils import UserError
+
+SOUGHT = 2  # folders below a given one in which rows are looked for
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of a table: the edits of one method at one budget."""
+
+    method: str
+    directory: Path  # holds seed{S}
+
+
+def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = False) -> list[Row]:
+    """Lists the rows that the given directories stand for; one that is named twice is one row.
+
+    A row that lacks a seed is an error or, with `common`, left out and named. Raises UserError, also if there
+    is none.
+    """
+    rows: dict[Path, Row] = {}
+    lacking = []
+    for given in directories:
+        if not given.is_dir():
+            raise UserError(f"{given}: no such directory")
+        name = given.resolve().name
+        if re.fullmatch(r"seed\d+", name):
+            if [name] != [f"seed{seed}" for seed in seeds]:
+                raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
+            rows.setdefault(given.resolve().parent, Row(_method(given), given.resolve().parent))
+            continue
+        found = _rows_below(given, SOUGHT)
+        if not found:
+            raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
+        for row in found:
+            missing = [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]
+            if missing:
+                lacking.append(f"{row}: no {', '.join(missing)} (there are {', '.join(_seeds_in(row))})")
+            else:
+                rows.setdefault(row.resolve(), Row(_method(row), row))
+    if lacking and not (common and rows):
+        raise UserError("; ".join(lacking) + (" (--common leaves such rows out)" if rows else ""))
+    if lacking:
+        utils.warn(f"left out: {'; '.join(lacking)}")
+    return list(rows.values())
+
+
+def _rows_below(directory: Path, depth: int) -> list[Path]:
+    """The directory itself if it holds any seed, else those below that do."""
+    if _seeds_in(directory):
+        return [directory]
+    return [row for child in _folders(directory) for row in _rows_below(child, depth - 1)] if depth else []
+
+
+def _seeds_in(directory: Path) -> list[str]:
+    """The names of its seed folders; seed00, which is not seed 0's, among them."""
+    return [child.name for child in _folders(directory) if re.fullmatch(r"seed\d+", child.name)]
+
+
+def _folders(directory: Path) -> list[Path]:
+    try:
+        return sorted(child for child in directory.iterdir() if child.is_dir())
+    except OSError as error:
+        raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
+
+
+def _method(directory: Path) -> str:
+    """A row's name: the path as it was given. `clean` alone is the unprotected edits'."""
+    return "./clean" if str(directory) == "clean" else str(directory)
+
+
+def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
+    """Gives the row `clean`: the edits of the unprotected images. Raises UserError unless it is one row."""
+    rows = find_rows([directory], seeds)
+    if len(rows) > 1:
+        found = ", ".join(row.method for row in rows)
+        raise UserError(f"{directory}: which are the clean edits? ({found})")
+    return Row("clean", rows[0].directory)
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """Gives the row of this name, or with it in its path. Raises UserError unless there is just one."""
+    exact = [row for row in rows if name in (row.method, str(row.directory))]
+    matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
+    if len(matching) != 1:
+        known = ", ".join(row.method for row in rows)
+        raise UserError(f"--baseline {name}: {len(matching)} rows are called so ({known})")
+    return matching[0]
+
+
+def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] | None) -> list[int]:
+    """Lists the prompts to score: those asked for, else all that any row has.
+
+    Raises UserError if a row lacks one.
+    """
+    there = {
+        row.directory / f"seed{seed}": {
+            int(found[1])
+            for child in _folders(row.directory / f"seed{seed}")
+            if (found := re.fullmatch(r"prompt(0|[1-9]\d*)", child.name))
+        }
+        for row in rows
+        for seed in seeds
+    }
+    prompts = sorted(set(asked) if asked is not None else set().union(*there.values()))
+    if not prompts:
+        raise UserError(f"{next(iter(there))}: no prompt folders in it")
+    lacking = [
+        f"{directory}: {', '.join(f'prompt{i}' for i in prompts if i not in numbers)}"
+        for directory, numbers in there.items()
+        if not numbers.issuperset(prompts)
+    ]
+    if lacking:
+        raise UserError(f"prompts are missing: {'; '.join(lacking)}")
+    return prompts
+
+
+def protected_rows(given: Sequence[Path]) -> list[Path]:
+    """Lists the directories of protected images: each given one, or its budget_{B}. Raises UserError."""
+    found = []
+    for directory in given:
+        if not directory.is_dir():
+            raise UserError(f"{directory}: no such directory")
+        budgets = [child for child in _folders(directory) if child.name.startswith("budget_")]
+        found += budgets or [directory]
+    return found
