@@ -14,7 +14,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 @pytest.fixture(scope="session", autouse=True)
 def no_network():
-    """A test that reaches for the network fails at once instead of passing on some machines only."""
+    """Lets a test that reaches for the network fail at once, instead of passing on some machines only."""
 
     def refuse(self, address):
         if self.family in (socket.AF_INET, socket.AF_INET6):
@@ -32,9 +32,28 @@ def refuse_name():
     raise socket.gaierror("no network in the tests")
 
 
+@pytest.fixture
+def fresh_loaders():
+    """Forgets the networks that other tests have loaded, before a test and after it."""
+    from models import clip, editors, faces, perceptual
+
+    loaders = (
+        editors.load_vae,
+        editors._load_pipeline,
+        faces.load_recognizer,
+        perceptual.load_perceptual,
+        clip.load_clip,
+    )
+    for loader in loaders:
+        loader.cache_clear()
+    yield
+    for loader in loaders:
+        loader.cache_clear()
+
+
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> SimpleNamespace:
-    """Directories of tiny random models: editor, img2img, recognizer, judge, perceptual, clip."""
+    """Writes directories of tiny random models: editor, img2img, recognizer, judge, perceptual, clip."""
     import tiny
 
     root = tmp_path_factory.mktemp("models")
@@ -51,7 +70,7 @@ def tiny_models(tmp_path_factory) -> SimpleNamespace:
 
 @pytest.fixture(scope="session")
 def edit_flags(tiny_models) -> list[str]:
-    """What makes the edit scripts run on the tiny editor, two steps."""
+    """Gives what makes the edit scripts run on the tiny editor, two steps."""
     flags = (
         f"--models mini --model_id {tiny_models.editor} --resolution 64 --device cpu --num_inference_steps 2"
     )
@@ -60,9 +79,21 @@ def edit_flags(tiny_models) -> list[str]:
 
 @pytest.fixture(scope="session")
 def defend_flags(tiny_models) -> list[str]:
-    """What makes the defend scripts run on the tiny models, three iterations."""
+    """Gives what makes the defend scripts run on the tiny models, three iterations."""
     return (
         f"--models mini --model_id {tiny_models.editor} --recognizer {tiny_models.recognizer} "
         f"--judge {tiny_models.judge} --lpips {tiny_models.perceptual} "
         "--resolution 64 --device cpu --num_iters 3"
     ).split()
+
+
+@pytest.fixture
+def protector(defend_flags):
+    """Gives a function that makes a Protector on the tiny models of more of defend.py's flags."""
+    import defend
+    from protection import Protector
+
+    def make(line: str = "") -> Protector:
+        return Protector(defend.parse_args(["--input_path=x", *defend_flags, *line.split()]))
+
+    return make

@@ -1,130 +1,153 @@
-"""bench.py: what it times is what it says, and its table and ratios are those of its numbers."""
+"""bench.py: what it measures is what it says, and its table is that of its numbers."""
 
 from __future__ import annotations
 
-import argparse
 import json
+import os
+import subprocess
+import sys
 
 import pytest
-import tiny
 import torch
+from tiny import WIDTH
 
 import bench
-import defend
-import methods
-import models
 import utils
+from images import to_tensor
+from methods import METHODS
+from models.sets import choose
+
+MINI = ["--models=mini", "--device=cpu", "--resolution=64"]
 
 
 @pytest.fixture
 def here(monkeypatch):
-    """Rows run in this process, and the mini set's portraits are worked on at 64."""
+    """Rows run in this process."""
     monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
+def flags(*more: str):
+    """bench.py's flags on the mini models at 64x64, as run() hands them to a job."""
+    args = bench.parse_args([*MINI, *more])
+    args.input_side = args.input_side or (64, 64)
+    return args
+
+
 def test_one_row_a_job_with_its_numbers(tmp_path, here, capsys):
-    line = f"--models mini --device cpu --resolution 64 --iterations 2 --repeats 2 --json {tmp_path}/out.json"
+    line = f"--iterations=2 --repeats=2 --portraits=10 --json={tmp_path}/out.json".split()
     jobs = ["noise", "encoder", "facelock", "edit", "psnr", "lpips", "clip", "faces"]
-    assert bench.main([*line.split(), "--what", *jobs]) == 0
-    out = capsys.readouterr().out.splitlines()
-    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert list(rows) == jobs and [text.split()[0] for text in out[2:-1]] == jobs
+    assert bench.main([*MINI, *line, "--what", *jobs]) == 0
+    about, _, *lines, note = capsys.readouterr().out.splitlines()
+    found = json.loads((tmp_path / "out.json").read_text())
+    rows = found["rows"]
+    assert list(rows) == jobs and [text.split()[0] for text in lines] == jobs
+    assert found["about"] == about and "the mini models, input 64x64" in about
+    assert "10 portraits" in note and "25 instructions" in note
     for job in jobs:
-        assert rows[job]["per_hour"] == pytest.approx(3600 / rows[job]["image"]) and rows[job]["image"] > 0
+        n = 10 if job in METHODS else 250
+        assert rows[job]["hours"] == pytest.approx(n * rows[job]["image"] / 3600)
+        assert rows[job]["image"] > 0
+        assert (rows[job]["iteration"] is None) == (job in bench.METRICS) == (lines.pop(0).split()[1] == "-")
     assert rows["facelock"]["image"] == pytest.approx(100 * rows["facelock"]["iteration"])
+    assert rows["noise"]["image"] == rows["noise"]["iteration"]
     # a decode costs operations, noise none
     assert rows["noise"]["operations"] == 0 < rows["encoder"]["operations"] < rows["facelock"]["operations"]
-    assert "the mini models, input 64x64" in out[0]
+    assert rows["clip"]["operations"] > 0 < rows["faces"]["operations"]
+
+
+def test_a_batch_is_divided_by_its_images(monkeypatch):
+    monkeypatch.setattr(bench, "seconds", lambda work, device: 8.0)
+    for job, image in (("encoder", 100.0), ("edit", 2.0), ("psnr", 2.0)):
+        row = bench.run_job(job, flags("--batch_size=4", "--iterations=2", "--repeats=1"))
+        assert row.image == image and row.operations != row.operations  # one repeat: not counted
 
 
 @pytest.mark.parametrize("job", ["encoder", "edit", "lpips"])
 def test_memory_is_read_before_operations_are_counted(monkeypatch, job):
     """The counter keeps tensors alive, checkpointed ones too: at 1024x1024 it more than doubled the peak."""
     order = []
-    peak, count = bench.Memory.peak, bench.operations
-    monkeypatch.setattr(bench.Memory, "peak", lambda self: order.append("peak") or peak(self))
-    monkeypatch.setattr(bench, "operations", lambda work: order.append("count") or count(work))
-    args = bench.parse_args(["--models", "mini", "--device", "cpu", "--iterations", "1", "--repeats", "2"])
-    args.resolution = 64
-    bench.run_job(job, args, {})
-    assert order[0] == "peak" and order.count("peak") == 1 and "count" in order
+    peak, count = bench.peak_memory, bench.operations
+    monkeypatch.setattr(bench, "peak_memory", lambda device: order.append("peak") or peak(device))
+    monkeypatch.setattr(bench, "operations", lambda work, args: order.append("count") or count(work, args))
+    bench.run_job(job, flags("--iterations=1", "--repeats=2"))
+    assert order[:3] == ["peak", "peak", "count"] and order.count("peak") == 2
 
 
-def test_operations_of_an_edit_grow_with_the_steps(here):
-    args = bench.parse_args(
-        ["--models", "mini", "--device", "cpu", "--repeats", "1", "--resolution", "64", "--what", "edit"]
-    )
-    row = bench.run_edit(args, {})
-    chosen = models.MODEL_SETS["mini"]
-    editor = models.load_editor(
-        chosen, "instruct-pix2pix", torch.device("cpu"), torch.float32, progress=False
-    )
-    images = utils.to_tensor(bench.portraits(1, (64, 64)))
-    whole = bench.operations(lambda: editor(images, ["x"], 0))
-    assert row["operations"] == pytest.approx(whole, rel=0.02)  # the text encoder is counted in one of them
+def test_operations_of_an_edit_are_those_of_all_its_steps():
+    args = flags("--repeats=2")
+    row = bench.run_job("edit", args)
+    editor = choose(args).load_editor()
+    images = to_tensor(bench.portraits(1, (64, 64)))
+    whole = bench.operations(lambda: editor(images, [utils.edit_prompts[0]], 0), args)
+    assert row.operations == pytest.approx(whole, rel=1e-6)
 
 
-def test_time_of_an_edit_is_that_of_all_its_steps(here, monkeypatch):
-    """1 s and 2 s a step: 41 s for the mini set's 20 steps, from those of 1 and 3."""
-    monkeypatch.setattr(bench, "seconds", lambda work, device: 1 + 2 * work.__defaults__[0])
-    args = bench.parse_args(["--models", "mini", "--device", "cpu", "--repeats", "1", "--what", "edit"])
-    args.resolution = 64
-    row = bench.run_edit(args, {})
-    assert (row["iteration"], row["image"]) == (2, 41)
+def test_time_of_an_edit_is_that_of_all_its_steps():
+    """1 s and 2 s a step: 41 s for 20 steps, from those of 1 and 3."""
+    assert bench.of_all_steps(3, 7, 20) == 41
 
 
-def test_the_plain_facelock_is_the_projects(tiny_models):
-    """In float64, over few iterations: what is compared does the same work."""
-    args = argparse.Namespace(attack_budget=0.06, step_size=0.01, num_iters=4)
-    vae = tiny.tiny_vae(dtype=torch.float64)
-    device = torch.device("cpu")
-    recognizer = models.load_recognizer(str(tiny_models.recognizer), device, torch.float64)
-    perceptual = models.load_perceptual(str(tiny_models.perceptual), device, torch.float64)
-    x = utils.to_tensor(tiny.portrait(64)[None]).double()
-    boxes = [[(8, 8, 56, 56)]]
-    plain = bench.plain_facelock(x, vae, recognizer, perceptual, boxes, args)
-    ours = methods.facelock(
-        x,
-        vae,
-        models.face_similarity_to(recognizer, x, boxes),
-        models.perceptual_distance_to(perceptual, x),
-        budget=0.06,
-        step_size=0.01,
-        num_iters=4,
-    )
-    start = methods.random_start(x, 0.06, [0])
-    assert (ours - start).abs().max() > 0.01
-    assert (plain - ours).abs().max() < 1e-9
+def test_flags_reach_the_protector():
+    protector = bench.protector_of("encoder", flags("--iterations=7", "--checkpointing", "--dtype=bf16"))
+    assert (protector.name, protector.run.num_iters, protector.checkpointing) == ("encoder", 7, True)
+    assert (protector.resolution, protector.chosen.dtype) == (64, torch.bfloat16)
+    assert bench.protector_of("vae", flags("--compile")).compile
 
 
-@pytest.mark.parametrize(("ours", "mark"), [(0.5, False), (2.0, True)])
-def test_ratios_and_targets(here, capsys, monkeypatch, ours, mark):
-    def compare(args, flags):
-        """Of nothing."""
-        yield from [(3.0, ours), (1.0, ours), (2.0, ours)]
-
-    monkeypatch.setitem(bench.COMPARISONS, "facelock", (compare, "", 2.5))
-    assert bench.main(["--against-release", "--comparisons", "facelock", "--device", "cpu"]) == 0
-    line = capsys.readouterr().out.splitlines()[-1].split()
-    assert line[:5] == ["facelock", "2.000", f"{ours:.3f}", f"{2 / ours:.2f}", "2.50"]
-    assert ("missed" in line) is mark
+@pytest.mark.parametrize("size", ["64", "0x64", "64x", "64x-1", "axb"])
+def test_an_input_size_that_is_none_is_refused(size, capsys):
+    with pytest.raises(SystemExit):
+        bench.parse_args([f"--input_side={size}"])
+    assert "WxH" in capsys.readouterr().err
 
 
-def test_help_is_measured_of_every_script():
-    scripts = {str(path.relative_to(bench.ROOT)) for path in bench.ROOT.glob("evaluation/*.py")}
-    scripts -= {"evaluation/common.py", "evaluation/__init__.py"}
-    scripts |= {"defend.py", "edit.py", "main_defend.py", "main_edit.py", "bench.py"}
-    assert set(bench.SCRIPTS) == scripts
+def test_input_side_is_width_by_height():
+    assert bench.parse_args(["--input_side=60x40"]).input_side == (40, 60)
 
 
-def test_random_weights_are_of_the_size_they_claim(tmp_path):
-    """83.7 million parameters has the SD 1.5 VAE; and every loader takes what is written."""
-    flags = bench.make_weights("vae", tmp_path)
-    args = bench.parse_args(["--size", "sd15", "--device", "cpu", "--resolution", "64"])
-    of_method = bench.defense_arguments(args, flags, "facelock")
-    tools = defend.Tools(of_method)
-    tools.preload(of_method)
-    assert sum(p.numel() for p in tools.vae.vae.parameters()) == 83_653_863
-    assert (tools.recognizer.size, tools.dtype) == (160, torch.float32)
-    embedding = tools.recognizer.embed(torch.rand(1, 3, 64, 64), [[(0, 0, 64, 64)]])
-    assert embedding.shape == (1, 512) and embedding.isfinite().all()
+def test_memory_is_the_peak_above_the_imports():
+    """Whatever the process took that started this one."""
+    code = """
+import bench, torch
+before = bench.peak_memory(torch.device("cpu"))
+data = b"x" * 200_000_000
+print(bench.peak_memory(torch.device("cpu")) - before)
+"""
+    found = subprocess.run([sys.executable, "-c", code], cwd=bench.ROOT, capture_output=True, check=True)
+    assert float(found.stdout) == pytest.approx(0.2, abs=0.02)
+
+
+def test_a_row_runs_in_a_process_of_its_own():
+    assert bench.in_a_process(os.getpid) != os.getpid()
+
+
+def test_random_weights_are_what_the_scripts_load(tmp_path, here, monkeypatch, capsys):
+    """Of tiny sizes, but for the recogniser's, which has one size."""
+    heads = {"num_attention_heads": 2, "num_hidden_layers": 1}
+    text = {"hidden_size": WIDTH, "intermediate_size": WIDTH, **heads}
+    blocks = {"block_out_channels": (WIDTH,) * 4, "norm_num_groups": 4, "layers_per_block": 1}
+    clip = {"text_config": text, "vision_config": {**text, "patch_size": 32}, "projection_dim": WIDTH}
+    tiny = {"vae": bench.SD15["vae"] | blocks, "text": text, "trunk": "squeeze", "clip": clip}
+    tiny["unet"] = bench.SD15["unet"] | blocks | {"cross_attention_dim": WIDTH, "attention_head_dim": 2}
+    monkeypatch.setattr(bench, "SD15", tiny)
+    jobs = ["facelock", "edit", "lpips", "clip", "faces"]
+    line = [*MINI, "--size=sd15", "--iterations=1", "--repeats=1", f"--json={tmp_path}/out.json"]
+    assert bench.main([*line, "--what", *jobs]) == 0
+    assert "random weights of size sd15" in capsys.readouterr().out
+    assert list(json.loads((tmp_path / "out.json").read_text())["rows"]) == jobs
+
+
+def test_sizes_are_those_they_claim():
+    """Counts parameters; none is made."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
+
+    with torch.device("meta"):
+        networks = {
+            83_653_863: AutoencoderKL(**bench.SD15["vae"]),
+            859_532_484: UNet2DConditionModel(**bench.SD15["unet"]),  # 11,520 above SD 1.5's own
+            123_060_480: CLIPTextModel(CLIPTextConfig(**bench.SD15["text"])),
+            151_277_313: CLIPModel(CLIPConfig(**bench.SD15["clip"])),
+        }
+    for wanted, network in networks.items():
+        assert sum(parameter.numel() for parameter in network.parameters()) == wanted

@@ -11,7 +11,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-import common
 import eval_all
 import eval_clip_i
 import eval_clip_s
@@ -21,14 +20,22 @@ import eval_psnr
 import eval_ssim
 import figure
 import numpy as np
+import pairing
+import pandas as pd
 import pytest
+import scoring
+import tables
 import tiny
 import torch
+import views
 from PIL import Image
 from scipy import stats
 
-import models
 import utils
+from images import load_image, to_tensor
+from models.clip import Clip, load_clip
+from models.faces import Recognizer, load_recognizer
+from models.perceptual import load_perceptual
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -58,6 +65,7 @@ def world(tmp_path, monkeypatch) -> Path:
                 write(tmp_path / "edits/facelock" / folder / place, shifted(source, levels + prompt))
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setattr(tables, "FEWEST", 2)  # so that three images have an interval
     return tmp_path
 
 
@@ -209,7 +217,8 @@ def test_the_clean_edits_may_lie_beside_the_others(world):
     (edits / "facelock/budget_0.03").rename(edits / "vae")
     args = f"--clean_edit_dir {edits}/clean --defend_edit_dirs {edits} --seed 5".split()
     assert eval_psnr.main(args) == 0
-    assert [row["method"] for row in table(Path("psnr_metric.csv"))] == [f"{edits}/vae"]
+    rows = [row["method"] for row in table(Path("psnr_metric.csv"))]
+    assert rows == [f"{edits}/facelock/budget_0.02", f"{edits}/vae"]
     args[args.index(str(edits))] = str(edits / "clean")  # asked for, it is compared with itself
     assert eval_psnr.main(args) == 0
     (row,) = table(Path("psnr_metric.csv"))
@@ -237,15 +246,21 @@ def test_a_directory_named_twice_is_one_row(world):
     assert len(table(Path("psnr_metric.csv"))) == 2
 
 
-def test_directories_two_levels_up_are_named(world, capsys):
+def test_rows_are_found_two_levels_below_and_no_further(world, capsys):
     args = psnr_args(world)
-    args[args.index("--defend_edit_dirs") + 1] = str(world / "edits")
+    place = args.index("--defend_edit_dirs") + 1
+    args[place] = str(world / "edits")
+    assert eval_psnr.main(args) == 0
+    rows = [row["method"] for row in table(Path("psnr_metric.csv"))]
+    assert rows == [f"{world}/edits/facelock/budget_{budget}" for budget in ("0.02", "0.03")]
+    args[place] = str(world)
     (world / "edits/clean").rename(world / "clean")
     args[args.index("--clean_edit_dir") + 1] = str(world / "clean")
     assert eval_psnr.main(args) == 1
-    assert f"no seed5 in it or in its sub-directories, but in those of {world}/edits/facelock" in (
-        capsys.readouterr().err
-    )
+    assert "no edits in it but the clean ones" in capsys.readouterr().err
+    args[place] = str(world / "portraits")
+    assert eval_psnr.main(args) == 1
+    assert "portraits: no seed5 in it or in its sub-directories" in capsys.readouterr().err
 
 
 def test_several_seeds_are_one_mean(world, capsys):
@@ -267,7 +282,8 @@ def test_several_seeds_are_one_mean(world, capsys):
     (world / "edits/facelock/budget_0.02/seed6").rename(world / "seed6")
     args[args.index("--defend_edit_dirs") + 1] = str(world / "edits/facelock")
     assert eval_psnr.main(args) == 1
-    assert "budget_0.02: seed6 is missing" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert "budget_0.02: no seed6 (there are seed5)" in error and "budget_0.03: no seed6" in error
     args.remove("6")
     args[args.index("5")] = "7"
     assert eval_psnr.main(args) == 1
@@ -304,9 +320,14 @@ def test_a_table_is_the_same_in_every_process(world):
 
 
 def test_differences_are_of_the_pairs_that_both_have():
-    a, b, c = (common.Key(0, 0, name) for name in "abc")
-    found = common.difference_of({a: 1.0, b: 5.0, c: math.inf}, {a: 3.0, c: 1.0})
-    assert (found.value, found.n) == (-2.0, 1)
+    found = tables.differences(
+        pd.concat(
+            [values("x", a=[1.0], b=[5.0], c=[math.inf]), values("base", a=[3.0], c=[1.0])], ignore_index=True
+        ),
+        "base",
+    )
+    (line,) = found.itertuples()
+    assert (line.Index, line.mean, line.n) == (("x", "psnr"), -2.0, 1)
 
 
 def test_an_instruction_must_be_the_same_in_every_row(world, capsys):
@@ -355,26 +376,46 @@ def real_pairs() -> tuple[torch.Tensor, torch.Tensor]:
     generator = np.random.default_rng(0)
     assets = ROOT / "assets/portraits"
     files = [*sorted((assets / "mini").glob("*.png"))[:2], assets / "astronaut.png"]
-    images = np.stack([utils.load_image(path).pixels[:96, :96] for path in files])
+    images = np.stack([load_image(path).pixels[:96, :96] for path in files])
     noisy = np.clip(images + generator.normal(0, [[[[4]]], [[[12]]], [[[30]]]], images.shape), 0, 255)
-    return utils.to_tensor(images), utils.to_tensor(noisy.round().astype(np.uint8))
+    return to_tensor(images), to_tensor(noisy.round().astype(np.uint8))
 
 
-def test_psnr_and_ssim_agree_with_torchmetrics(real_pairs):
-    from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
+def test_psnr_agrees_with_torchmetrics(real_pairs):
+    from torchmetrics.image import PeakSignalNoiseRatio
 
     images, noisy = real_pairs
-    found = eval_psnr.psnr(noisy, images), eval_ssim.ssim(noisy, images)
+    found = eval_psnr.psnr(noisy, images)
     for k in range(len(images)):
         unit = (noisy[k : k + 1] + 1) / 2, (images[k : k + 1] + 1) / 2
-        assert found[0][k] == pytest.approx(PeakSignalNoiseRatio(data_range=1.0)(*unit).item(), abs=1e-3)
-        ssim = StructuralSimilarityIndexMeasure(data_range=1.0)(*unit).item()
-        assert found[1][k] == pytest.approx(ssim, abs=1e-3)
-        assert 0.1 < ssim < 0.99
+        assert found[k] == pytest.approx(PeakSignalNoiseRatio(data_range=1.0)(*unit).item(), abs=1e-3)
+
+
+def test_ssim_is_that_of_the_formula(real_pairs):
+    """Wang et al. 2004 on [0, 1], in float64: windows that lie inside the image, as in the release."""
+    offsets = np.arange(-5, 6)
+    line = np.exp(-(offsets**2) / (2 * 1.5**2))
+    window = torch.from_numpy(np.outer(line, line) / line.sum() ** 2)[None, None]
+
+    def windowed(pixels: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.conv2d(pixels[:, None], window)[:, 0]  # no border
+
+    a, b = ((batch.double().flatten(0, 1) + 1) / 2 for batch in real_pairs)  # (B * 3, H, W)
+    mean_a, mean_b = windowed(a), windowed(b)
+    var_a, var_b = windowed(a * a) - mean_a**2, windowed(b * b) - mean_b**2
+    covariance = windowed(a * b) - mean_a * mean_b
+    c1, c2 = 0.01**2, 0.03**2
+    map_ = (2 * mean_a * mean_b + c1) * (2 * covariance + c2)
+    map_ /= (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
+    expected = map_.view(len(real_pairs[0]), -1).mean(dim=1)
+    assert eval_ssim.ssim(real_pairs[1], real_pairs[0]).tolist() == pytest.approx(
+        expected.tolist(), abs=1e-10
+    )
+    assert 0.1 < expected.min() and expected.max() < 0.99
 
 
 def test_ssim_of_known_pairs():
-    image = utils.to_tensor(tiny.portrait(32))
+    image = to_tensor(tiny.portrait(32))
     assert eval_ssim.ssim(image, image).item() == pytest.approx(1.0)
     a, b = torch.full((1, 3, 16, 16), -0.2), torch.full((1, 3, 16, 16), 0.4)  # in [0, 1]: 0.4 and 0.7
     expected = (2 * 0.4 * 0.7 + 1e-4) / (0.4**2 + 0.7**2 + 1e-4)  # of constant images, C1 = 0.01^2
@@ -390,7 +431,7 @@ def test_images_that_are_too_small_for_a_metric_are_named(world, capsys):
 
 
 def test_lpips_is_that_of_the_library(world, tiny_models, real_pairs):
-    network = models.load_perceptual(str(tiny_models.perceptual), torch.device("cpu"), torch.float32)
+    network = load_perceptual(str(tiny_models.perceptual), torch.device("cpu"), torch.float32)
     images, noisy = real_pairs
     values = eval_lpips.lpips_distance(network, noisy, images)
     assert values.tolist() == pytest.approx([network(a, b).item() for a, b in zip(noisy, images)], rel=1e-4)
@@ -426,7 +467,7 @@ def test_clip_scripts(world, clip_args, tiny_models):
     assert rows[0]["method"] == "clean"
     assert float(rows[0]["mean"]) == pytest.approx(1, abs=1e-5)  # the clean edits here are the sources
     assert len(table(Path("clip_s_metric.csv"))) == 3
-    clip = models.load_clip(str(tiny_models.clip), torch.device("cpu"), torch.float32)
+    clip = load_clip(str(tiny_models.clip), torch.device("cpu"), torch.float32)
     source = tiny.portrait(32, seed=1)
     edit = np.array(Image.open(world / "edits/facelock/budget_0.03/seed5/prompt3/ben.png"))
     a, b = clip.embed_images(np.stack([source, edit]))
@@ -467,10 +508,21 @@ def test_a_missing_source_is_named(world, clip_args, capsys):
     assert f"cleo in {world}/portraits" in capsys.readouterr().err
 
 
-def test_edits_of_several_sizes_have_their_source_in_each(world, clip_args):
-    for path in (world / "edits/facelock/budget_0.03/seed5/prompt3").iterdir():
+def test_edits_of_several_sizes_have_their_source_in_each(world, clip_args, capsys):
+    """A size of its own for prompt 3, in all rows alike; in a single row it is an error."""
+    (row,) = (world / "edits/facelock/budget_0.03").glob("*")
+    for path in (row / "prompt3").iterdir():
         Image.open(path).resize((40, 48)).save(path)
-    assert eval_clip_i.main([*clip_args, "--per_image", "each.csv"]) == 0
+    flags = ["--per_image", "each.csv"]
+    assert eval_clip_i.main([*clip_args, *flags]) == 1
+    assert "is 40x48, but" in capsys.readouterr().err
+    without_clean = list(clip_args)
+    del without_clean[2:4]
+    assert eval_clip_i.main([*without_clean, *flags]) == 1
+    assert "is 40x48, but" in capsys.readouterr().err
+    for path in (world / "edits").rglob("prompt3/*.png"):
+        Image.open(path).resize((40, 48)).save(path)
+    assert eval_clip_i.main([*clip_args, *flags]) == 0
     assert len(table(Path("each.csv"))) == 18
 
 
@@ -539,7 +591,7 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
                         float(own[theirs]), abs=2e-5
                     )
     each = table(Path("each.csv"))
-    assert len(each) == 3 * 2 * 3 and list(each[0])[4:] == list(eval_all.COLUMNS)
+    assert len(each) == 3 * 2 * 3 and list(each[0])[4:] == [metric.name for metric in eval_all.METRICS]
     for row in together:
         mine = [float(line["facial"]) for line in each if line["method"] == row["method"]]
         assert np.mean(mine) == pytest.approx(float(row["facial"]), abs=2e-6)
@@ -548,21 +600,21 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
 def test_eval_all_reads_and_embeds_every_file_once(world, all_args, monkeypatch):
     decoded, embedded = [], {"clip": 0, "faces": 0}
 
-    def load_image(path, load=utils.load_image):
+    def counted(path):
         decoded.append(path)
-        return load(path)
+        return load_image(path)
 
-    def embed_images(self, images, embed=models.Clip.embed_images):
+    def embed_images(self, images, embed=Clip.embed_images):
         embedded["clip"] += len(images)
         return embed(self, images)
 
-    def embed(self, images, boxes, embed=models.Recognizer.embed):
+    def embed(self, images, boxes, embed=Recognizer.embed):
         embedded["faces"] += len(images)
         return embed(self, images, boxes)
 
-    monkeypatch.setattr(utils, "load_image", load_image)
-    monkeypatch.setattr(models.Clip, "embed_images", embed_images)
-    monkeypatch.setattr(models.Recognizer, "embed", embed)
+    monkeypatch.setattr(scoring, "load_image", counted)
+    monkeypatch.setattr(Clip, "embed_images", embed_images)
+    monkeypatch.setattr(Recognizer, "embed", embed)
     assert eval_all.main(all_args) == 0
     files = [*(world / "portraits").rglob("*.png"), *(world / "edits").rglob("*.png")]
     assert sorted(decoded) == sorted(files)
@@ -619,21 +671,21 @@ def test_eval_all_tells_how_visible_a_protection_is(world, all_args, capsys):
     assert {row["facial_n"] for row in table(Path("o/t.csv"))} == {"3"}
     write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(40))
     assert eval_all.main([*all_args, *flags]) == 1
-    assert "is 40x40, its source 32x32" in capsys.readouterr().err
+    assert "is 40x40, but" in capsys.readouterr().err
     (world / "protected/facelock/budget_0.02/ben.png").unlink()
     assert eval_all.main([*all_args, *flags]) == 1
     assert "ben in" in capsys.readouterr().err
 
 
 def test_outputs_that_cannot_be_are_refused_before_any_work(world, all_args, monkeypatch, capsys):
-    monkeypatch.setattr(common, "score", lambda *args: pytest.fail("worked"))
+    monkeypatch.setattr(eval_all, "score", lambda *args: pytest.fail("worked"))
     (world / "out/folder").mkdir()
     for flags, says in (
         (["--output", "folder"], "is a directory"),
-        (["--output", "t.md"], "Markdown"),
+        (["--output", "t.md"], "is written as .csv"),
         (["--per_image", "folder"], "is a directory"),
         (["--per_image", "all_metric.csv"], "overwrite the other"),
-        (["--per_image", "all_metric.md"], "overwrite the other"),
+        (["--per_image", "all_metric.md"], "is written as .csv"),
         (["--output", f"{world}/portraits/ben.png/t.csv"], "is not a directory"),
     ):
         assert eval_all.main([*all_args, *flags]) == 1
@@ -644,20 +696,21 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(world, all_args, mon
 # statistics
 
 
-def values(**of_names: list[float]) -> common.Values:
+def values(row: str = "m", metric: str = "psnr", **of_names: list[float]) -> pd.DataFrame:
     """Values of prompts 0, 1, ... by name."""
-    return {common.Key(0, i, name): v for name, found in of_names.items() for i, v in enumerate(found)}
+    lines = [(row, 0, i, name, metric, v) for name, found in of_names.items() for i, v in enumerate(found)]
+    return pd.DataFrame(lines, columns=["method", "seed", "prompt", "name", "metric", "value"])
 
 
 def test_the_mean_is_over_images_not_over_edits():
-    mean = common.mean_of(values(a=[1.0, 1.0, 1.0], b=[3.0]))
-    assert (mean.value, mean.n) == (2.0, 2)
+    (mean,) = tables.means(values(a=[1.0, 1.0, 1.0], b=[3.0])).itertuples()
+    assert (mean.mean, mean.n) == (2.0, 2)
 
 
 def test_the_interval_of_a_simple_sample_is_the_textbook_one():
     """Of 400 normal values the bootstrap interval is that of the normal distribution, mean +- 1.96 s / 20."""
     sample = np.random.default_rng(1).normal(3, 2, size=400)
-    low, high = common.bootstrap(sample.tolist())
+    low, high = tables.interval(sample.tolist())
     half = stats.norm.ppf(0.975) * sample.std(ddof=1) / 20
     assert low == pytest.approx(sample.mean() - half, abs=0.03 * half)
     assert high == pytest.approx(sample.mean() + half, abs=0.03 * half)
@@ -668,7 +721,7 @@ def test_the_interval_covers_about_as_often_as_it_says():
     generator = np.random.default_rng(0)
     missed = 0
     for _ in range(120):
-        low, high = common.bootstrap(generator.normal(size=40).tolist())
+        low, high = tables.interval(generator.normal(size=40).tolist())
         missed += not low <= 0 <= high
     assert 2 <= missed <= 15
 
@@ -676,25 +729,38 @@ def test_the_interval_covers_about_as_often_as_it_says():
 def test_the_interval_is_bca():
     """That of a skewed sample leans the way its tail does, more than the percentile interval."""
     sample = np.random.default_rng(3).lognormal(sigma=1.2, size=30)
-    low, high = common.bootstrap(sample.tolist())
+    low, high = tables.interval(sample.tolist())
     plain = stats.bootstrap(
         (sample,), np.mean, n_resamples=9999, method="percentile", rng=np.random.default_rng(0)
     ).confidence_interval
     assert high > plain.high + 0.05 * (plain.high - plain.low) and low > plain.low
 
 
-def test_thirty_images_are_enough(capsys):
-    for n, told in ((29, True), (30, False)):
-        common.warn_of_few([common.Mean(0, 0, 0, n, 0)])
-        assert bool(capsys.readouterr().out) is told
+def test_thirty_images_are_enough_and_five_the_fewest():
+    assert tables.about_intervals([30, 31]) == ""
+    assert tables.about_intervals([29, 30]) == "fewer than 30 images, the intervals are approximate"
+    assert tables.about_intervals([4, 4]) == "fewer than 5 images, no intervals"
+    assert tables.about_intervals([4, 5]).count("fewer than") == 2
 
 
-def test_no_interval_for_one_value_or_equal_ones():
-    assert all(
-        math.isnan(end)
-        for samples in ([], [1.0], [2.0, 2.0], [0.1 + 0.2, 0.3])
-        for end in common.bootstrap(samples)
-    )
+def test_no_interval_for_fewer_than_five_values_or_equal_ones():
+    for samples in ([], [1.0], [1.0, 2.0, 3.0, 4.0], [2.0] * 9, [0.1 + 0.2, *[0.3] * 5]):
+        assert all(math.isnan(end) for end in tables.interval(samples)), samples
+    assert not any(math.isnan(end) for end in tables.interval([1.0, 2.0, 3.0, 4.0, 5.0]))
+
+
+def test_intervals_are_those_of_all_resamples_at_once():
+    """In batches, for the memory's sake, with the same numbers."""
+    sample = np.random.default_rng(2).lognormal(size=333)
+    whole = stats.bootstrap((sample,), np.mean, n_resamples=9999, method="BCa", rng=np.random.default_rng(0))
+    assert tables.interval(sample.tolist()) == pytest.approx(tuple(whole.confidence_interval), rel=1e-12)
+
+
+def test_small_values_keep_their_digits_on_the_screen():
+    known = {0.5: "0.500", 0.000123456: "0.000123", 0.0003: "0.000300", 0.0: "0.000", 1e-5: "1.00e-05"}
+    assert {value: tables.shown(value) for value in known} == known
+    assert (tables.shown(-0.0004, 3, "+"), tables.shown(33.333, 2)) == ("-0.000400", "33.33")
+    assert (tables.shown(math.nan), tables.shown(0.004, 2)) == ("-", "0.00400")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -715,7 +781,7 @@ def test_fr_is_the_cosine_to_the_source(world, facial_args, tiny_models):
     rows = table(Path("facial_metric.csv"))
     assert rows[0]["method"] == "clean"
     assert float(rows[0]["mean"]) == pytest.approx(1.0, abs=1e-5)  # the clean edits here are the sources
-    recognizer = models.load_recognizer(str(tiny_models.recognizer), torch.device("cpu"), torch.float32)
+    recognizer = load_recognizer(str(tiny_models.recognizer), torch.device("cpu"), torch.float32)
     place = "edits/facelock/budget_0.03/seed5/prompt3/ben.png"
     a, b = (
         recognizer.embed(
@@ -759,18 +825,18 @@ class MeanColour:
 
 def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
     recognizer = MeanColour()
-    scorer = eval_facial.FaceScorer({"facial": recognizer}, faces_in_bright_images(), torch.device("cpu"))
-    scorer.add_source("x", np.full((32, 32, 3), 200, np.uint8))
+    view = views.FaceView({"judge": recognizer}, faces_in_bright_images(), torch.device("cpu"))
+    view.add_source("x", np.full((32, 32, 3), 200, np.uint8))
     edits = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (10, 180)])
-    key = common.Key(0, 0, "x")
-    found = scorer(edits, [key, key])
-    assert found["no_face"].tolist() == [1, 0]
-    assert found["facial"].tolist() == pytest.approx([1, 1])  # grey is grey
+    key = pairing.Key(0, 0, "x")
+    found = view(edits, [key, key])
+    assert found["undetected"].tolist() == [1, 0]
+    similarity = eval_facial.JUDGE.function(*(found[need] for need in eval_facial.JUDGE.needs))
+    assert similarity.tolist() == pytest.approx([1, 1])  # grey is grey
     assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
-    row = common.Row("m", Path())
-    results = common.Results({"no_face": {row: values(x=[1.0, 0.0])}}, [], 2, 0)
-    assert scorer.report(results) == 0
-    assert "no face was found in 1 of 2 edits" in capsys.readouterr().out
+    scores = scoring.Scores([eval_facial.NO_FACE], values(metric="no_face", x=[1.0, 0.0]), [], [], 2, 0)
+    assert scores.report() == 0
+    assert "m: no face was found in 1 of 2 edits" in capsys.readouterr().out
 
 
 def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
@@ -779,7 +845,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     """`cleo` is darkened in source and edits."""
     for path in world.rglob("cleo.png"):
         write(path, tiny.portrait(32, seed=2) // 8)
-    monkeypatch.setattr(models, "FaceDetector", lambda find, device: faces_in_bright_images(60))
+    monkeypatch.setattr(views, "FaceDetector", lambda find, device: faces_in_bright_images(60))
     assert eval_all.main([*all_args, "--per_image", "each.csv"]) == 1
     assert "cleo" in capsys.readouterr().err
     with_faces = [row["name"] for row in table(Path("each.csv")) if row["facial"]]
@@ -788,7 +854,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     assert "cleo" in capsys.readouterr().err
     assert {row["name"] for row in table(Path("each.csv"))} == {"anna", "ben"}
     assert [row["n"] for row in table(Path("facial_metric.csv"))] == ["2", "2", "2"]
-    monkeypatch.setattr(models, "FaceDetector", lambda find, device: faces_in_bright_images(300))
+    monkeypatch.setattr(views, "FaceDetector", lambda find, device: faces_in_bright_images(300))
     assert eval_facial.main(facial_args) == 1
     assert "nothing could be scored: no face found in the source" in capsys.readouterr().err
 
@@ -882,21 +948,22 @@ def test_the_plot_shows_a_metric_against_budget(world, monkeypatch):
     monkeypatch.setattr(figure, "draw_plot", record)
     assert figure.main(["plot", "--tables", "psnr_metric.csv", "--output", "p.pdf"]) == 0
     assert Path("p.pdf").read_bytes().startswith(b"%PDF")
-    found = [(point.method, point.place) for point in seen["points"]]
+    points = list(seen["points"].itertuples())
+    found = [(point.method, point.place) for point in points]
     assert found == [("facelock", "0.02"), ("facelock", "0.03")]
     ((low, high),) = [bar.get_segments()[0][:, 1] for bar in seen["figure"].axes[0].collections[:1]]
-    assert (low, high) == pytest.approx((seen["points"][0].low, seen["points"][0].high))
+    assert (low, high) == pytest.approx((points[0].low, points[0].high))
     rows = table(Path("psnr_metric.csv"))
     (line,) = seen["figure"].axes[0].lines[:1]
     assert line.get_xdata() == pytest.approx([0.02, 0.03])
     assert line.get_ydata() == pytest.approx([float(row["mean"]) for row in rows])
-    assert seen["points"][0].low == float(rows[0]["ci_low"])
+    assert points[0].low == float(rows[0]["ci_low"])
 
 
 def test_the_plot_shows_a_metric_against_purification(world, all_args, monkeypatch, capsys):
     assert eval_all.main(all_args) == 0
     points = []
-    monkeypatch.setattr(figure, "draw_plot", lambda found, *labels: points.extend(found) or figure.draw_plot)
+    monkeypatch.setattr(figure, "draw_plot", lambda found, *labels: points.extend(found.itertuples()))
     monkeypatch.setattr(figure, "save", lambda *args: None)
     argv = ["plot", "--tables", "none=all_metric.csv", "jpeg:75=all_metric.csv", "--metric", "facial"]
     assert figure.main(argv) == 0

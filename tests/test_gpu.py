@@ -9,7 +9,9 @@ import torch
 
 import defend
 import edit
-from utils import METHOD_NAMES, allowed_levels, load_image
+from images import load_image
+from methods import METHODS
+from utils import allowed_levels
 
 pytestmark = [
     pytest.mark.gpu,
@@ -17,39 +19,37 @@ pytestmark = [
 ]
 
 
-def on_cuda(flags: list[str]) -> list[str]:
-    return ["cuda" if flag == "cpu" else flag for flag in flags]
+@pytest.fixture
+def pixels(tmp_path, defend_flags, edit_flags):
+    """Runs a script on one portrait on a device -> the pixels of its output; device None: of the portrait."""
+    (source,) = tiny.write_portraits(tmp_path, 1)
+
+    def run(script, device: str | None, line: str = "") -> np.ndarray:
+        if device is None:
+            return load_image(source).pixels.astype(int)
+        flags = defend_flags if script is defend else edit_flags  # the last --device counts
+        output = tmp_path / "out.png"
+        paths = ["--input_path", str(source), "--output_path", str(output), "--device", device]
+        assert script.main([*flags, *paths, *line.split()]) == 0
+        return load_image(output).pixels.astype(int)
+
+    return run
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("method", METHOD_NAMES)
-def test_every_method_stays_in_the_budget(tmp_path, defend_flags, method, dtype):
-    (source,) = tiny.write_portraits(tmp_path, 1)
-    output = tmp_path / "out.png"
-    arguments = ["--input_path", source, "--output_path", output, "--defend_method", method, "--dtype", dtype]
-    assert defend.main([*map(str, arguments), *on_cuda(defend_flags), "--attack_budget", "0.03"]) == 0
-    change = np.abs(load_image(output).pixels.astype(int) - load_image(source).pixels)
-    assert 0 < change.max() <= allowed_levels(0.03)
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_stays_in_the_budget(pixels, method, dtype):
+    made = pixels(defend, "cuda", f"--defend_method {method} --dtype {dtype} --attack_budget 0.03")
+    assert 0 < np.abs(made - pixels(defend, None)).max() <= allowed_levels(0.03)
 
 
-def test_the_start_is_the_same_as_on_the_cpu(tmp_path, defend_flags):
-    (source,) = tiny.write_portraits(tmp_path, 1)
-    for name, flags in (("cpu", defend_flags), ("cuda", on_cuda(defend_flags))):
-        arguments = [
-            "--input_path", source, "--output_path", tmp_path / f"{name}.png", "--defend_method", "noise"
-        ]  # fmt: skip
-        assert defend.main([*map(str, arguments), *flags]) == 0
-    assert np.array_equal(load_image(tmp_path / "cpu.png").pixels, load_image(tmp_path / "cuda.png").pixels)
+def test_the_start_is_the_same_as_on_the_cpu(pixels):
+    cpu, cuda = (pixels(defend, device, "--defend_method noise") for device in ("cpu", "cuda"))
+    assert np.array_equal(cpu, cuda)
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
-def test_an_edit_is_close_to_the_cpus(tmp_path, edit_flags, dtype):
-    (source,) = tiny.write_portraits(tmp_path, 1)
-    pixels = {}
-    for name, flags in (("cpu", edit_flags), ("cuda", [*on_cuda(edit_flags), "--dtype", dtype])):
-        arguments = [
-            "--input_path", source, "--output_path", tmp_path / f"{name}.png", "--prompt", "x", "--seed", 1
-        ]  # fmt: skip
-        assert edit.main([*map(str, arguments), *flags]) == 0
-        pixels[name] = load_image(tmp_path / f"{name}.png").pixels.astype(int)
-    assert np.abs(pixels["cpu"] - pixels["cuda"]).mean() < 3
+def test_an_edit_is_close_to_the_cpus(pixels, dtype):
+    line = "--prompt x --seed 1"
+    cpu, cuda = pixels(edit, "cpu", line), pixels(edit, "cuda", f"{line} --dtype {dtype}")
+    assert np.abs(cpu - cuda).mean() < 3

@@ -1,7 +1,9 @@
-"""The defenses: budget, objectives, schedules and errors, and one-step values worked out by hand."""
+"""methods.py: budget, equations, schedules, loops and errors, and one-step values worked out by hand."""
 
-import functools
-import inspect
+from __future__ import annotations
+
+import dataclasses
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,14 +12,14 @@ import torch
 from tiny import tiny_vae
 
 import methods
-import models
-from methods import METHODS, GradientError, pgd, project, random_start, step_size_at
-from utils import METHOD_NAMES
+from methods import METHODS, NEED, GradientError, Method, Run, adam, pgd, project, random_start
+from models.faces import Recognizer, face_similarity_to
+from models.perceptual import perceptual_distance_to
 
 torch.set_num_threads(1)
 
 BUDGET = 0.03
-CASES = {  # test id -> (method, its own keywords)
+CASES = {  # test id -> (method, its knobs)
     "noise": ("noise", {}),
     "encoder": ("encoder", {}),
     "encoder-untargeted": ("encoder", {"targeted": False}),
@@ -27,26 +29,40 @@ CASES = {  # test id -> (method, its own keywords)
     "facelock": ("facelock", {}),
 }
 ITERATIVE = [case for case in CASES if case != "noise"]
+RUN_FIELDS = {field.name for field in dataclasses.fields(Run)}
 every_case = pytest.mark.parametrize("case", CASES)
 every_iterative_case = pytest.mark.parametrize("case", ITERATIVE)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 
 
 def image(batch=1, side=32, dtype=torch.float64, seed=1, reach=1.0):
-    """A random image; its values go up to +-reach, and some are exactly that."""
+    """Draws a random image; its values go up to +-reach, and some are exactly that."""
     generator = torch.Generator().manual_seed(seed)
     draw = torch.rand((batch, 3, side, side), generator=generator, dtype=torch.float64)
     return ((2 * draw - 1) * 1.1).clamp(-1, 1).mul(reach).to(dtype)
 
 
-def run(case, x, vae, *, num_iters=3, budget=BUDGET, closures=None, **more):
-    """Calls a case's method with the keywords that its signature names, as defend.protect does."""
+def offers(case, x, vae, closures=None, **knobs):
+    """Gives what the objective of a case takes beside x: its needs, from what there is, and its knobs.
+
+    closures: (face_similarity, perceptual_distance) instead of the toy networks'.
+    """
     name, own = CASES[case]
-    offers = {"vae": vae, "budget": budget, "step_size": 0.01, "num_iters": num_iters, **own, **more}
-    takes = inspect.signature(METHODS[name]).parameters
-    if "face_similarity" in takes:
-        offers["face_similarity"], offers["perceptual_distance"] = closures or toy_closures(x)
-    return METHODS[name](x, **{key: value for key, value in offers.items() if key in takes})
+    there = {"vae": vae}
+    if name == "facelock":
+        there["face_similarity"], there["perceptual_distance"] = closures or toy_closures(x)
+    needs = [key for key, default in METHODS[name].parameters.items() if default is NEED]
+    return {need: there[need] for need in needs} | own | knobs
+
+
+def objective_of(case, x, vae, closures=None, **knobs):
+    return METHODS[CASES[case][0]].objective(x, **offers(case, x, vae, closures, **knobs))
+
+
+def protect(case, x, vae, closures=None, **more):
+    """Runs a case; more: fields of Run (budget 0.03 and 3 iterations unless given) and knobs."""
+    fields = {"budget": BUDGET, "num_iters": 3, **{key: more.pop(key) for key in RUN_FIELDS & set(more)}}
+    return METHODS[CASES[case][0]].protect(x, Run(**fields), **offers(case, x, vae, closures, **more))
 
 
 class Linear:
@@ -84,9 +100,9 @@ class Counting:
 
 
 def toy_networks(dtype):
-    """A recogniser and an LPIPS without trained weights, whose calls are recorded."""
+    """Makes a recogniser and an LPIPS without trained weights, whose calls are recorded."""
     weights = torch.randn(5, 3 * 8 * 8, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    recognizer = models.Recognizer(
+    recognizer = Recognizer(
         name="toy",
         network=Counting(lambda crops: crops.flatten(1) @ weights.to(crops).T),
         size=8,
@@ -100,11 +116,11 @@ def toy_networks(dtype):
 
 
 def toy_closures(x, networks=None):
-    """(face_similarity, perceptual_distance) to x, made by models.py from the toy networks."""
+    """Makes (face_similarity, perceptual_distance) to x as protection.py does, from the toy networks."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     recognizer, perceptual = networks or toy_networks(x.dtype)
     boxes = [[(0, 0, x.shape[3], x.shape[2])]] * len(x)
-    return models.face_similarity_to(recognizer, x, boxes), models.perceptual_distance_to(perceptual, x)
+    return face_similarity_to(recognizer, x, boxes), perceptual_distance_to(perceptual, x)
 
 
 @pytest.fixture(scope="module")
@@ -117,16 +133,12 @@ def vaes():
 # what holds for every method
 
 
-def test_names():
-    assert tuple(METHODS) == METHOD_NAMES
-
-
 @every_case
 @both_dtypes
 @pytest.mark.parametrize("budget", [0.008, 0.1])
 def test_budget_range_and_dtype(case, dtype, budget, vaes):
     x = image(2, dtype=dtype)
-    out = run(case, x, vaes[dtype], budget=budget, step_size=budget)
+    out = protect(case, x, vaes[dtype], budget=budget, step_size=budget)
     assert out.dtype == dtype and out.shape == x.shape and not out.requires_grad
     assert (out - x).abs().max() <= budget + (1e-12 if dtype == torch.float64 else 2e-7)
     assert out.abs().max() <= 1
@@ -139,7 +151,7 @@ def test_inputs_are_left_alone(case):
     x = image(dtype=torch.float32)
     start = random_start(x, BUDGET, [4])
     before = x.clone(), start.clone()
-    run(case, x, vae, num_iters=2, start=start)
+    protect(case, x, vae, num_iters=2, start=start)
     assert torch.equal(x, before[0]) and torch.equal(start, before[1])
     assert not x.requires_grad and not start.requires_grad
     assert all(parameter.grad is None for parameter in vae.parameters())
@@ -149,48 +161,57 @@ def test_inputs_are_left_alone(case):
 def test_depends_on_start_alone(case, vaes):
     x = image(2, dtype=torch.float32)
     vae = vaes[x.dtype]
-    default = run(case, x, vae)
+    default = protect(case, x, vae)
     torch.manual_seed(99)
-    assert torch.equal(default, run(case, x, vae, start=random_start(x, BUDGET, [0, 0])))
-    assert not torch.equal(default, run(case, x, vae, start=random_start(x, BUDGET, [1, 2])))
+    assert torch.equal(default, protect(case, x, vae, start=random_start(x, BUDGET, [0, 0])))
+    assert not torch.equal(default, protect(case, x, vae, start=random_start(x, BUDGET, [1, 2])))
 
 
 @every_case
 def test_batch_is_one_by_one(case, vaes):
     x = image(3)
     start = random_start(x, BUDGET, [3, 1, 4])
-    together = run(case, x, vaes[x.dtype], start=start)
-    alone = [run(case, x[i : i + 1], vaes[x.dtype], start=start[i : i + 1]) for i in range(3)]
+    together = protect(case, x, vaes[x.dtype], start=start)
+    alone = [protect(case, x[i : i + 1], vaes[x.dtype], start=start[i : i + 1]) for i in range(3)]
     torch.testing.assert_close(together, torch.cat(alone), rtol=0, atol=1e-10)
 
 
 @every_case
 def test_float16_image_is_optimised_in_float32(case, vaes):
     x = image(dtype=torch.float16)
-    out = run(case, x, vaes[torch.float32])
+    out = protect(case, x, vaes[torch.float32])
     assert out.dtype == torch.float32
-    assert torch.equal(out, run(case, x.float(), vaes[torch.float32]))
+    assert torch.equal(out, protect(case, x.float(), vaes[torch.float32]))
 
 
 @every_case
 def test_start_outside_the_budget_is_pulled_in(case, vaes):
     x = image()
-    out = run(case, x, vaes[x.dtype], num_iters=1, start=-x)
+    out = protect(case, x, vaes[x.dtype], num_iters=1, start=-x)
     assert (out - x).abs().max() <= BUDGET + 1e-12
+
+
+@every_case
+def test_without_iterations_the_start_is_left(case, vaes):
+    x = image(2)
+    start = random_start(x, BUDGET, [1, 2])
+    out = protect(case, x, vaes[x.dtype], num_iters=0, start=start)
+    assert not out.requires_grad
+    torch.testing.assert_close(out, start, rtol=0, atol=3e-6)  # cw's tanh doesn't reach -1 and 1
 
 
 @every_iterative_case
 def test_callback(case, vaes):
     seen = []
     x = image(2)
-    run(case, x, vaes[x.dtype], num_iters=4, callback=lambda i, losses: seen.append((i, losses)))
+    protect(case, x, vaes[x.dtype], num_iters=4, callback=lambda i, values: seen.append((i, values)))
     assert [i for i, _ in seen] == [0, 1, 2, 3]
-    assert all(losses.shape == (2,) and not losses.requires_grad for _, losses in seen)
+    assert all(values.shape == (2,) and not values.requires_grad for _, values in seen)
     assert not torch.equal(seen[0][1], seen[3][1])
 
 
 def graph_size(tensor):
-    """The nodes of the autograd graph behind a tensor."""
+    """Counts the nodes of the autograd graph behind a tensor."""
     seen, waiting = set(), [tensor.grad_fn]
     while waiting:
         node = waiting.pop()
@@ -203,7 +224,7 @@ def graph_size(tensor):
 @every_iterative_case
 def test_graph_is_cut_at_each_step(case):
     vae = Linear()
-    run(case, image(side=8), vae, num_iters=6)
+    protect(case, image(side=8), vae, num_iters=6)
     optimised = [x for x in vae.encoded if x.requires_grad]
     sizes = {graph_size(x) for x in optimised}
     assert len(optimised) == 6 and len(sizes) == 1
@@ -213,61 +234,108 @@ def test_graph_is_cut_at_each_step(case):
 @every_iterative_case
 def test_clean_image_is_encoded_at_most_once(case):
     vae = Linear()
-    run(case, image(side=8), vae, num_iters=5)
-    needs_z0 = case in ("encoder-untargeted", "cw", "facelock")
-    assert len(vae.encoded) == 5 + needs_z0
+    protect(case, image(side=8), vae, num_iters=5)
+    never = case in ("encoder", "vae")
+    assert 5 <= len(vae.encoded) <= (5 if never else 6)
 
 
 # ---------------------------------------------------------------------------------------------------------
-# objectives, evaluated here
+# the equations, in numpy and float64: values
 
 
-def latent(vae, x):
-    with torch.no_grad():
-        return vae.encode(x).latent_dist.mean
+def mix(matrix, values):
+    return np.einsum("ck,bkhw->bchw", matrix, values)
 
 
-def reconstruction(vae, x):
-    with torch.no_grad():
-        return vae.decode(latent(vae, x)).sample
+def norm(values):
+    return np.sqrt((values**2).sum(axis=(1, 2, 3)))
 
 
-def cw_objective(x_adv, x, vae, targeted, c=0.03):
-    z, z0 = latent(vae, x_adv), latent(vae, x)
-    f = z.flatten(1).norm(dim=1) if targeted else -(z - z0).norm(dim=-1).sum(dim=(1, 2))
-    return ((x_adv - x) / 2).square().sum(dim=(1, 2, 3)) + c * f
+def cw_equation(x_adv, x, f, c=0.03):
+    return -((((x_adv - x) / 2) ** 2).sum(axis=(1, 2, 3)) + c * f)
 
 
-OBJECTIVES = {  # case -> what the method makes smaller, (B,)
-    "encoder": lambda x_adv, x, vae: latent(vae, x_adv).flatten(1).norm(dim=1),
-    "encoder-untargeted": lambda x_adv, x, vae: (
-        -(latent(vae, x_adv) - latent(vae, x)).square().mean((1, 2, 3))
-    ),
-    "vae": lambda x_adv, x, vae: reconstruction(vae, x_adv).flatten(1).norm(dim=1),
-    "cw": lambda x_adv, x, vae: cw_objective(x_adv, x, vae, targeted=False),
-    "cw-targeted": lambda x_adv, x, vae: cw_objective(x_adv, x, vae, targeted=True),
+def rows_apart(z, z0):
+    return np.sqrt(((z - z0) ** 2).sum(axis=3) + 1e-8).sum(axis=(1, 2))
+
+
+EQUATIONS = {  # case -> its objective where E and D are the matrices above, (B,)
+    "noise": lambda x_adv, x: np.zeros(len(x)),
+    "encoder": lambda x_adv, x: -norm(mix(ENCODER, x_adv)),
+    "encoder-untargeted": lambda x_adv, x: (mix(ENCODER, x_adv - x) ** 2).mean(axis=(1, 2, 3)),
+    "vae": lambda x_adv, x: -norm(mix(DECODER, mix(ENCODER, x_adv))),
+    "cw": lambda x_adv, x: cw_equation(x_adv, x, -rows_apart(mix(ENCODER, x_adv), mix(ENCODER, x))),
+    "cw-targeted": lambda x_adv, x: cw_equation(x_adv, x, norm(mix(ENCODER, x_adv))),
 }
 
 
-@pytest.mark.parametrize("case", OBJECTIVES)
+def two_images(side=8):
+    """Draws a clean image and another one in its ball, as tensors and as arrays."""
+    x = image(3, side=side)
+    x_adv = random_start(x, 0.2, [1, 2, 3])
+    return x, x_adv, x.numpy(), x_adv.numpy()
+
+
+@pytest.mark.parametrize("t", [0.0, 0.5])
+@pytest.mark.parametrize("case", EQUATIONS)
+def test_objective_is_its_equation(case, t):
+    x, x_adv, x_np, x_adv_np = two_images()
+    value = objective_of(case, x, Linear())(x_adv, t)
+    np.testing.assert_allclose(value.numpy(), EQUATIONS[case](x_adv_np, x_np), rtol=1e-12, atol=1e-12)
+
+
+def test_cw_weighs_its_latent_term_by_c():
+    x, x_adv, x_np, x_adv_np = two_images()
+    value = objective_of("cw", x, Linear(), c=7.0)(x_adv, 0.0)
+    f = -rows_apart(mix(ENCODER, x_adv_np), mix(ENCODER, x_np))
+    np.testing.assert_allclose(value.numpy(), cw_equation(x_adv_np, x_np, f, c=7.0), rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("t", "lpips_on", "face_on"),
+    [(0.0, 0, 0), (0.25, 0, 0), (0.2501, 1, 0), (0.3499, 1, 0), (0.35, 1, 1), (0.99, 1, 1)],
+)
+def test_facelock_is_its_equation(t, lpips_on, face_on):
+    """With mean and maximum for the two networks, of a y that is clipped."""
+    x, x_adv, x_np, x_adv_np = two_images()
+    closures = (lambda y: y.mean(dim=(1, 2, 3)), lambda y: (y + 3).amax(dim=(1, 2, 3)))
+    value = objective_of("facelock", x, Linear(), closures)(x_adv, t)
+    latent = (mix(ENCODER, x_adv_np - x_np) ** 2).mean(axis=(1, 2, 3))
+    y = np.clip(mix(DECODER, mix(ENCODER, x_adv_np)), -1, 1)
+    expected = 0.2 * latent + lpips_on * (y + 3).max(axis=(1, 2, 3)) - face_on * y.mean(axis=(1, 2, 3))
+    np.testing.assert_allclose(value.numpy(), expected, rtol=1e-12)
+
+
+@every_iterative_case
+def test_callback_gets_the_objective(case, vaes):
+    x = image(2)
+    start = random_start(x, 0.01, [1, 2])
+    seen = []
+    protect(case, x, vaes[x.dtype], num_iters=1, start=start, callback=lambda i, values: seen.append(values))
+    expected = objective_of(case, x, vaes[x.dtype])(start, 0.0)
+    torch.testing.assert_close(seen[0], expected, rtol=1e-3 if case == "cw" else 1e-6, atol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# where the loops lead
+
+
+@every_iterative_case
 def test_objective_improves(case, vaes):
     x = image(2)
     vae = vaes[x.dtype]
     start = random_start(x, 0.01, [1, 2])
-    out = run(case, x, vae, num_iters=5, budget=0.05, start=start, lr=0.005)
-    objective = OBJECTIVES[case]
-    assert (objective(out, x, vae) < objective(start, x, vae)).all()
+    out = protect(case, x, vae, num_iters=5, budget=0.05, start=start, lr=0.005)
+    objective = objective_of(case, x, vae)
+    assert (objective(out, 0.99) > objective(start, 0.99)).all()
 
 
-@pytest.mark.parametrize("case", OBJECTIVES)
-def test_callback_gets_the_objective(case, vaes):
-    x = image(2)
-    start = random_start(x, 0.01, [1, 2])
-    losses = []
-    run(case, x, vaes[x.dtype], num_iters=1, start=start, callback=lambda i, values: losses.append(values))
-    sign = -1 if case == "encoder-untargeted" else 1  # the one of these that pgd maximises
-    expected = sign * OBJECTIVES[case](start, x, vaes[x.dtype])
-    torch.testing.assert_close(losses[0], expected, rtol=1e-3 if case == "cw" else 1e-6, atol=1e-6)
+def latent(vae, x):
+    return vae.encode(x).latent_dist.mean
+
+
+def reconstruction(vae, x):
+    return vae.decode(latent(vae, x)).sample.clamp(-1, 1)
 
 
 @pytest.mark.parametrize("term", ["latent", "face", "perceptual"])
@@ -280,19 +348,19 @@ def test_facelock_pushes_away_from_the_person(term):
     def nothing(y):
         return y.new_zeros(len(y))
 
-    similarity, distance = toy_closures(reconstruction(vae, x).clamp(-1, 1))
+    similarity, distance = toy_closures(reconstruction(vae, x))
     closures = {
         "latent": (nothing, nothing),
         "face": (lambda y: 100 * similarity(y), nothing),
         "perceptual": (nothing, lambda y: 100 * distance(y)),
     }[term]
-    out = run("facelock", x, vae, num_iters=10, start=start, closures=closures)
-    measures = {
+    out = protect("facelock", x, vae, closures, num_iters=10, start=start)
+    of_the_person = {
         "latent": lambda x_adv: -(latent(vae, x_adv) - latent(vae, x)).square().mean(dim=(1, 2, 3)),
-        "face": lambda x_adv: similarity(reconstruction(vae, x_adv).clamp(-1, 1)),
-        "perceptual": lambda x_adv: -distance(reconstruction(vae, x_adv).clamp(-1, 1)),
-    }
-    assert (measures[term](out) < measures[term](start)).all()
+        "face": lambda x_adv: similarity(reconstruction(vae, x_adv)),
+        "perceptual": lambda x_adv: -distance(reconstruction(vae, x_adv)),
+    }[term]
+    assert (of_the_person(out) < of_the_person(start)).all()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -323,7 +391,7 @@ def test_facelock_schedule(num_iters, perceptual_from, face_from):
     decode = vae.decode
     vae.decode = lambda z: (calls["decode"].append(now()), decode(z))[1]
     closures = recorder("face"), recorder("perceptual")
-    run("facelock", 0.999 * x, vae, num_iters=num_iters, closures=closures)
+    protect("facelock", 0.999 * x, vae, closures, num_iters=num_iters)
     assert calls == {
         "decode": list(range(perceptual_from, num_iters)),
         "perceptual": list(range(perceptual_from, num_iters)),
@@ -331,11 +399,28 @@ def test_facelock_schedule(num_iters, perceptual_from, face_from):
     }
 
 
+def test_facelocks_bounds_are_exact_for_every_number_of_iterations():
+    """It is i / N that is compared; 0.35 N may be rounded to the wrong side of a whole number."""
+    called = set()
+
+    def closure(name):
+        return lambda y: called.add(name) or y.mean(dim=(1, 2, 3))
+
+    x = image(side=2)
+    objective = objective_of("facelock", x, Linear(), (closure("face"), closure("perceptual")))
+    for n in range(1, 301):
+        for name, first in (("perceptual", n // 4 + 1), ("face", -(-35 * n // 100))):
+            for i in (first - 1, first):
+                called.clear()
+                objective(x, i / n)
+                assert (name in called) == (i == first), (n, i)
+
+
 def test_facelock_never_embeds_the_clean_image_again():
     """The networks see B images for the reference, and then B, not 2 B, each time the term is on."""
     x = image(2, side=8)
     recognizer, perceptual = toy_networks(x.dtype)
-    run("facelock", x, Linear(), num_iters=20, closures=toy_closures(x, (recognizer, perceptual)))
+    protect("facelock", x, Linear(), toy_closures(x, (recognizer, perceptual)), num_iters=20)
     for calls, times_on in ((recognizer.network.calls, 13), (perceptual.net.calls, 14)):
         assert [len(images) for images in calls] == [2] * (1 + times_on)
         assert [images.requires_grad for images in calls] == [False] + [True] * times_on
@@ -349,14 +434,10 @@ GOLDEN_STEP = 0.01
 
 
 def golden_inputs():
-    """(x, start) as tensors and as arrays; a start inside the ball, from which some steps lead out."""
+    """Draws (x, start) as tensors and as arrays; a start inside the ball, from which some steps lead out."""
     x = image(2, side=4, seed=7)
     start = random_start(x, BUDGET, [5, 6])
     return x, start, x.numpy(), start.numpy()
-
-
-def mix(matrix, values):
-    return np.einsum("ck,bkhw->bchw", matrix, values)
 
 
 def clip(x_adv, x):
@@ -372,7 +453,7 @@ def test_noise_by_hand():
     x, _, x_np, _ = golden_inputs()
     draw = torch.rand((3, 4, 4), generator=torch.Generator().manual_seed(0)).double().numpy()
     expected = np.clip(x_np + (2 * draw - 1) * BUDGET, -1, 1)
-    np.testing.assert_allclose(METHODS["noise"](x, budget=BUDGET).numpy(), expected, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(protect("noise", x, None).numpy(), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("case", ["encoder", "encoder-untargeted", "vae", "facelock"])
@@ -385,7 +466,7 @@ def test_sign_step_by_hand(case):
         "vae": -mix(both.T @ both, start_np),
         "facelock": mix(ENCODER.T @ ENCODER, start_np - x_np),  # at i = 0 the latent term is alone
     }[case]
-    out = run(case, x, Linear(), num_iters=1, start=start)
+    out = protect(case, x, Linear(), num_iters=1, start=start)
     check_golden(out, clip(start_np + GOLDEN_STEP * np.sign(gradient), x_np), x_np)
 
 
@@ -411,7 +492,7 @@ def test_facelock_by_hand():
 
     u, v = torch.from_numpy(u), torch.from_numpy(v)
     closures = (lambda y: (u * y).sum((1, 2, 3)), lambda y: (v * y.square()).sum((1, 2, 3)))
-    out = run("facelock", x, Linear(), num_iters=2, start=start, closures=closures)
+    out = protect("facelock", x, Linear(), closures, num_iters=2, start=start)
     check_golden(out, expected, x_np)
 
 
@@ -431,7 +512,7 @@ def test_cw_step_by_hand(case):
     dl_da = 2 * (a - (x_np + 1) / 2) + c * 2 * mix(ENCODER.T, df_dz)
     g = dl_da * (1 - x_adv**2) / 2
     w = np.arctanh(x_adv) - lr * g / (np.abs(g) + 1e-8)
-    out = run(case, x, Linear(), num_iters=1, start=start, c=c, lr=lr)
+    out = protect(case, x, Linear(), num_iters=1, start=start, c=c, lr=lr)
     check_golden(out, clip(np.tanh(w), x_np), x_np)
 
 
@@ -439,28 +520,64 @@ def test_cw_step_by_hand(case):
 # the parts
 
 
-def test_step_size():
-    assert step_size_at(0, 100, 0.01) == 0.01
-    assert step_size_at(50, 100, 0.01) == pytest.approx(0.00505, abs=1e-15)
-    assert step_size_at(99, 100, 0.01) == pytest.approx(0.000199, abs=1e-15)
+def test_pgds_steps_fall_to_one_percent():
+    """And the objective is told the share of iterations done."""
+    seen = []
+
+    def objective(x_adv, t):
+        seen.append((t, x_adv[0, 0, 0, 0].item()))
+        return x_adv.sum(dim=(1, 2, 3))
+
+    x = torch.zeros(1, 3, 4, 4, dtype=torch.float64)
+    out = pgd(x, objective, Run(budget=1.0, step_size=0.01, num_iters=100, start=x))
+    assert [t for t, _ in seen] == [i / 100 for i in range(100)]
+    steps = np.diff([value for _, value in seen] + [out[0, 0, 0, 0].item()])
+    assert steps[[0, 50, 99]] == pytest.approx([0.01, 0.00505, 0.000199], abs=1e-15)
 
 
-@pytest.mark.parametrize("maximize", [True, False])
-def test_pgd_goes_along_the_sign_by_falling_steps(maximize):
+@pytest.mark.parametrize("sign", [1, -1])
+def test_pgd_goes_along_the_sign_by_falling_steps(sign):
     x = image(side=4, reach=0.1)
-    slope = torch.where(image(side=4, seed=2) > 0, 1e-9, -1e9).to(x)
-    out = pgd(
-        x,
-        lambda x_adv, i: (slope * x_adv).sum(dim=(1, 2, 3)),
-        budget=0.5,
-        step_size=0.1,
-        num_iters=4,
-        start=x,
-        maximize=maximize,
-    )
+    slope = sign * torch.where(image(side=4, seed=2) > 0, 1e-9, -1e9).to(x)
+    run = Run(budget=0.5, step_size=0.1, num_iters=4, start=x)
+    out = pgd(x, lambda x_adv, t: (slope * x_adv).sum(dim=(1, 2, 3)), run)
     moved = 0.1 * (1 + 0.7525 + 0.505 + 0.2575)
-    expected = x + (1 if maximize else -1) * moved * slope.sign()
-    torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(out, x + moved * slope.sign(), rtol=0, atol=1e-12)
+
+
+def test_a_gradient_too_small_for_float16_still_counts():
+    x = torch.zeros(1, 3, 4, 4)
+    run = Run(budget=0.5, step_size=0.1, num_iters=1, start=x)
+    out = pgd(x, lambda x_adv, t: (x_adv.half() * 2e-8).sum(dim=(1, 2, 3)), run)
+    assert torch.equal(out, torch.full_like(x, 0.1))
+
+
+def test_adam_takes_any_objective():
+    """It leads to the objective's maximum where that is inside the budget, and to the border else."""
+    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
+    goal = torch.tensor([0.02, 0.2], dtype=x.dtype).view(2, 1, 1, 1).expand_as(x)
+    run = Run(budget=0.05, num_iters=300, start=x)
+    out = adam(x, lambda x_adv, t: -(x_adv - goal).square().sum(dim=(1, 2, 3)), run)
+    torch.testing.assert_close(out, goal.clamp(max=0.05), rtol=0, atol=1e-6)
+
+
+def test_a_methods_parameters_are_needs_and_knobs():
+    """A parameter without a default is a need, and x is neither."""
+    assert METHODS["noise"].parameters == {}
+    assert METHODS["cw"].parameters == {"vae": NEED, "c": 0.03, "targeted": False}
+    needs = ["vae", "face_similarity", "perceptual_distance"]
+    assert METHODS["facelock"].parameters == dict.fromkeys(needs, NEED)
+
+
+def test_a_defense_of_ones_own():
+    """An objective is all that it takes."""
+
+    def brighten(x, weight=2.0):
+        return lambda x_adv, t: weight * (x_adv - x).sum(dim=(1, 2, 3))
+
+    x = image(2, reach=0.5)
+    out = Method(brighten).protect(x, Run(budget=0.03, num_iters=20), weight=3.0)
+    torch.testing.assert_close(out, x + 0.03, rtol=0, atol=1e-12)
 
 
 def test_project():
@@ -517,21 +634,21 @@ def test_random_start_depends_on_the_seed_alone():
 def test_bad_image(case, bad):
     closures = (lambda y: y.sum((1, 2, 3)),) * 2
     with pytest.raises(ValueError, match="image must be"):
-        run(case, bad, Linear(dtype=torch.float32), closures=closures)
+        protect(case, bad, Linear(dtype=torch.float32), closures)
 
 
 @pytest.mark.parametrize("budget", [0, -0.03, float("nan")])
 @every_case
 def test_bad_budget(case, budget):
     with pytest.raises(ValueError, match="budget"):
-        run(case, image(side=8), Linear(), budget=budget)
+        protect(case, image(side=8), Linear(), budget=budget)
 
 
 @every_case
 def test_bad_start(case):
     x = image(2, side=8)
     with pytest.raises(ValueError, match="start is"):
-        run(case, x, Linear(), start=x[:1])
+        protect(case, x, Linear(), start=x[:1])
 
 
 @pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
@@ -540,26 +657,21 @@ def test_one_seed_an_image(seeds):
         random_start(image(2, side=8), BUDGET, seeds)
 
 
+@pytest.mark.parametrize("loop", [pgd, adam])
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize(("at", "num_iters"), [(0, 1), (0, 40), (12, 13), (19, 40), (35, 36)])
-def test_gradient_not_finite(value, at, num_iters):
+def test_gradient_not_finite(loop, value, at, num_iters):
     """In one image, in one iteration, even the last one; and a long run ends soon after it."""
     seen = []
 
-    def loss(x_adv, i):
+    def objective(x_adv, t):
         factor = torch.ones(2, dtype=x_adv.dtype)
-        factor[1] = value if i == at else 1.0
+        factor[1] = value if t == at / num_iters else 1.0
         return (x_adv.sum(dim=(1, 2, 3)) + 100) * factor
 
+    run = Run(BUDGET, num_iters=num_iters, callback=lambda i, values: seen.append(i))
     with pytest.raises(GradientError, match="NaN or infinite"):
-        pgd(
-            image(2, side=4),
-            loss,
-            budget=BUDGET,
-            step_size=0.01,
-            num_iters=num_iters,
-            callback=lambda i, losses: seen.append(i),
-        )
+        loop(image(2, side=4), objective, run)
     assert len(seen) < at + methods.CHECK_EVERY
 
 
@@ -567,16 +679,18 @@ def test_gradient_not_finite(value, at, num_iters):
 def test_broken_network(case):
     broken = Linear(encoder=np.full((3, 3), np.nan))
     with pytest.raises(GradientError):
-        run(case, image(side=8), broken)
+        protect(case, image(side=8), broken)
 
 
 def test_gradient_zero_everywhere_warns():
     x = image(2, side=8)
     start = random_start(x, BUDGET, [1, 2])
     start[1] = x[1]
-    with pytest.warns(RuntimeWarning, match="zero everywhere") as caught:
-        out = run("encoder-untargeted", x, Linear(), num_iters=25, start=start)
-    assert len(caught) == 1
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("default")  # Python's own way: a line of code warns once
+        out = protect("encoder-untargeted", x, Linear(), num_iters=25, start=start)
+    (warning,) = caught
+    assert warning.category is RuntimeWarning and "zero everywhere" in str(warning.message)
     assert torch.equal(out[1], x[1]) and not torch.equal(out[0], start[0])
 
 
@@ -585,55 +699,7 @@ def test_cw_from_black_and_white(case):
     """At -1 and 1 tanh has no inverse, and in float32 its neighbours are far apart."""
     x = image(side=8, dtype=torch.float32).sign()
     x[0, 0, 0, :4] = 0
-    out = run(case, x, Linear(dtype=torch.float32), num_iters=20, start=x)
+    out = protect(case, x, Linear(dtype=torch.float32), num_iters=20, start=x)
     assert out.isfinite().all()
     assert (out - x).abs().max() <= BUDGET + 2e-7
     assert not torch.equal(out, x)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# torch.compile
-
-
-@pytest.mark.parametrize(("case", "n_graphs"), [("encoder", 1), ("facelock", 3)])
-def test_compiled_is_the_same_as_one_graph(case, n_graphs, vaes, monkeypatch):
-    """With the tracer alone, without a code generator: `fullgraph` fails where the iteration breaks up."""
-    graphs = []
-
-    def backend(graph, inputs):
-        graphs.append(graph)
-        return graph.forward
-
-    def closures(x):
-        weights = torch.linspace(-1, 1, x[0].numel(), dtype=x.dtype).view_as(x[:1])
-        return (
-            lambda y: torch.cosine_similarity((y * weights).flatten(1), (x * weights).flatten(1)),
-            lambda y: (y - x).square().flatten(1).mean(dim=1),
-        )
-
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    for seed in (1, 2):  # the second batch is compiled no more
-        x = image(2, seed=seed)
-        given = {"num_iters": 6, "closures": closures(x)}
-        plain = run(case, x, vaes[x.dtype], **given)
-        compiled = run(case, x, vaes[x.dtype], compile=True, **given)
-        torch.testing.assert_close(compiled, plain, atol=1e-9, rtol=0)
-    assert len(graphs) == n_graphs  # facelock: no decode, LPIPS, LPIPS and face
-    assert any("sign" in str(node.target) for node in graphs[0].graph.nodes)  # the step is in it
-
-
-def test_compiled_takes_any_number_of_sizes(monkeypatch):
-    """Left alone, torch.compile gives up after eight graphs, and a directory of many sizes would fail."""
-    torch._dynamo.reset()
-    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
-    for side in range(4, 16):
-        x = image(side=side)
-        pgd(
-            x,
-            lambda x_adv, i: x_adv.square().flatten(1).mean(dim=1),
-            budget=BUDGET,
-            step_size=0.01,
-            num_iters=2,
-            compile=True,
-        )

@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import hashlib
 import itertools
+import pathlib
 
 import check
 import numpy as np
@@ -19,8 +20,10 @@ import world
 from drawing.people import Identity
 from PIL import Image
 
-import models
-from utils import edit_prompts, to_tensor
+from images import to_tensor
+from models.editors import load_vae
+from models.faces import load_recognizer
+from utils import edit_prompts
 
 PEOPLE = portraits.VALIDATION[500:506]  # nobody who was tuned on, nor of the final figures
 BUNDLED = sorted((world.ROOT / "assets" / "portraits" / "mini").glob("*.png"))
@@ -282,9 +285,7 @@ def test_noisy_timesteps_can_be_drawn_more_often(noisy, lowest):
 @torch.no_grad()
 def test_a_finished_editor_can_be_trained_further():
     """Its weights come back, and the attention that is fast to train computes what diffusers' own does."""
-    pipeline = models.load_editor(
-        models.MODEL_SETS["mini"], "instruct-pix2pix", torch.device("cpu"), torch.float32, progress=False
-    ).pipeline
+    pipeline = world.mini_set().load_editor().pipeline
     ours = train_editor.Editor(pipeline.tokenizer).eval()
     train_editor.load(ours, world.ASSETS / "editor")
     noisy, image = torch.randn(2, 1, *train_editor.LATENT, generator=world.generator(0, 0))
@@ -320,7 +321,8 @@ class Oracle:
 
 def test_edits_are_compared_with_the_generators(work):
     person, chosen = PEOPLE[0], (4, 10, 19)
-    vae = models.load_vae(models.MODEL_SETS["mini"], "instruct-pix2pix", *CPU).vae
+    mini = world.mini_set()
+    vae = load_vae(mini.editor, mini.model_id, mini.resolution, *CPU).vae
     knowing = Oracle(vae, {edit_prompts[prompt]: pixels(person, 0, prompt) for prompt in chosen})
     right = train_editor.measure(knowing, [person], prompts=chosen)
     assert right.prompts_met() == 3 and (right.whole > 70).all() and (right.outside > 30).all()
@@ -351,8 +353,8 @@ def test_a_missed_target_is_counted(capsys):
 
 
 def test_check_takes_other_steps():
-    assert check.Models(4).editor.models.num_inference_steps == 4
-    assert check.Models().editor.models.num_inference_steps == 20
+    assert check.Models(4).editor.knobs["num_inference_steps"] == 4
+    assert check.Models().editor.knobs["num_inference_steps"] == 20
 
 
 @pytest.mark.parametrize(("share", "status"), [(0.99, 1), (1.0, 0)])
@@ -375,7 +377,7 @@ CPU = torch.device("cpu"), torch.float32
 
 
 def test_the_editor_edits(work):
-    editor = models.load_editor(models.MODEL_SETS["mini"], "instruct-pix2pix", *CPU, progress=False)
+    editor = world.mini_set().load_editor()
     found = train_editor.measure(editor, PEOPLE[:2], prompts=(4, 10, 13, 19))
     assert found.closer.all()
     assert np.nanmean(found.outside) > 25 and found.whole.mean() > 24
@@ -384,12 +386,12 @@ def test_the_editor_edits(work):
 
 @pytest.mark.parametrize("name", ["recognizer", "judge"])
 def test_recognisers_tell_people_apart(work, name):
-    recognizer = models.load_recognizer(getattr(models.MODEL_SETS["mini"], name), *CPU)
+    recognizer = load_recognizer(getattr(world.mini_set(), name), *CPU)
     found = train_recognizer.evaluate(recognizer, PEOPLE, print)
     assert found["eer_plain"] < 0.1 and found["cosine_different"] < 0.25 < found["cosine_same"]
     assert found["fr_edit"] > 0.6
 
 
 def test_clip_knows_the_instructions(work):
-    found = train_clip.evaluate(models.Path(models.MODEL_SETS["mini"].clip), CPU[0], PEOPLE[:2], print)
+    found = train_clip.evaluate(pathlib.Path(world.mini_set().clip), CPU[0], PEOPLE[:2], print)
     assert found["direction_top1"] > 0.6 and found["clip_s"] > found["clip_s_wrong"] + 0.2

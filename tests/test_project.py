@@ -1,38 +1,51 @@
-"""The project's own files: environment, CI, README, bundled portraits and models."""
+"""The project's own files: environment, CI, make, documents and their commands, imports, what is bundled."""
 
 from __future__ import annotations
 
+import argparse
+import ast
+import graphlib
+import importlib
 import json
+import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
-import cheats
-import check
-import eval_all
-import eval_facial
-import eval_psnr
-import figure
 import numpy as np
-import portraits
-import purify
 import pytest
 import torch
 import yaml
 from PIL import Image
 
-import bench
 import defend
 import edit
-import main_defend
-import main_edit
-import models
-import utils
+from images import load_image, to_tensor
+from methods import METHODS
+from models import sets
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = sorted((ROOT / "assets/portraits/mini").glob("*.png"))
-README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+SOURCES = [
+    path
+    for folder in ("", "models", "evaluation", "benchmarks", "mini", "mini/drawing")
+    for path in sorted((ROOT / folder).glob("*.py"))
+]
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def is_script(path: Path) -> bool:
+    return 'if __name__ == "__main__"' in path.read_text()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# environment, CI, make
 
 
 def requirements(name: str) -> dict[str, str]:
@@ -59,22 +72,36 @@ def test_every_requirement_has_a_range():
     assert not needed.keys() & of_tests.keys()
 
 
-def test_ci_calls_make_test():
-    assert "\nmake test\n" in (ROOT / ".ci/run").read_text()
+def dry_run(target: str, *more: str) -> str:
+    """What make would do for a target, where everything is installed."""
+    command = ["make", "-n", target, "RUN=python", *more]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
-def test_make_table_runs_every_method():
-    (line,) = re.findall(r"^METHODS \?= (.+)$", (ROOT / "Makefile").read_text(), re.MULTILINE)
-    assert sorted(line.split()) == sorted(utils.METHOD_NAMES)
+def test_ci_lints_and_tests(tmp_path):
+    """By make, of which a stand-in notes what is asked of it."""
+    (tmp_path / "make").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
+    (tmp_path / "make").chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    subprocess.run([ROOT / ".ci/run"], env={**os.environ, "PATH": path}, check=True)
+    assert (tmp_path / "asked").read_text().split() == ["lint", "test"]
 
 
-def test_make_experiment_has_every_part():
-    """All prompts at 0.06, six at 0.03, the cheats, the paper's purifiers; what it would run, not the run."""
-    told = subprocess.run(["make", "-n", "experiment"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for part in ("BUDGETS=0.06 PROMPTS= ", "BUDGETS=0.03 PROMPTS=0,4,11,13,19,23 ", "evaluation/cheats.py"):
-        assert part in told.stdout
-    assert "for method in none jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10; do" in told.stdout
-    assert told.stdout.count("--first 1002000 --count 20") == 1
+@pytest.mark.parametrize("target", ["demo", "table", "experiment"])
+def test_what_make_runs_is_a_command(target, parsed):
+    commands = commands_in(dry_run(target))
+    assert commands
+    for script, arguments in commands:
+        parsed(script, arguments)
+
+
+def test_make_table_runs_every_method(parsed):
+    ((script, arguments),) = commands_in(dry_run("table"))
+    assert script == "experiment.py" and sorted(parsed(script, arguments).methods) == sorted(METHODS)
+    more = ("BUDGETS=0.06 0.03", "PROMPTS=0,13", "METHODS=noise vae")
+    ((script, arguments),) = commands_in(dry_run("table", *more))
+    args = parsed(script, arguments)
+    assert (args.budgets, args.prompts, args.methods) == ([0.06, 0.03], [0, 13], ["noise", "vae"])
 
 
 @pytest.mark.slow
@@ -92,86 +119,208 @@ def test_make_table_is_the_whole_experiment(tmp_path):
         subprocess.run(make, cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)
     ]
     rows = (tmp_path / "table/all_metric.csv").read_text().splitlines()[1:]
-    places = [f"{method}/budget_{budget}" for budget in ("0.06", "0.03") for method in ("noise", "encoder")]
-    assert [row.split(",")[0] for row in rows] == ["clean", *(f"{tmp_path}/table/edits/{p}" for p in places)]
+    places = {f"{method}/budget_{budget}" for budget in ("0.06", "0.03") for method in ("noise", "encoder")}
+    assert {row.split(",")[0] for row in rows} == {"clean", *(f"{tmp_path}/table/edits/{p}" for p in places)}
     assert (tmp_path / "table/figure.png").stat().st_size > 10_000
     assert outputs[0].count(" 0 there already, 0 failed") == 1 + 2 * len(places)
     assert outputs[1].count(": 0 written") == 1 + 2 * len(places)
 
 
-@pytest.mark.parametrize("link", sorted(set(re.findall(r"\]\((?!http)([^)]+)\)", README))))
-def test_readme_links_lead_somewhere(link):
-    if link.startswith("#"):
-        headings = re.findall(r"^#+ (.+)$", README, re.MULTILINE)
-        places = {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
-        assert link[1:] in places
-    else:
-        assert (ROOT / link).exists()
+# ---------------------------------------------------------------------------------------------------------
+# the documents
 
 
-@pytest.fixture
-def flags_of(capsys):
-    """Script (and figure.py's kind) -> the flags that its --help names."""
-    scripts = (bench, defend, edit, main_defend, main_edit, eval_all, eval_facial, eval_psnr, purify, cheats)
-    commands = {script.__name__: (script.parse_args, []) for script in scripts}
-    commands |= {f"figure {kind}": (figure.parse_args, [kind]) for kind in ("grid", "plot")}
-    commands |= {"portraits": (portraits.main, []), "check": (check.main, [])}
-    found = {}
-    for name, (parse, arguments) in commands.items():
-        with pytest.raises(SystemExit):
-            parse([*arguments, "--help"])
-        found[name] = set(re.findall(r"--\w+", capsys.readouterr().out))
+def anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading).lower().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=relative)
+def test_links_lead_somewhere(document):
+    text = document.read_text()
+    for link in re.findall(r"\]\((?!http)([^)\s]+)\)", text):
+        name, _, anchor = link.partition("#")
+        target = document.parent / name if name else document
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
+
+
+def test_every_page_is_linked_from_the_readme():
+    links = re.findall(r"\]\(([^)#\s]+)", (ROOT / "README.md").read_text())
+    assert {relative(page) for page in DOCUMENTS[1:]} <= set(links)
+
+
+def commands_in(text: str) -> list[tuple[str, list[str]]]:
+    """Finds the Python commands in shell lines: script and arguments, also behind a launcher or in a loop."""
+    found = []
+    for line in text.replace("\\\n", " ").splitlines():
+        if not re.search(r"\b(python3?|torchrun|accelerate)\b.*\.py\b", line):
+            continue
+        line = re.sub(r"\$\(\w+\)|\$\{?\w+\}?", "0", line)  # a shell's variable, whatever it holds
+        words = shlex.split(line.replace(";", " ; "), comments=True)
+        while script := next((word for word in words if word.endswith(".py")), None):
+            words = words[words.index(script) + 1 :]
+            ends = [place for place, word in enumerate(words) if re.match(r"[;&|>)]|2>", word)]
+            found.append((script, words[: ends[0]] if ends else words))
+            words = words[ends[0] :] if ends else []
     return found
 
 
-def test_readme_commands_have_flags_that_exist(flags_of):
-    """Each of its own script."""
-    blocks = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    inline = re.findall(r"`(python [^`\n]+)`", README)
-    seen = 0
-    for line in [line for text in [*blocks, *inline] for line in text.replace("\\\n", " ").splitlines()]:
-        for script, rest in re.findall(r"(?:\w+/)?(\w+)\.py\b([^#;)]*)", line):
-            if script == "figure":
-                script += f" {rest.split()[0]}"
-            named = set(re.findall(r"(?<!\S)--\w+", rest))
-            assert named <= flags_of[script], line
-            seen += len(named)
-    assert seen > 90
+@pytest.fixture
+def parsed(monkeypatch, capsys):
+    """Parses a command's arguments by the script's own parser, and does nothing else."""
+
+    class Parsed(BaseException):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(self, *arguments, **more):
+        raise Parsed(parse(self, *arguments, **more))
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+
+    def of(script: str, arguments: list[str]) -> argparse.Namespace:
+        module = importlib.import_module(Path(script).stem)
+        assert Path(module.__file__) == ROOT / script
+        try:
+            module.main(arguments)
+        except Parsed as done:
+            return done.args[0]
+        except SystemExit:
+            pytest.fail(f"{script} {shlex.join(arguments)}: {capsys.readouterr().err.splitlines()[-1]}")
+        pytest.fail(f"{script} parses nothing")
+
+    return of
 
 
-def test_readme_names_flags_that_exist(flags_of):
-    known = set().union(*flags_of.values())
-    foreign = {"--include"}  # of hf
-    # of accelerate, torchrun and SLURM
-    foreign |= {"--num_processes", "--num_machines", "--machine_rank", "--main_process_ip"}
-    foreign |= {"--main_process_port", "--nproc_per_node", "--shutdown_timeout"}
-    foreign |= {"--nodes", "--ntasks", "--gpus"}
-    named = set(re.findall(r"(?<![-\w])--\w+", README)) - foreign
-    assert len(named) > 45 and named <= known
+def code_of(document: Path) -> str:
+    """Its blocks of code, and the commands that stand between ` and `."""
+    text = document.read_text()
+    blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    return "\n".join([*blocks, *re.findall(r"`(python [^`\n]+)`", text)])
+
+
+# What extending.md shows works with its own diffs alone, which a test of its own applies.
+@pytest.mark.parametrize(
+    "document", [path for path in DOCUMENTS if path.name != "extending.md"], ids=relative
+)
+def test_commands_in_the_documents_are_understood(document, parsed):
+    for script, arguments in commands_in(code_of(document)):
+        parsed(script, arguments)
+
+
+def test_the_documents_show_every_script():
+    """The README those that one begins with; a metric's docstring has its own commands."""
+    first = {"edit.py", "defend.py", "main_edit.py", "main_defend.py", "experiment.py"}
+    assert first <= {script for script, _ in commands_in(code_of(DOCUMENTS[0]))}
+    shown = {script for document in DOCUMENTS for script, _ in commands_in(code_of(document))}
+    scripts = {relative(path) for path in SOURCES if is_script(path)}
+    left = {name for name in scripts - shown if not name.startswith(("mini/train_", "evaluation/eval_"))}
+    assert left == set()
+
+
+@pytest.mark.parametrize("script", [path for path in SOURCES if is_script(path)], ids=relative)
+def test_commands_in_a_scripts_docstring_are_understood(script, parsed):
+    text = ast.get_docstring(ast.parse(script.read_text()), clean=False).replace("\\\n", " ")
+    shown = [line for line in text.splitlines() if re.match(r"    (\S+=\S+ )?(python|torchrun|accel)", line)]
+    assert shown or script.parent.name == "mini"
+    for name, arguments in commands_in("\n".join(shown)):
+        parsed(name, arguments)
+
+
+# Of hf and pip; of accelerate and torchrun; of SLURM; of bench.py at a commit that is named with it
+FOREIGN = """--include --exclude --local-dir --index-url
+    --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --multi_gpu
+    --nproc_per_node --nnodes --node_rank --standalone --rdzv_endpoint --rdzv_backend --shutdown_timeout
+    --nodes --ntasks --gpus --ntasks-per-node --gpus-per-node
+    --against-release"""
+
+
+def test_flags_that_the_documents_name_exist():
+    """Also those in running text."""
+    known = {*FOREIGN.split(), *(f"--{name}" for name in knobs_and_members())}
+    for path in SOURCES:
+        nodes = ast.walk(ast.parse(path.read_text()))
+        texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
+        known |= {text for text in texts if re.fullmatch(r"--\w+", text)}
+    for document in DOCUMENTS:
+        named = set(re.findall(r"(?<![-\w])--[a-z][\w-]+", document.read_text()))
+        assert document.name == "extending.md" or named <= known, relative(document)
+
+
+def knobs_and_members() -> set[str]:
+    """Flags whose names the scripts put together."""
+    return {*sets.EDIT_KNOBS, "recognizer", "judge", "clamp_min", "clamp_max", "targeted", "untargeted"}
+
+
+def test_the_readme_is_short():
+    assert (ROOT / "README.md").stat().st_size <= 9 * 1024
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the house
+
+
+ORDER = ["utils", "images", "methods", "models", "records", "processes", "protection", "runs", "evaluation"]
+
+
+def level(path: Path) -> int:
+    """How high a file stands: in ORDER, above it the scripts, above them what nothing imports."""
+    if path.parent.name in ("mini", "drawing", "benchmarks"):
+        return len(ORDER) + 1
+    name = path.stem if path.parent == ROOT else path.parent.name
+    return len(ORDER) if is_script(path) else ORDER.index(name)
+
+
+def imports() -> dict[Path, set[Path]]:
+    """File -> the project's own files that it imports, wherever in it."""
+    packages = {ROOT / "models": "models.", ROOT / "mini/drawing": "drawing."}
+    by_name = {packages.get(path.parent, "") + path.stem: path for path in SOURCES}
+    by_name["models"] = ROOT / "models/__init__.py"
+    found: dict[Path, set[Path]] = {}
+    for path in SOURCES:
+        names: set[str] = set()
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                names |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom):
+                names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
+        found[path] = {by_name[name] for name in names & by_name.keys()} - {path}
+    return found
+
+
+def test_nothing_imports_upwards():
+    graph = imports()
+    assert sum(map(len, graph.values())) > 80
+    upwards = [
+        f"{relative(path)} imports {relative(other)}"
+        for path, others in graph.items()
+        for other in others
+        if level(other) > level(path)
+    ]
+    assert upwards == []
+    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
+
+
+def test_no_file_is_long():
+    lengths = {relative(path): len(path.read_text().splitlines()) for path in SOURCES}
+    assert {name: length for name, length in lengths.items() if length > 400} == {}
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the bundled portraits and models
 
 
-@pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
-def test_bundled_portraits_are_the_generators(path):
-    """And so nobody changes, unseen, the people that the bundled models were trained on."""
-    identity = int(path.stem.removeprefix("portrait_"))
-    assert identity >= portraits.TEST_FROM
-    made, there = np.asarray(portraits.portrait(identity)), utils.load_image(path).pixels
-    assert made.shape == (128, 128, 3)
-    assert np.abs(made.astype(int) - there).max() <= 1  # another build of the renderer may round otherwise
-
-
 def test_there_are_twelve_bundled_portraits_and_two_photographs():
     assert len(BUNDLED) == 12
     for name, size in (("astronaut.png", (512, 512)), ("grace_hopper.jpg", (600, 512))):
-        assert utils.load_image(ROOT / "assets/portraits" / name).size == size
+        assert load_image(ROOT / "assets/portraits" / name).size == size
 
 
 def test_the_bundled_models_are_small_and_no_pickles():
-    files = [path for path in models.MINI.rglob("*") if path.is_file()]
+    files = [path for path in sets.MINI.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 30e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".png"}
 
@@ -179,12 +328,12 @@ def test_the_bundled_models_are_small_and_no_pickles():
 def test_the_bundled_editor_is_a_plain_diffusers_directory():
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(models.MINI / "editor")
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(sets.MINI / "editor")
     pipeline.set_progress_bar_config(disable=True)
     with Image.open(BUNDLED[0]) as portrait:
         (image,) = pipeline("Let it be snowy", portrait, num_inference_steps=2, guidance_scale=1).images
     assert image.size == (128, 128)
-    assert json.loads((models.MINI / "editor/model_index.json").read_text())["safety_checker"] == [None, None]
+    assert json.loads((sets.MINI / "editor/model_index.json").read_text())["safety_checker"] == [None, None]
 
 
 def test_facelock_moves_the_face_and_noise_does_not(tmp_path, capsys):
@@ -213,19 +362,14 @@ def test_mini_says_what_a_photograph_is_worth(tmp_path, capsys):
     )
     assert defend.main(arguments.split()) == 0
     assert "says nothing about how well a real photo is protected" in capsys.readouterr().err
-    assert utils.load_image(tmp_path / "out.png").size == (600, 512)
+    assert load_image(tmp_path / "out.png").size == (600, 512)
 
 
 def test_mini_editing_is_the_same_in_batches():
-    chosen = models.MODEL_SETS["mini"]
-    editor = models.load_editor(
-        models.dataclasses.replace(chosen, num_inference_steps=3),
-        "instruct-pix2pix",
-        torch.device("cpu"),
-        torch.float32,
-        progress=False,
-    )
-    images = utils.to_tensor(np.stack([utils.load_image(path).pixels for path in BUNDLED[:2]]))
+    line = "--input_path x --prompt x --models mini --device cpu --num_inference_steps 3"
+    args = edit.parse_args(line.split())
+    editor = sets.choose(args).load_editor()
+    images = to_tensor(np.stack([load_image(path).pixels for path in BUNDLED[:2]]))
     prompts = ["Let it be snowy", "Turn the person into a zombie"]
     together = editor(images, prompts, seed=0)
     alone = torch.cat([editor(images[i : i + 1], prompts[i : i + 1], seed=0) for i in range(2)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -40,8 +41,7 @@ def pixels_of(folder: Path) -> dict[str, np.ndarray]:
 
 
 def apply(method: str, pixels: np.ndarray, stem: str = "x", seed: int = 0) -> np.ndarray:
-    purifiers = {name: kind.purifier for name, kind in purify.KINDS.items()}
-    return purify.purify(pixels, purify.chain(method), purifiers, seed, stem)
+    return purify.purify(pixels, purify.chain(method), seed, stem)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -134,6 +134,24 @@ def test_what_is_no_purification():
             purify.chain(method)
 
 
+@pytest.mark.parametrize(
+    ("method", "says"),
+    [
+        ("blur:5:1e-308", "blur:K:S: '1e-308' is not a number from 0.1 to 100"),
+        ("blur:4:1", "blur:K:S: '4' is not an odd number from 1 to 999"),
+        ("blur:5:nan", "a number from 0.1 to 100"),
+        ("jpeg:0", "jpeg:Q: '0' is not a whole number from 1 to 95"),
+        ("resize:1e-9", "a number from 0.001 to 0.999"),
+        ("rotate:1e308", "a number from 0.01 to 180"),
+        ("noise:256", "a number from 0.01 to 255"),
+        ("crop:0.9:1", "'crop:0.9:1' is not of the form crop:F"),
+    ],
+)
+def test_numbers_of_a_purification_have_ranges(method, says):
+    with pytest.raises(argparse.ArgumentTypeError, match=re.escape(says)):
+        purify.chain(method)
+
+
 def test_purify_refuses_other_arguments_in_the_same_place(folder, capsys):
     assert run_purify(folder, "jpeg:75") == 0
     assert run_purify(folder, "jpeg:60") == 1
@@ -149,6 +167,15 @@ def test_purify_refuses_other_arguments_in_the_same_place(folder, capsys):
     assert run_purify(folder, "jpeg:75", output="foreign") == 1
     assert "no run.json that says what made them" in capsys.readouterr().err
     assert run_purify(folder, "jpeg:75", "--resolution", "64", output="new") == 1
+
+
+def test_purified_files_belong_to_their_sources(folder, capsys):
+    assert run_purify(folder, "jpeg:75") == 0
+    Image.fromarray(tiny.portrait((48, 64), seed=9)).save(folder / "in/face1.png")
+    assert run_purify(folder, "jpeg:75") == 1
+    assert "face1.png: its source has changed" in capsys.readouterr().err
+    assert run_purify(folder, "jpeg:75", "--overwrite") == 0
+    assert "1 written, 2 there already" in capsys.readouterr().out
 
 
 def test_the_seed_decides_about_noise(folder):
@@ -239,8 +266,11 @@ def test_cheats_of_other_edits_are_refused(edited, edit_flags, capsys):
     assert run_cheats(edited, edit_flags, "--cheats", "shifted", "--shift", "9") == 1
     shutil.copytree(edited / "clean", edited / "other")
     more = ["--cheats", "mirrored", "--clean_edit_dir", f"{edited}/other"]
+    assert run_cheats(edited, edit_flags, *more) == 0  # the same pictures in another place
+    (edited / "other/seed4/prompt0/face1.png").write_bytes((edited / "in/face1.png").read_bytes())
+    capsys.readouterr()
     assert run_cheats(edited, edit_flags, *more) == 1
-    assert "clean_edit_dir: " in capsys.readouterr().err
+    assert "prompt0/face1.png: its source has changed" in capsys.readouterr().err
     (edited / "clean").rename(edited / "cheats/source")
     more = ["--clean_edit_dir", f"{edited}/cheats/source"]
     assert run_cheats(edited, edit_flags, *more) == 1

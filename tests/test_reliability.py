@@ -1,9 +1,12 @@
-"""Nothing is lost: killed runs, several processes, locks, Ctrl-C, too little memory, hostile files."""
+"""Nothing is lost: killed runs, several processes, hostile files, a full disk."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
+import itertools
+import multiprocessing
 import os
 import random
 import shutil
@@ -15,27 +18,21 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
-import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
+import images
 import main_defend
-import runs
-import utils
-from utils import UserError
+import protection
+import records
+from images import image_size, load_image
+from utils import UserError, temporary_name
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}  # the same arithmetic in every run
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-
-
-def item(folder: Path, name: str) -> runs.Item:
-    return runs.Item(Path("in") / name, folder / f"{name}.png", (8, 8), label=name)
-
-
-def run_batches(batches, work, load=lambda one: one.label) -> runs.Summary:
-    return runs.run_batches(batches, load, work, overwrite=False, debug=False, unit="x")
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -43,7 +40,7 @@ def files(folder: Path) -> dict[str, bytes]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# killed, locked, stopped
+# killed
 
 
 def start(folder: Path, output: str, processes: int = 1, *more: str) -> subprocess.Popen:
@@ -66,29 +63,90 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    """And ends with the files of an undisturbed one; what the killed one left aside is removed."""
-    bundled = sorted((ROOT / "assets/portraits/mini").glob("*.png"))[:4]
-    for path in bundled:
-        (tmp_path / "in").mkdir(exist_ok=True)
-        shutil.copy(path, tmp_path / "in")
-    flags = ("--defend_method", "encoder", "--num_iters", "12", "--batch_size", "2")
-    killed, whole = start(tmp_path, "killed", 1, *flags), start(tmp_path, "whole", 1, *flags)
-    place = tmp_path / "killed/budget_0.03"
-    while not files(place) and killed.poll() is None:
-        time.sleep(0.01)
-    os.killpg(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    kept = files(place)
-    assert 1 <= len(kept) < 4
-    (place / ".portrait_1000003.png.123.tmp").write_text("half")
-    (place / ".own.tmp").write_text("not ours")
-    status, out, err = finish(start(tmp_path, "killed", 1, *flags))
-    assert status == 0, err
-    assert f"{len(kept)} there already" in out
-    assert finish(whole)[0] == 0
-    assert files(place) == files(tmp_path / "whole/budget_0.03")
-    assert sorted(path.name for path in place.glob(".*")) == [".lock", ".own.tmp"]
+def protect(arguments: list[str], output: Path) -> None:
+    """Runs main_defend.py in a process that has imported everything already."""
+    with open(output, "a") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+        status = main_defend.main(arguments)
+    sys.exit(status)
+
+
+class Undertaker:
+    """Starts main_defend.py on the tiny models again and again, and kills it."""
+
+    def __init__(self, root: Path, flags: list[str], seed: int) -> None:
+        self.root, self.flags, self.draw = root, flags, random.Random(seed)
+        self.context = multiprocessing.get_context("forkserver")
+        self.context.set_forkserver_preload(["tiny", "main_defend"])  # tiny imports all that takes time
+        self.expected: dict[str, bytes] = {}
+
+    def start(self, output: str, *more: str) -> multiprocessing.Process:
+        given = f"--image_dir {self.root}/in --output_dir {self.root}/{output}".split()
+        arguments = [*self.flags, *given, *more]
+        process = self.context.Process(target=protect, args=(arguments, self.root / f"{output}.txt"))
+        process.start()
+        return process
+
+    def finish(self, output: str, *more: str) -> int:
+        process = self.start(output, *more)
+        process.join(600)
+        return process.exitcode
+
+    def kill(self, output: str, *more: str) -> bool:
+        """Kills a run once it has made a file or two more, and a moment later -> whether it was in time."""
+        process = self.start(output, *more)
+        if self.draw.random() < 0.2:
+            time.sleep(self.draw.uniform(0, 1))  # anywhere: while it loads, before its first file
+        else:
+            wanted = self.done(output) + self.draw.randint(1, 2)
+            while self.done(output) < wanted and process.is_alive():
+                time.sleep(0.001)
+            time.sleep(self.draw.uniform(0, 0.02))
+        process.kill()
+        process.join()
+        return process.exitcode == -signal.SIGKILL
+
+    def done(self, output: str) -> int:
+        """Counts the files that are as those of an undisturbed run."""
+        there = files(self.root / output / "budget_0.03")
+        return sum(there[name] == self.expected[name] for name in there)
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(100, marks=pytest.mark.slow)])
+def test_a_killed_run_goes_on_where_it_was(tmp_path, defend_flags, monkeypatch, capsys, kills):
+    """And ends with the files of an undisturbed one: none lost, none different, none stale.
+
+    Every other directory has the results of another method to begin with, which the run overwrites.
+    """
+    n = 12
+    tiny.write_portraits(tmp_path / "in", n)
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(sys.path))  # for what the fork server imports
+    one = Undertaker(tmp_path, defend_flags, seed=kills)
+    encoder = ("--defend_method", "encoder", "--num_iters", "6", "--batch_size", "2")
+    assert one.finish("whole", *encoder) == 0
+    one.expected = expected = files(tmp_path / "whole/budget_0.03")
+    made = done = 0
+    while done < kills:
+        output, before, more = f"killed{made}", {}, encoder
+        place = tmp_path / output / "budget_0.03"
+        if made % 2:
+            assert one.finish(output, "--defend_method", "noise") == 0
+            before, more = files(place), (*encoder, "--overwrite")
+        while done < kills and one.kill(output, *more):
+            done += 1
+            there = files(place)
+            assert there.keys() >= before.keys()
+            assert all(data in (expected[name], before.get(name)) for name, data in there.items())
+            noted = {name for name, entry in records.read_manifest(place).items() if "sha256" in entry}
+            assert before or len(there.keys() - noted) <= 2  # the batch in flight
+        told = tmp_path / f"{output}.txt"
+        assert one.finish(output, *more) == 0, told.read_text()
+        assert one.finish(output, *encoder, "--verify") == 0, told.read_text()
+        assert files(place) == expected
+        assert f"0 written, {n} there already, 0 failed" in told.read_text()
+        assert not list(place.glob(".*.tmp")) and not list(place.glob("manifest.*.jsonl"))
+        made += 1
+    with capsys.disabled():
+        print(f"\n{done} kills in {made} directories of {n} portraits; files lost, different or stale: 0")
 
 
 @pytest.mark.slow
@@ -136,7 +194,9 @@ def test_sixty_portraits_two_processes_ten_kills(tmp_path, capsys):
         time.sleep(1)
     done = files(place)
     assert status == 0 and len(done) == 60 and done == files(tmp_path / "whole/budget_0.03")
-    assert not list(place.glob(".*.tmp"))
+    assert not list(place.glob(".*.tmp")) and not list(place.glob("manifest.*.jsonl"))
+    assert finish(start(tmp_path, "killed", 2, *flags, "--verify"))[0] == 0
+    assert len(records.read_manifest(place)) == 60
     with capsys.disabled():
         print(f"\n60 portraits, {kills} kills, {waits} times told to wait, files lost: 0")
     assert kills == 10
@@ -161,97 +221,40 @@ def test_two_processes_share_the_work_and_say_it_once(tmp_path):
     assert status != 0 and err.count("error: ") - err.count("error: [Errno") == 1, err
 
 
-def test_a_second_run_is_kept_out_while_the_first_lives(tmp_path):
-    code = (
-        "import sys, time; sys.path.insert(0, sys.argv[1])\n"
-        "import runs; from pathlib import Path\n"
-        "with runs.writing(Path(sys.argv[2]), {'arguments': {}}, runs.Team()):\n"
-        "    print('in', flush=True); time.sleep(60)\n"
-    )
-    first = subprocess.Popen(
-        [sys.executable, "-c", code, ROOT, tmp_path / "out"], stdout=subprocess.PIPE, text=True
-    )
-    assert first.stdout.readline() == "in\n"
-    told = pytest.raises(UserError, match=f"another run is writing into it .process {first.pid} on")
-    with told, runs.writing(tmp_path / "out", {"arguments": {}}, runs.Team()):
-        pytest.fail("got in")
-    first.kill()
-    first.communicate()
-    for _ in range(2):  # it does not outlive a killed run, nor one that has ended
-        with runs.writing(tmp_path / "out", {"arguments": {}}, runs.Team()):
-            assert (tmp_path / "out/.lock").read_text().startswith(f"process {os.getpid()} on ")
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_finishes_the_batch(tmp_path, capsys, number, status):
-    batches = [[item(tmp_path, name) for name in pair] for pair in ("ab", "cd", "ef")]
-
-    def work(items, loaded, wanted):
-        if items[0].label == "c":
-            os.kill(os.getpid(), number)
-        for one in items:
-            one.output.write_text(one.label)
-
-    before = signal.getsignal(number)
-    summary = run_batches(batches, work)
-    assert [path.stem for path in sorted(tmp_path.glob("*.png"))] == ["a", "b", "c", "d"]
-    assert signal.getsignal(number) is before
-    assert runs.finish(summary, runs.Team(), tmp_path) == status
-    assert "4 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
-
-
-def test_a_second_interrupt_stops_at_once(tmp_path):
-    def work(items, loaded, wanted):
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(0.1)
-        pytest.fail("went on")
-
-    with pytest.raises(KeyboardInterrupt):
-        run_batches([[item(tmp_path, "a")]], work)
-    assert not list(tmp_path.glob("*.png"))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# memory
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        torch.OutOfMemoryError("CUDA out of memory"),
-        MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:115] DefaultCPUAllocator: can't allocate memory: you"),
-    ],
-)
-def test_too_little_memory_halves_the_batch(tmp_path, capsys, error):
-    sizes = []
-
-    def work(items, loaded, wanted):
-        sizes.append(len(items))
-        if len(items) > 3:
-            raise error
-        for one in items:
-            one.output.write_text(one.label)
-
-    batches = [[item(tmp_path, f"{k}{n}") for n in range(8)] for k in "ab"]
-    summary = run_batches(batches, work)
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
-    assert (summary.made, summary.failed) == (16, [])
-    out = capsys.readouterr().out
-    assert "out of memory with 8 at a time; going on with 4" in out and "going on with 2" in out
-
-
-def test_one_alone_that_is_too_large_is_a_failure(tmp_path):
-    def work(items, loaded, wanted):
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    summary = run_batches([[item(tmp_path, "a"), item(tmp_path, "b")]], work)
-    assert summary.failed == [f"{name}: OutOfMemoryError: CUDA out of memory" for name in "ab"]
-
-
 # ---------------------------------------------------------------------------------------------------------
 # hostile files
+
+
+def originals() -> dict[str, bytes]:
+    """One small file of each format that is read, and of what PNGs carry beside pixels."""
+    plain = Image.fromarray(tiny.portrait(24))
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    deep = Image.fromarray(np.arange(576, dtype=np.uint16).reshape(24, 24) * 100)
+    forms = {
+        "a.png": (plain, {}),
+        "b.png": (plain.convert("RGBA"), {"exif": exif, "icc_profile": profile}),
+        "c.png": (plain.quantize(16), {"transparency": 0}),
+        "d.png": (deep, {}),
+        "a.jpg": (plain, {"exif": exif, "icc_profile": profile}),
+        "b.jpg": (plain.convert("CMYK"), {"progressive": True}),
+        "a.webp": (plain, {"exif": exif}),
+        "a.gif": (plain, {"save_all": True, "append_images": [plain.rotate(90)]}),
+        "a.tif": (plain, {"compression": "tiff_lzw", "exif": exif}),
+        "b.tif": (deep, {}),
+        "a.bmp": (plain, {}),
+        "a.ppm": (plain, {}),
+        "a.tga": (plain, {"compression": "tga_rle"}),
+        "a.jp2": (plain, {}),
+        "a.avif": (plain, {}),
+    }
+    found = {}
+    for name, (image, options) in forms.items():
+        buffer = io.BytesIO()
+        image.save(buffer, format=images.FORMATS[Path(name).suffix], **options)
+        found[name] = buffer.getvalue()
+    return found
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
@@ -271,25 +274,50 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
     return bytes(changed)
 
 
-@pytest.mark.parametrize("form", ["PNG", "JPEG", "WEBP", "GIF"])
-def test_a_damaged_file_is_an_image_or_a_user_error(tmp_path, form):
-    """600 mutations of a small file in each format: nothing else comes out of the loader."""
-    buffer = io.BytesIO()
-    Image.fromarray(tiny.portrait(24)).save(buffer, format=form)
-    draw = random.Random(form)
-    path = tmp_path / f"a.{form.lower()}"
-    read = 0
-    for _ in range(600):
-        path.write_bytes(mutated(buffer.getvalue(), draw))
-        try:
-            portrait = utils.load_image(path)
-        except UserError as error:
-            assert str(path) in str(error) and "\n" not in str(error)
-        else:
-            assert portrait.pixels.dtype == np.uint8 and portrait.pixels.shape[2] == 3
-            read += 1
-        utils.image_size(path)
-    assert 0 < read < 600
+class Hang(BaseException):
+    """What no `except Exception` takes for a broken file."""
+
+
+@contextlib.contextmanager
+def at_most(seconds: float):
+    """Raises Hang in what takes longer, and for what has taken longer where nothing could be raised."""
+
+    def ring(*_):
+        raise Hang
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    begun = time.monotonic()
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+    assert time.monotonic() - begun < seconds
+
+
+@pytest.mark.parametrize("count", [300, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_a_damaged_file_is_an_image_or_a_user_error(tmp_path, count):
+    """So many mutations, of all formats in turn: nothing else comes out of the loader, and nothing hangs."""
+    sound, draw = originals(), random.Random(count)
+    read = dict.fromkeys(sound, 0)
+    for name, data in sound.items():
+        (tmp_path / name).write_bytes(data)
+        assert load_image(tmp_path / name).size == image_size(tmp_path / name) == (24, 24)
+    for _, name in zip(range(count), itertools.cycle(sound), strict=False):
+        path = tmp_path / name
+        path.write_bytes(mutated(sound[name], draw))
+        with at_most(10):
+            try:
+                portrait = load_image(path)
+            except UserError as error:
+                assert str(path) in str(error) and "\n" not in str(error)
+            else:
+                assert portrait.pixels.dtype == np.uint8 and portrait.pixels.shape[2] == 3
+                read[name] += 1
+            image_size(path)
+    assert 0 < sum(read.values()) < count
+    assert count < 10_000 or min(read.values()) > 0, read
 
 
 def bomb() -> bytes:
@@ -306,6 +334,7 @@ def test_odd_names_and_bad_files_in_one_directory(tmp_path, defend_flags, capsys
     """Each good one is protected whatever it is called, each bad one is told in one line."""
     folder = tmp_path / "in"
     good = ["a b.png", "-dash.png", "neue\nzeile.png", "пример ü.png", "100%{}.png", "two.dots.png"]
+    good += [f"{'x' * 247}.png", f"{'y' * 251}.png"]
     if sys.platform == "linux":
         good.append(os.fsdecode(b"latin\xe9.png"))
     folder.mkdir()
@@ -340,6 +369,10 @@ def test_odd_names_and_bad_files_in_one_directory(tmp_path, defend_flags, capsys
     ):
         assert sum(name in line and why in line for line in told) == 1, told
     assert "sub-directories are not searched: deeper, folder.png" in err
+    assert "1 files of other kinds are left out (notes.txt)" in err
+    report = tmp_path / "out/budget_0.03/report.csv"
+    table = pd.read_csv(report, dtype={"name": str}, encoding_errors="replace")
+    assert len(table) == len(made) and {"neue\nzeile", "'-dash"} < set(table["name"])
     assert "neue\\nzeile" in out and "neue\nzeile" not in out + err
     assert sorted((tmp_path / "elsewhere").iterdir()) == before
 
@@ -347,13 +380,13 @@ def test_odd_names_and_bad_files_in_one_directory(tmp_path, defend_flags, capsys
 def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, defend_flags, monkeypatch, capsys):
     paths = tiny.write_portraits(tmp_path / "in", 4)
 
-    def load(path, resolution, load=utils.load_portrait):
+    def load(path, resolution, load=images.load_portrait):
         if path == paths[0]:
             paths[1].unlink()
             Image.fromarray(tiny.portrait(72)).save(paths[2])  # of another size than its batch
         return load(path, resolution)
 
-    monkeypatch.setattr(utils, "load_portrait", load)
+    monkeypatch.setattr(protection, "load_portrait", load)
     flags = f"--image_dir {tmp_path}/in --output_dir {tmp_path}/out --defend_method encoder --batch_size 2"
     assert main_defend.main([*defend_flags, *flags.split()]) == 1
     err = capsys.readouterr().err
@@ -368,8 +401,10 @@ def test_a_full_disk(tmp_path, defend_flags, monkeypatch, capsys):
     """The second portrait finds no room: it is told, nothing is left of it, and the third is made."""
     tiny.write_portraits(tmp_path / "in", 3)
 
+    full = temporary_name(Path("face1.png")).name
+
     def fsync(descriptor, sync=os.fsync):
-        if "face1" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        if full in os.readlink(f"/proc/self/fd/{descriptor}"):
             raise OSError(errno.ENOSPC, "No space left on device")
         return sync(descriptor)
 
@@ -378,4 +413,8 @@ def test_a_full_disk(tmp_path, defend_flags, monkeypatch, capsys):
     assert main_defend.main([*defend_flags, *flags.split()]) == 1
     assert "face1.png: can't be written (No space left on device)" in capsys.readouterr().err
     made = sorted(path.name for path in (tmp_path / "out/budget_0.03").iterdir())
-    assert made == [".lock", "face0.png", "face2.png", "run.json"]
+    beside = [".lock", "manifest.jsonl", "report.csv", "run.json"]
+    assert made == sorted(["face0.png", "face2.png", *beside])
+    monkeypatch.undo()
+    assert main_defend.main([*defend_flags, *flags.split()]) == 0
+    assert "1 written, 2 there already, 0 failed" in capsys.readouterr().out

@@ -1,18 +1,21 @@
-"""runs.py: finding inputs, batches, run.json, the loop that carries on."""
+"""runs.py: finding inputs, batches, the loop that carries on, and what it makes of a directory."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import json
+import errno
+import os
+import signal
+import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
-import models
+import images
+import records
 import runs
-from utils import UserError
+from utils import UserError, temporary_name
 
 
 def touch(directory: Path, *names: str) -> Path:
@@ -23,8 +26,8 @@ def touch(directory: Path, *names: str) -> Path:
     return directory
 
 
-def item(name: str, size: tuple[int, int] | None = (64, 64), out: Path = Path("out")) -> runs.Item:
-    return runs.Item(Path("in") / name, out / f"{name}.png", size, label=name)
+def item(name: str, size: tuple[int, int] | None = (64, 64), root: Path = Path()) -> runs.Item:
+    return runs.Item(root / "in" / name, root / "out" / f"{name}.png", size, label=name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -32,16 +35,35 @@ def item(name: str, size: tuple[int, int] | None = (64, 64), out: Path = Path("o
 
 
 def test_find_images(tmp_path, capsys):
-    touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "notes.txt", "inner/d.png", "dir.png/x.txt")
+    touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "run.json", "inner/d.png", "dir.png/x.txt")
     assert [path.name for path in runs.find_images(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
-    err = capsys.readouterr().err
-    assert "sub-directories are not searched" in err and "inner" in err and "dir.png" in err
+    assert capsys.readouterr().err == (
+        f"warning: {tmp_path}: sub-directories are not searched: dir.png, inner\n"
+    )
 
 
 def test_find_images_says_nothing_of_a_flat_directory(tmp_path, capsys):
-    touch(tmp_path, "a.png")
+    """Nor of what the scripts write beside images."""
+    touch(tmp_path, "a.png", "run.json", "manifest.jsonl", "report.csv", ".lock")
     runs.find_images(tmp_path)
     assert capsys.readouterr() == ("", "")
+
+
+def test_files_of_other_kinds_are_counted_in_one_line(tmp_path, capsys):
+    touch(tmp_path, "a.png", "b.txt", "c.mp4", "d.psd", "e", "f.raw", "g.doc", ".hidden")
+    runs.find_images(tmp_path)
+    told = "6 files of other kinds are left out (b.txt, c.mp4, d.psd, e, f.raw and 1 more)"
+    assert capsys.readouterr().err == f"warning: {tmp_path}: {told}\n"
+
+
+@pytest.mark.parametrize("installed", [False, True])
+def test_heic_is_named_with_the_way_out(tmp_path, capsys, monkeypatch, installed):
+    monkeypatch.setattr(images.util, "find_spec", lambda name: installed or None)
+    touch(tmp_path, "a.png", "b.HEIC")
+    found = [path.name for path in runs.find_images(tmp_path)]
+    err = capsys.readouterr().err
+    assert found == ["a.png", "b.HEIC"][: 1 + installed]
+    assert ("1 files of other kinds" in err and "installed" in err) is not installed
 
 
 @pytest.mark.parametrize(
@@ -52,6 +74,7 @@ def test_find_images_says_nothing_of_a_flat_directory(tmp_path, capsys):
         (["d/.keep"], "d", "d: no image files in it"),
         (["d/notes.txt", "d/inner/a.png"], "d", "d: no image files in it"),
         (["d/a.jpg", "d/a.png", "d/b.png"], "d", "a.jpg=a.png"),
+        (["d/budget_0.03/a.png"], "d", "it holds budget_{B}, give one of them"),
     ],
 )
 def test_find_images_refuses(tmp_path, files, directory, message):
@@ -63,215 +86,363 @@ def test_find_images_refuses(tmp_path, files, directory, message):
 
 def test_batches_hold_one_size_in_order_of_their_first_item():
     wide, tall = (64, 96), (96, 64)
-    items = [
-        item("a", wide),
-        item("b", tall),
-        item("c", wide),
-        item("d", None),
-        item("e", wide),
-        item("f", None),
-    ]
+    sizes = {"a": wide, "b": tall, "c": wide, "d": None, "e": wide, "f": None}
+    items = [item(name, size) for name, size in sizes.items()]
     cut = [[one.label for one in batch] for batch in runs.batches(items, 2)]
     assert cut == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# run.json
-
-
-def record(**changes) -> dict:
-    arguments = {"step_size": 0.01, "batch_size": 1, "device": "cpu", "judge": "x", "defend_method": "vae"}
-    seed = changes.pop("seed", 0)
-    more = {"prompts": changes.pop("prompts")} if "prompts" in changes else {}
-    return {"seed": seed, "arguments": {**arguments, **changes}, "versions": {}, **more}
-
-
-def test_record_comes_back(tmp_path):
-    assert runs.read_record(tmp_path) is None
-    runs.write_record(tmp_path / "new", record())
-    assert runs.read_record(tmp_path / "new") == record()
-    assert [path.name for path in (tmp_path / "new").iterdir()] == ["run.json"]
-
-
-@pytest.mark.parametrize("changes", [{}, {"batch_size": 8, "device": "cuda", "judge": "y", "debug": True}])
-def test_record_that_makes_the_same_pixels_is_accepted_and_the_old_one_stays(tmp_path, changes):
-    runs.write_record(tmp_path, record())
-    assert runs.check_record(tmp_path, {**record(**changes), "versions": {"torch": "9"}}) == record()
-
-
-def test_record_that_makes_other_pixels_is_refused_and_every_difference_listed(tmp_path):
-    runs.write_record(tmp_path, record())
-    with pytest.raises(UserError) as caught:
-        runs.check_record(tmp_path, record(step_size=0.003, batch_size=8, seed=1, c=0.5))
-    text = str(caught.value)
-    assert str(tmp_path) in text and "\n" not in text
-    assert "step_size: 0.01 there, 0.003 now" in text and "seed: 0 there, 1 now" in text
-    assert "c: None there, 0.5 now" in text
-    assert "batch_size" not in text and "defend_method" not in text
-
-
-def test_prompts_are_merged_and_their_texts_compared(tmp_path):
-    runs.write_record(tmp_path, record(prompts={"0": "hat", "3": "beard"}))
-    merged = runs.check_record(tmp_path, record(prompts={"3": "beard", "7": "ears"}))
-    assert merged["prompts"] == {"0": "hat", "3": "beard", "7": "ears"}
-    with pytest.raises(UserError, match="prompt 3: 'beard' there, 'scarf' now"):
-        runs.check_record(tmp_path, record(prompts={"3": "scarf"}))
-
-
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"seed": 1}', '{"arguments": 3}'])
-def test_damaged_record(tmp_path, text):
-    (tmp_path / "run.json").write_text(text)
-    with pytest.raises(UserError, match="run.json: not a record of a run") as caught:
-        runs.check_record(tmp_path, record())
-    assert "\n" not in str(caught.value)
-
-
-def test_record_holds_the_arguments_as_they_took_effect():
-    chosen = dataclasses.replace(
-        models.MODEL_SETS["mini"], resolution=96, editors={"instruct-pix2pix": "me/ed"}
-    )
-    args = argparse.Namespace(
-        seed=5,
-        model="instruct-pix2pix",
-        model_id=None,
-        resolution=None,
-        lpips=None,
-        c=None,
-        strength=0.5,
-        prompts=[1],
-        src_dir=Path("a/../b"),
-    )
-    made = runs.record_of(args, chosen, "torch.float32", {"c": 0.03, "strength": None})
-    assert made["seed"] == 5
-    assert made["arguments"] == {
-        "c": 0.03,
-        "dtype": "float32",
-        "lpips": "assets/mini/perceptual",
-        "model": "instruct-pix2pix",
-        "model_id": "me/ed",
-        "resolution": 96,
-        "src_dir": models.shown(str(Path("b").resolve())),
-    }
-    assert set(made["versions"]) == {"python", *runs.PACKAGES} and made["versions"]["torch"][0].isdigit()
-    json.dumps(made)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the loop
 
 
-class Loop:
-    """`run_batches` with a load that refuses "bad" and a work that writes labels and breaks on "bomb"."""
+class Job:
+    """Makes upper-case copies of `in` in `out` by `runs.make`; "bad" can't be read, "bomb" breaks."""
 
-    def __init__(self) -> None:
+    def __init__(self, root: Path) -> None:
+        self.root, self.directory = root, root / "out"
+        (root / "in").mkdir()
+        self.settings = {"seed": 0, "how": "upper"}
         self.computed: list[list[str]] = []
+        self.prepared = 0
 
     def load(self, one: runs.Item) -> str:
         if "bad" in one.label:
             raise UserError(f"{one.source}: not a readable image")
-        return one.label.upper()
+        return one.source.read_text().upper()
 
-    def work(self, items: list[runs.Item], loaded: list[str], wanted: list[bool]) -> None:
+    def work(self, items: list[runs.Item], loaded: list[str], wanted: list[bool]) -> runs.Facts:
         self.computed.append(loaded)
         if any("bomb" in one.label for one in items):
             raise ValueError("too large\nsecond line")
         for one, value, is_wanted in zip(items, loaded, wanted, strict=True):
             if is_wanted:
                 one.output.write_text(value)
+        return [{"psnr": 1.0}] * sum(wanted)
 
-    def __call__(self, batches: list[list[runs.Item]], **flags: bool) -> runs.Summary:
-        settings = {"overwrite": False, "debug": False, "unit": "x"} | flags
-        return runs.run_batches(batches, self.load, self.work, **settings)
+    def prepare(self) -> None:
+        self.prepared += 1
 
+    def __call__(self, names: str, **options) -> int:
+        """Makes the items, one a letter or word, and forgets what was computed before."""
+        self.computed, self.prepared = [], 0
+        items = [item(name, root=self.root) for name in names.split()]
+        for one in items:
+            if not one.source.exists():
+                one.source.write_text(one.label)
+        return runs.make(
+            items,
+            self.load,
+            self.work,
+            self.directory,
+            self.settings,
+            options=runs.Options(**options),
+            prepare=self.prepare,
+        )
 
-def make(tmp_path: Path, *batches: str) -> list[list[runs.Item]]:
-    return [[item(name, out=tmp_path) for name in batch.split()] for batch in batches]
-
-
-def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_written(tmp_path):
-    batches = make(tmp_path, "a b", "c d")
-    for done in "bcd":
-        (tmp_path / f"{done}.png").write_text("old")
-    loop = Loop()
-    summary = loop(batches)
-    assert loop.computed == [["A", "B"]]
-    assert [(tmp_path / f"{name}.png").read_text() for name in "abcd"] == ["A", "old", "old", "old"]
-    assert (summary.made, summary.skipped, summary.failed) == (1, 3, [])
-    assert summary.status == 0
-
-
-def test_processes_share_what_is_left_to_do(monkeypatch):
-    """Or those with finished batches alone would wait, and one could have all the work."""
-    parts = []
-    for rank in range(2):
-        team = runs.Team(rank, 2)
-        monkeypatch.setattr(runs.Team, "once", lambda self, work: work())
-        parts.append(team.share("aBcDeF", str.islower))
-    assert parts == [["a", "e", "B", "F"], ["c", "D"]]
-    assert runs.Team().share("aBc", str.islower) == ["a", "c", "B"]
+    @property
+    def files(self) -> dict[str, str]:
+        return {path.stem: path.read_text() for path in sorted(self.directory.glob("*.png"))}
 
 
-def test_a_process_that_is_done_waits_long_enough(monkeypatch):
-    import accelerate
-
-    given = {}
-
-    def state(**options):
-        given.update(options)
-        return SimpleNamespace(process_index=1)
-
-    monkeypatch.setattr(accelerate, "PartialState", state)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    team = runs.Team.gather(argparse.Namespace(device="cpu"))
-    assert (team.rank, team.size) == (1, 2)
-    assert given == {"cpu": True, "timeout": runs.LONGEST_WAIT} and runs.LONGEST_WAIT.days >= 7
+@pytest.fixture
+def job(tmp_path) -> Job:
+    return Job(tmp_path)
 
 
-def test_overwrite_makes_all_again(tmp_path):
-    batches = make(tmp_path, "a b")
-    (tmp_path / "a.png").write_text("old")
-    summary = Loop()(batches, overwrite=True)
-    assert (summary.made, summary.skipped) == (2, 0) and (tmp_path / "a.png").read_text() == "A"
+def test_all_is_made_and_recorded(job, capsys):
+    assert job("a b c", batch_size=2) == 0
+    assert job.computed == [["A", "B"], ["C"]] and job.prepared == 1
+    assert job.files == {"a": "A", "b": "B", "c": "C"}
+    assert capsys.readouterr().out == f"{job.directory}: 3 written, 0 there already, 0 failed\n"
+    assert sorted(os.listdir(job.directory)) == [
+        ".lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"
+    ]  # fmt: skip
+    entries = records.read_manifest(job.directory)
+    assert set(entries) == {"a.png", "b.png", "c.png"}
+    assert all(found["psnr"] == 1.0 and found["sha256"] for found in entries.values())
+    assert entries["a.png"]["source"] == records.digest(job.root / "in/a")
 
 
-def test_the_loop_carries_on_past_bad_files_and_broken_batches(tmp_path, capsys):
-    loop = Loop()
-    summary = loop(make(tmp_path, "a bad1", "bad2", "bomb b", "c"))
-    assert loop.computed == [["A"], ["BOMB", "B"], ["C"]]
-    assert sorted(path.stem for path in tmp_path.iterdir()) == ["a", "c"]
-    assert summary.failed == [
-        "in/bad1: not a readable image",
-        "in/bad2: not a readable image",
+def test_what_is_there_is_not_made_again(job, capsys):
+    job("a b c")
+    assert job("a b c", batch_size=3) == 0 and job("a b c", overwrite=True, verify=True) == 0
+    assert job.computed == [] and job.prepared == 0
+    assert "0 written, 3 there already, 0 failed" in capsys.readouterr().out
+
+
+def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_written(job, capsys):
+    job("a b c d", batch_size=2)
+    times = {path.stem: path.stat().st_mtime_ns for path in job.directory.glob("*.png")}
+    (job.directory / "a.png").unlink()
+    assert job("a b c d", batch_size=2) == 0
+    assert job.computed == [["A", "B"]] and "1 written, 3 there already" in capsys.readouterr().out
+    after = {path.stem: path.stat().st_mtime_ns for path in job.directory.glob("*.png")}
+    assert {name for name in "abcd" if after[name] != times[name]} == {"a"}
+
+
+def test_what_is_stale_is_refused_before_any_work_and_overwrite_makes_just_that(job):
+    job("a b c")
+    (job.root / "in/b").write_text("somebody else")
+    with pytest.raises(UserError, match="b.png: its source has changed"):
+        job("a b c d")
+    assert job.computed == [] and job.prepared == 0 and set(job.files) == set("abc")
+    assert job("a b c d", overwrite=True) == 0
+    assert job.computed == [["SOMEBODY ELSE"], ["D"]]
+    assert job("a b c d") == 0 and job.computed == []
+
+
+def test_an_overwriting_run_that_is_killed_leaves_nothing_that_passes_for_its_own(job, monkeypatch):
+    """Also of files that no manifest knows: once run.json is written, they would look like its results."""
+    job("a b c")
+    (job.directory / "manifest.jsonl").unlink()  # as an older version leaves them
+    job.settings["how"] = "otherwise"
+    with pytest.raises(UserError, match="how: 'upper' there, 'otherwise' now"):
+        job("a b c")
+
+    def kill(self, *_):
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs._Loop, "run", kill)
+        with pytest.raises(SystemExit):
+            job("a b c", overwrite=True)
+    assert job("a b c") == 0 and job.computed == [["A"], ["B"], ["C"]]
+
+
+def test_files_that_nobody_noted_are_taken_with_a_warning(job, capsys):
+    job("a")
+    for name in "bcdefgh":
+        (job.directory / f"{name}.png").write_text("by hand")
+    assert job("a b c d e f g h") == 0 and job.computed == []
+    assert (
+        f"warning: {job.directory}: nothing says what made b.png, c.png, d.png, e.png, f.png and 2 more; "
+        "taken as they are\n"
+    ) in capsys.readouterr().err
+
+
+def test_a_source_that_changes_while_it_is_read_is_never_taken_for_the_one_that_was(job):
+    def load(one: runs.Item) -> str:
+        text = one.source.read_text().upper()
+        one.source.write_text("somebody else")
+        return text
+
+    job.load = load
+    job("a")
+    with pytest.raises(UserError, match="a.png: its source has changed"):
+        job("a")
+
+
+def test_the_loop_carries_on_past_bad_files_and_broken_batches(job, capsys):
+    assert job("a bad1 bad2 x bomb b c y", batch_size=2) == 1
+    assert job.computed == [["A"], ["X"], ["BOMB", "B"], ["C", "Y"]]
+    assert set(job.files) == set("acxy")
+    out, err = capsys.readouterr()
+    failed = [
+        f"{job.root}/in/bad1: not a readable image",
+        f"{job.root}/in/bad2: not a readable image",
         "bomb: ValueError: too large",
         "b: ValueError: too large",
     ]
-    capsys.readouterr()
-    summary.print(tmp_path)
-    assert summary.status == 1
-    out, err = capsys.readouterr()
-    assert out == f"{tmp_path}: 2 written, 0 there already, 4 failed\n"
-    assert [line.strip() for line in err.splitlines()] == [f"failed: {line}" for line in summary.failed]
+    assert out == f"{job.directory}: 4 written, 0 there already, 4 failed\n"
+    assert [line for line in err.splitlines() if line.startswith("  failed")] == [
+        f"  failed: {line}" for line in failed
+    ]
+    assert job("a x", batch_size=2) == 0 and job.computed == []
 
 
-def test_a_bad_file_whose_output_is_there_is_no_failure(tmp_path):
-    (tmp_path / "bad.png").touch()
-    loop = Loop()
-    summary = loop(make(tmp_path, "a bad"))
-    assert (summary.made, summary.skipped, summary.failed) == (1, 1, []) and loop.computed == [["A"]]
+def test_a_bad_file_whose_output_is_there_is_no_failure(job, capsys):
+    """As the batch is computed for another one's sake."""
+    job("a b", batch_size=2)
+    (job.directory / "a.png").unlink()
+    job.load = lambda one: Job.load(job, one) if one.label == "a" else 1 / 0
+    assert job("a b", batch_size=2) == 0 and job.computed == [["A"]]
+    assert "1 written, 1 there already, 0 failed" in capsys.readouterr().out
 
 
-def test_an_unexpected_error_while_loading_fails_that_file_alone(tmp_path, monkeypatch):
-    def load(self, one):
+def test_an_unexpected_error_while_loading_fails_that_file_alone(job, capsys):
+    def load(one):
         if one.label == "b":
             raise RuntimeError("the detector broke")
         return one.label.upper()
 
-    monkeypatch.setattr(Loop, "load", load)
-    loop = Loop()
-    assert loop(make(tmp_path, "a b", "c")).failed == ["b: RuntimeError: the detector broke"]
-    assert loop.computed == [["A"], ["C"]]
+    job.load = load
+    assert job("a b c", batch_size=2) == 1
+    assert "failed: b: RuntimeError: the detector broke" in capsys.readouterr().err
+    assert job.computed == [["A"], ["C"]]
 
 
-def test_debug_raises(tmp_path):
+def test_debug_raises(job):
     with pytest.raises(ValueError):
-        Loop()(make(tmp_path, "bomb"), debug=True)
+        job("bomb", debug=True)
+
+
+def test_failures_are_told_without_control_characters(job, capsys):
+    assert job("bad\x1b[2J") == 1
+    err = capsys.readouterr().err
+    assert "\x1b[2J" not in err and err.count("bad\\x1b[2J: not a readable image") == 2
+
+
+def test_images_without_a_record_are_refused(job):
+    touch(job.directory, "p0.jpg")
+    with pytest.raises(UserError, match="no run.json that says what made them"):
+        job("a")
+    assert os.listdir(job.directory) == ["p0.jpg"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what a killed run left
+
+
+def test_only_files_that_a_run_can_have_left_are_removed(job, tmp_path):
+    names = [
+        ".facelock-0123456789ab-123.tmp",
+        f"prompt0/{temporary_name(Path('a.png')).name}",
+        ".notes.2024.tmp",
+        ".a.png.123.tmp",
+        "facelock-0123456789ab-123.tmp",
+        ".facelock-0123456789ab-x.tmp",
+        ".facelock-0123456789AB-123.tmp",
+        ".facelock-mine.tmp",
+    ]
+    touch(job.directory, *names)
+    (job.directory / ".facelock-ba9876543210-1.tmp").mkdir()
+    (tmp_path / "precious").write_text("precious")
+    (job.directory / ".facelock-000000000000-1.tmp").symlink_to(tmp_path / "precious")
+    assert job("a") == 0
+    kept = [*names[2:], ".facelock-ba9876543210-1.tmp", "prompt0"]
+    made = [".lock", "a.png", "manifest.jsonl", "run.json"]
+    assert sorted(os.listdir(job.directory)) == sorted([*kept, *made])
+    assert os.listdir(job.directory / "prompt0") == []
+    assert (tmp_path / "precious").read_text() == "precious"
+
+
+def test_the_parts_of_a_killed_runs_manifest_are_gathered(job):
+    job("a b c")
+    lines = (job.directory / "manifest.jsonl").read_text().splitlines(keepends=True)
+    (job.directory / "manifest.jsonl").unlink()
+    for rank, line in enumerate(lines):
+        (job.directory / f"manifest.{rank}.jsonl").write_text(line + line[: 10 * rank])
+    assert job("a b c d") == 0 and job.computed == [["D"]]
+    assert [path.name for path in job.directory.glob("manifest*")] == ["manifest.jsonl"]
+    assert set(records.read_manifest(job.directory)) == {"a.png", "b.png", "c.png", "d.png"}
+
+
+def test_a_disk_that_is_full_at_the_end(job, monkeypatch, capsys):
+    """What was made is told all the same, and the next run gathers the manifest."""
+
+    def refuse(directory):
+        if (directory / "a.png").exists():
+            raise UserError("No space left on device")
+
+    monkeypatch.setattr(records, "gather_manifest", refuse)
+    assert job("a") == 0 and "1 written" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert (job.directory / "manifest.0.jsonl").exists()
+    assert job("a b") == 0 and job.computed == [["B"]]
+
+
+def test_a_disk_that_is_full_for_one_file(job, capsys):
+    def work(items, loaded, wanted):
+        if items[0].label == "b":
+            items[0].output.write_text("half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return Job.work(job, items, loaded, wanted)
+
+    job.work = work
+    assert job("a b c") == 1 and "2 written, 0 there already, 1 failed" in capsys.readouterr().out
+    del job.work
+    assert job("a b c") == 0 and job.files["b"] == "B" and job.computed == [["B"]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# interrupts and memory
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_an_interrupt_finishes_the_batch(job, capsys, number, status):
+    def work(items, loaded, wanted):
+        if items[0].label == "c":
+            os.kill(os.getpid(), number)
+        return Job.work(job, items, loaded, wanted)
+
+    before = signal.getsignal(number)
+    job.work = work
+    assert job("a b c d e f", batch_size=2) == status
+    assert set(job.files) == set("abcd") and signal.getsignal(number) is before
+    assert "4 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
+    assert job("a b c d e f", batch_size=2) == 0 and job.computed == [["E", "F"]]
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_a_second_interrupt_stops_at_once(job, number, raised):
+    def work(items, loaded, wanted):
+        os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        pytest.fail("went on")
+
+    job.work = work
+    with pytest.raises(raised):
+        job("a")
+    assert job.files == {}
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:115] DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_too_little_memory_halves_the_batch(job, capsys, error):
+    sizes = []
+
+    def work(items, loaded, wanted):
+        sizes.append(len(items))
+        if len(items) > 3:
+            raise error
+        return Job.work(job, items, loaded, wanted)
+
+    job.work = work
+    assert job(" ".join(f"{k}{n}" for k in "ab" for n in range(8)), batch_size=8) == 0
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    out = capsys.readouterr().out
+    assert "16 written, 0 there already, 0 failed" in out
+    assert "out of memory with 8 at a time; going on with 4" in out and "going on with 2" in out
+
+
+def test_one_alone_that_is_too_large_is_a_failure(job, capsys):
+    def work(items, loaded, wanted):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    job.work = work
+    assert job("a b", batch_size=2) == 1
+    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  failed")]
+    assert failed == [f"  failed: {name}: OutOfMemoryError: CUDA out of memory" for name in "ab"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# names as long as names may be
+
+
+def test_names_of_251_bytes_and_more(job):
+    """The temporary name doesn't add to them."""
+
+    def work(items, loaded, wanted):
+        for one in items:
+            images.save_png(one.output, images.load_image(one.source).pixels)
+        return [{}] * len(items)
+
+    stems = ["x" * 251, "ü" * 125, "y" * 250]
+    for stem in stems:
+        Image.new("RGB", (8, 8)).save(job.root / "in" / f"{stem}.png")
+    items = [
+        runs.Item(job.root / "in" / f"{stem}.png", job.directory / f"{stem}.png", (8, 8), stem)
+        for stem in stems
+    ]
+    assert runs.make(items, lambda one: one.label, work, job.directory, job.settings) == 0
+    assert {path.stem for path in job.directory.glob("*.png")} == set(stems)

@@ -1,25 +1,38 @@
-"""The four scripts as a person meets them: flags, files, messages, exit status."""
+"""edit.py, defend.py and their batch forms as a person meets them: flags, files, messages, exit status."""
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 import defend
 import edit
 import main_defend
 import main_edit
+import methods
+import models.perceptual
+import protection
+import records
 import utils
+from images import linf, load_image
+from methods import METHODS
+from models.loading import read_state
+from protection import Protector
 
 ROOT = Path(defend.__file__).resolve().parent
 SCRIPTS = sorted(
@@ -31,7 +44,10 @@ SCRIPTS = sorted(
 
 @pytest.fixture
 def call(capsys, defend_flags, edit_flags):
-    """Runs a script's main -> status, out, err, and the error lines. `line` is the command, {} filled in."""
+    """Runs a script's main -> status, out, err, its error lines and its warnings.
+
+    `line` is the command, {} filled in.
+    """
 
     def run(script, line: str, *more, **names) -> SimpleNamespace:
         flags = defend_flags if script in (defend, main_defend) else edit_flags
@@ -42,14 +58,27 @@ def call(capsys, defend_flags, edit_flags):
         except SystemExit as stop:
             status = stop.code
         out, err = capsys.readouterr()
-        errors = [text for text in re.split(r"[\r\n]+", err) if "error:" in text]
-        return SimpleNamespace(status=status, out=out, err=err, errors=errors)
+        lines = re.split(r"[\r\n]+", err)
+        errors = [text for text in lines if "error:" in text]
+        warnings = [text.removeprefix("warning: ") for text in lines if text.startswith("warning: ")]
+        return SimpleNamespace(status=status, out=out, err=err, errors=errors, warnings=warnings)
 
     return run
 
 
 @pytest.fixture
+def protector(defend_flags):
+    """Makes a Protector of defend.py's flags."""
+
+    def make(line: str = "") -> Protector:
+        return Protector(defend.parse_args(["--input_path=x", *defend_flags, *line.split()]))
+
+    return make
+
+
+@pytest.fixture
 def face(tmp_path) -> Path:
+    """One portrait."""
     (path,) = tiny.write_portraits(tmp_path, 1)
     return path
 
@@ -149,7 +178,7 @@ def test_defaults_are_the_releases(script, line, defaults):
 # what is written
 
 
-@pytest.mark.parametrize("method", utils.METHOD_NAMES)
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("budget", "allowed"), [(0.008, 1), (0.02, 2), (0.03, 3)])
 def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, budget, allowed):
     done = call(defend, f"--input_path {face} --defend_method {method} --attack_budget {budget}")
@@ -167,20 +196,27 @@ def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, bu
     ("size", "working"),
     [((98, 98), (64, 64)), ((103, 70), (64, 43)), ((187, 161), (64, 55)), ((40, 64), (40, 64))],
 )
-def test_a_whole_image_is_a_whole_working_image(tmp_path, defend_flags, size, working):
+def test_a_whole_image_is_a_whole_working_image(tmp_path, protector, size, working):
     (path,) = tiny.write_portraits(tmp_path, 1, size)
-    args = defend.parse_args([*defend_flags, "--input_path", str(path)])
-    assert defend.load_subject(path, args, defend.Tools(args)).boxes == [(0, 0, working[1], working[0])]
+    tool = protector()
+    tool.detector = lambda pixels: [(0, 0, size[1], size[0])]
+    assert tool.load(path).boxes == [(0, 0, working[1], working[0])]
 
 
 @pytest.mark.parametrize(("faces", "count"), [("largest", 1), ("all", 2)])
-def test_faces_are_scaled_to_the_working_size(tmp_path, defend_flags, faces, count):
+def test_faces_are_scaled_to_the_working_size(tmp_path, protector, faces, count):
     (path,) = tiny.write_portraits(tmp_path, 1, 128)
-    args = defend.parse_args([*defend_flags, "--input_path", str(path), "--faces", faces])
-    tools = defend.Tools(args)
-    tools.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
-    assert defend.load_subject(path, args, tools).boxes == [(10, 20, 60, 55), (0, 1, 15, 64)][:count]
-    assert defend.load_subject(path, args, tools, (100, 0, 200, 64)).boxes == [(50, 0, 64, 32)]
+    tool = protector(f"--faces {faces}")
+    tool.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
+    assert tool.load(path).boxes == [(10, 20, 60, 55), (0, 1, 15, 64)][:count]
+    assert tool.load(path, (100, 0, 200, 64)).boxes == [(50, 0, 64, 32)]
+
+
+def test_who_looks_at_no_face_looks_for_none(tmp_path, protector):
+    (path,) = tiny.write_portraits(tmp_path, 1)
+    tool = protector("--defend_method vae")
+    tool.detector = lambda pixels: pytest.fail("looked")
+    assert tool.load(path).boxes == []
 
 
 def test_a_method_loads_only_what_it_needs(call, face, tiny_models):
@@ -196,6 +232,7 @@ def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
     line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /none"
     done = call(defend, line)
     assert done.status == 0 and "judge not measured" in done.out
+    assert sum("not measured: " in warning for warning in done.warnings) == 1  # the VAE, and so the rest
     assert (face.parent / f"protected_{face.name}").exists()
 
 
@@ -210,6 +247,28 @@ def test_default_outputs_are_beside_the_input(call, folder):
     names = ["edit_face1.png", "face0.png", "face1.png", "face2.png", "protected_face0.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert done.out == f"{folder}/edit_face1.png: 'hat', seed 3\n"
+
+
+def test_an_earlier_default_output_is_kept(call, folder):
+    """Of another prompt, of a.jpg after a.png."""
+    Image.open(folder / "face0.png").save(folder / "face0.webp", lossless=True)
+    made: dict[str, bytes] = {}
+    for script, line, prefix in (
+        (edit, "--input_path {}/face0.png --prompt hat --seed 0", "edit_face0"),
+        (edit, "--input_path {}/face0.png --prompt beard --seed 0", "edit_face0_2"),
+        (edit, "--input_path {}/face0.png --prompt ears --seed 0", "edit_face0_3"),
+        (defend, "--input_path {}/face0.png --defend_method noise", "protected_face0"),
+        (defend, "--input_path {}/face0.webp --defend_method encoder", "protected_face0_2"),
+    ):
+        done = call(script, line.format(folder))
+        made[f"{prefix}.png"] = (folder / f"{prefix}.png").read_bytes()
+        assert done.status == 0 and ("the next free name" in done.out) is (prefix.count("_") == 2)
+    assert len(set(made.values())) == 5
+    assert {name: (folder / name).read_bytes() for name in made} == made
+    given = f"--input_path {folder}/face0.png --output_path {folder}/edit_face0.png --prompt x --seed 0"
+    assert call(edit, given).status == 0  # with a name, it is replaced
+    assert (folder / "edit_face0.png").read_bytes() != made["edit_face0.png"]
+    assert not (folder / "edit_face0_4.png").exists()
 
 
 def exif_rotated(path: Path) -> None:
@@ -246,14 +305,14 @@ def test_any_image_keeps_its_size_orientation_and_alpha(call, tmp_path, name):
     write(source)
     call(defend, f"--input_path {source} --defend_method encoder --output_path {output}")
     call(edit, f"--input_path {source} --prompt hat --seed 0 --output_path {edited}")
-    clean = utils.load_image(source)
+    clean = load_image(source)
     for path in (output, edited):
         with Image.open(path) as image:
             assert image.format == "PNG" and image.size == size and not image.getexif()
             assert image.mode == ("RGB" if clean.alpha is None else "RGBA")
             if clean.alpha is not None:
                 assert np.array_equal(np.asarray(image)[..., 3], clean.alpha)
-    assert 1 <= round(utils.linf(utils.load_image(output).pixels, clean.pixels) * 255 / 2) <= 3
+    assert 1 <= round(linf(load_image(output).pixels, clean.pixels) * 255 / 2) <= 3
 
 
 def test_the_alpha_and_the_depth_of_the_inputs_are_what_the_tests_think(tmp_path):
@@ -261,8 +320,8 @@ def test_the_alpha_and_the_depth_of_the_inputs_are_what_the_tests_think(tmp_path
         write(tmp_path / name)
     with Image.open(tmp_path / "deep.png") as image:
         assert image.mode.startswith("I")
-    assert np.ptp(utils.load_image(tmp_path / "deep.png").pixels) == 255
-    assert np.ptp(utils.load_image(tmp_path / "alpha.png").alpha) == 255
+    assert np.ptp(load_image(tmp_path / "deep.png").pixels) == 255
+    assert np.ptp(load_image(tmp_path / "alpha.png").alpha) == 255
 
 
 def test_img2img_edits_too(call, face, tiny_models):
@@ -373,7 +432,8 @@ def test_main_defend_gives_what_defend_gives(call, folder, tmp_path, method):
     made = tmp_path / "out" / "budget_0.03"
     assert done.status == 0 and "3 written, 0 there already, 0 failed" in done.out
     found = sorted(path.name for path in made.iterdir())
-    assert found == [".lock", "face0.png", "face1.png", "face2.png", "run.json"]
+    beside = [".lock", "manifest.jsonl", "report.csv", "run.json"]
+    assert found == sorted([*beside, "face0.png", "face1.png", "face2.png"])
     for name in ("face0", "face2"):
         call(
             defend,
@@ -389,7 +449,7 @@ def test_main_edit_gives_what_edit_gives(call, folder, tmp_path):
     made = tmp_path / "out" / "seed5"
     assert done.status == 0 and "6 written" in done.out
     files = {f"prompt{i}/face{n}.png" for i in (0, 3) for n in range(3)}
-    assert set(tree(made)) == files | {".lock", "run.json", "prompt0", "prompt3"}
+    assert set(tree(made)) == files | {".lock", "manifest.jsonl", "run.json", "prompt0", "prompt3"}
     call(
         edit,
         f"--input_path {folder}/face1.png --output_path {tmp_path}/single.png --seed 5 --prompt",
@@ -407,7 +467,8 @@ def test_own_instructions(call, folder, tmp_path):
     line = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompt_file {tmp_path}/mine.txt"
     assert call(main_edit, line).status == 0
     made = tmp_path / "out/seed5"
-    assert json.loads((made / "run.json").read_text())["prompts"] == {"0": "wear a hat", "1": "be blue"}
+    assert sorted(path.name for path in made.glob("prompt*")) == ["prompt0", "prompt2"]
+    assert json.loads((made / "run.json").read_text())["prompts"] == {"0": "wear a hat", "2": "be blue"}
     done = call(
         main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompts 0"
     )  # another text
@@ -441,28 +502,151 @@ def test_a_resumed_run_makes_the_same_file(call, finished):
     (finished.made / "face1.png").unlink()
     done = call(main_defend, finished.line)
     assert "1 written, 2 there already" in done.out
-    assert tree(finished.made) == finished.files
-    after = times(finished.made)
-    assert {name: after[name] == finished.times[name] for name in after} == {
-        "face0.png": True,
-        "face1.png": False,
-        "face2.png": True,
+    after = tree(finished.made)
+    assert all(after[f"face{n}.png"] == finished.files[f"face{n}.png"] for n in range(3))
+    assert {name for name, time in times(finished.made).items() if time != finished.times[name]} == {
+        "face1.png"
     }
 
 
 def test_a_changed_argument_is_refused_and_listed(call, finished):
-    done = call(main_defend, finished.line, "--step_size", 0.003, "--overwrite")
+    done = call(main_defend, finished.line, "--step_size", 0.003)
     assert done.status == 1 and len(done.errors) == 1
     assert "step_size: 0.01 there, 0.003 now" in done.errors[0] and str(finished.made) in done.errors[0]
     assert tree(finished.made) == finished.files and times(finished.made) == finished.times
+    done = call(main_defend, finished.line, "--step_size", 0.003, "--overwrite")
+    assert done.status == 0 and "3 written" in done.out
+    assert all(time > finished.times[name] for name, time in times(finished.made).items())
+
+
+def test_a_replaced_source_is_refused_and_made_again_alone(call, folder, finished):
+    Image.fromarray(tiny.portrait(64, seed=9)).save(folder / "face1.png")
+    done = call(main_defend, finished.line)
+    assert done.status == 1 and len(done.errors) == 1
+    assert "not the results of this run: face1.png: its source has changed" in done.errors[0]
+    assert tree(finished.made) == finished.files
+    done = call(main_defend, finished.line, "--overwrite")
+    assert done.status == 0 and "1 written, 2 there already" in done.out
+    assert levels(folder / "face1.png", finished.made / "face1.png") <= 3
+
+
+@pytest.mark.parametrize("part", ["objective", "loop"])
+def test_a_methods_changed_code_is_another_setting(call, finished, monkeypatch, part):
+    """Of its objective and its loop, and of no other method's."""
+
+    def objective(x, vae, targeted=True):
+        return methods.encoder_attack(x, vae, targeted)
+
+    def loop(x, objective, run):
+        return methods.pgd(x, objective, run)
+
+    changed = {part: {"objective": objective, "loop": loop}[part]}
+    monkeypatch.setitem(METHODS, "facelock", METHODS["facelock"]._replace(**changed))
+    assert call(main_defend, finished.line).status == 0
+    monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(**changed))
+    done = call(main_defend, finished.line)
+    assert done.status == 1 and re.search(r"code: '\w{16}' there, '\w{16}' now", done.errors[0])
+    assert tree(finished.made) == finished.files
+
+
+@pytest.mark.parametrize("what", ["empty", "longer", "other"])
+def test_an_output_that_is_not_the_one_that_was_written(call, finished, what):
+    path = finished.made / "face2.png"
+    data = path.read_bytes()
+    path.write_bytes({"empty": b"", "longer": data + b"\0", "other": data[:-1] + b"\0"}[what])
+    before = tree(finished.made)
+    verify = ["--verify"] if what == "other" else []  # which reads it
+    assert what != "other" or call(main_defend, finished.line).status == 0
+    done = call(main_defend, finished.line, *verify)
+    assert done.status == 1 and "face2.png: not the file that was written" in done.errors[0]
+    assert tree(finished.made) == before
+    done = call(main_defend, finished.line, "--overwrite", *verify)
+    assert "1 written, 2 there already" in done.out and path.read_bytes() == data
+
+
+def test_an_edit_of_what_was_protected_otherwise_since_is_refused(call, folder, tmp_path):
+    """The worst there was: edits of noise under the name of encoder, without a word."""
+    protect = f"--image_dir {folder} --output_dir {tmp_path}/protected"
+    made = tmp_path / "protected/budget_0.03"
+    edits = f"--src_dir {made} --edit_dir {tmp_path}/edits --seed 0 --prompts 0,3"
+    assert call(main_defend, f"{protect} --defend_method noise").status == 0
+    assert call(main_edit, edits).status == 0
+    done = call(main_defend, f"{protect} --defend_method encoder")
+    assert done.status == 1 and "defend_method: 'noise' there, 'encoder' now" in done.errors[0]
+    assert call(main_defend, f"{protect} --defend_method encoder --overwrite").status == 0
+    before = tree(tmp_path / "edits")
+    done = call(main_edit, edits)
+    first = ["prompt0/face0", "prompt3/face0", "prompt0/face1", "prompt3/face1", "prompt0/face2"]
+    names = ", ".join(f"{name}.png: its source has changed" for name in first)
+    assert done.status == 1 and len(done.errors) == 1 and "written" not in done.out
+    assert f"{names} and 1 more; --overwrite makes them again" in done.errors[0]
+    assert tree(tmp_path / "edits") == before
+    done = call(main_edit, edits, "--overwrite")
+    assert done.status == 0 and "6 written, 0 there already" in done.out
+    after = tree(tmp_path / "edits")
+    assert all(after[name] != before[name] for name in after if name.endswith(".png"))
+    assert "0 written, 6 there already" in call(main_edit, edits, "--verify").out
+
+
+def test_other_versions_are_said_and_recorded(call, finished, monkeypatch):
+    before = records.versions()
+    monkeypatch.setattr(records, "versions", lambda: {**before, "torch": "99.0"})
+    done = call(main_defend, finished.line)
+    assert done.status == 0 and "0 written, 3 there already" in done.out
+    (told,) = [warning for warning in done.warnings if "versions" in warning]
+    assert told.endswith(f"was begun with other versions: torch {before['torch']}, now 99.0")
+    record = json.loads((finished.made / "run.json").read_text())
+    assert record["versions"] == before and record["later_versions"] == [{**before, "torch": "99.0"}]
+
+
+def test_files_of_an_older_version_or_made_by_hand_are_taken_with_a_warning(call, finished):
+    (finished.made / "manifest.jsonl").unlink()
+    record = json.loads((finished.made / "run.json").read_text())
+    for newer in ("sources", "command"):
+        del record[newer]
+    del record["arguments"]["code"]
+    record["arguments"] |= {"image_dir": "/elsewhere", "batch_size": 4, "strength": None, "debug": False}
+    (finished.made / "run.json").write_text(json.dumps(record))
+    done = call(main_defend, finished.line)
+    assert done.status == 0 and "0 written, 3 there already" in done.out
+    told = "nothing says what made face0.png, face1.png, face2.png; taken as they are"
+    assert f"{finished.made}: {told}" in done.warnings
+    done = call(main_defend, finished.line, "--step_size", 0.003)
+    assert done.status == 1 and "step_size: 0.01 there, 0.003 now" in done.errors[0]
+
+
+def test_a_data_set_that_moved_is_the_same(call, folder, finished, tmp_path):
+    moved, out = folder.rename(tmp_path / "moved"), (tmp_path / "out").rename(tmp_path / "results")
+    line = f"--image_dir {moved} --output_dir {out} --defend_method encoder --batch_size 2"
+    done = call(main_defend, line)
+    assert done.status == 0 and "0 written, 3 there already" in done.out
+    assert json.loads((out / "budget_0.03/run.json").read_text())["sources"] == str(moved)
+
+
+def test_budget_folders_are_named_as_the_releases(call, folder, tmp_path):
+    budget = 8 / 255
+    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method noise --attack_budget {budget}"
+    assert call(main_defend, line).status == 0
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget_0.03137254901960784"]
+    (tmp_path / "out/budget_0.03137254901960784").rename(tmp_path / "out/budget_0.0313725")
+    done = call(main_defend, line)  # as this project called them before
+    assert "0 written, 3 there already" in done.out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget_0.0313725"]
+    near = line.replace(str(budget), "0.03137250000001")  # another one of the same short name
+    assert call(main_defend, near).status == 0
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "budget_0.0313725",
+        "budget_0.03137250000001",
+    ]
 
 
 @pytest.mark.parametrize(
     ("method", "first", "then"),
     [
-        ("encoder", "", "--check --faces all"),
+        ("encoder", "", "--faces all --checkpointing --recognizer x --judge y --lpips z --lr 1 --c 1"),
         ("cw", "--num_iters 2", "--num_iters 2 --step_size 0.003"),
-        ("noise", "", "--num_iters 7 --step_size 0.003"),
+        ("noise", "", "--num_iters 7 --step_size 0.003 --targeted --clamp_min 0 --clamp_max 1 --lr 0.1"),
+        ("facelock", "", "--untargeted --c 0.1 --verify --batch_size 3"),
     ],
 )
 def test_flags_that_the_method_does_not_read_may_differ(call, folder, tmp_path, method, first, then):
@@ -471,13 +655,6 @@ def test_flags_that_the_method_does_not_read_may_differ(call, folder, tmp_path, 
     done = call(main_defend, f"{line} {then}")
     assert done.status == 0 and "0 written, 3 there already" in done.out
     assert call(main_defend, f"{line} {then} --seed 1").status == 1
-
-
-def test_overwrite_makes_all_again(call, finished):
-    assert "3 written" in call(main_defend, finished.line, "--overwrite").out
-    after = tree(finished.made)
-    assert all(after[name] == finished.files[name] for name in finished.times)
-    assert all(time > finished.times[name] for name, time in times(finished.made).items())
 
 
 def test_main_defend_draws_a_seed_only_for_a_new_directory(call, folder, tmp_path):
@@ -502,9 +679,7 @@ def test_a_drawn_seed_is_not_one_that_has_a_folder(tmp_path, monkeypatch):
     (tmp_path / "seed5").mkdir()
     drawn = iter([5, 6])
     monkeypatch.setattr(utils, "draw_seed", lambda seed: next(drawn))
-    tiny.write_portraits(tmp_path / "in", 1)
-    args = main_edit.parse_args(["--src_dir", str(tmp_path / "in"), "--edit_dir", str(tmp_path)])
-    assert main_edit.prepare(args)[1] == 6
+    assert main_edit.settle_seed(-1, tmp_path) == 6
 
 
 def test_a_bad_file_among_good_ones(call, folder, tmp_path):
@@ -547,6 +722,12 @@ def bad(tmp_path) -> Path:
     (root / "texts").mkdir()
     (root / "texts" / "notes.txt").write_text("hello")
     (root / "file").write_text("not a directory")
+    tiny.write_portraits(root / "protected" / "budget_0.03", 1)
+    tiny.write_portraits(root / "budget_0.03", 1)
+    (root / "null.png").symlink_to("/dev/null")
+    for folder in ("budget_0.03", "seed0/prompt2"):  # as the authors' release leaves them
+        (root / "release" / folder).mkdir(parents=True)
+        (root / "release" / folder / "p0.jpg").write_bytes((root / "whole.jpg").read_bytes())
     tiny.write_portraits(root / "twins", 1)
     Image.fromarray(tiny.portrait()).save(root / "twins" / "face0.jpg")
     return root
@@ -588,7 +769,20 @@ BAD_INPUTS = [
     ("low", defend, f"{ONE} --attack_budget 0.005", 2, "0.005 is below 2/255"),
     ("low", main_defend, f"{MANY} --attack_budget 0.005", 2, "0.005 is below 2/255"),
     ("nan", defend, f"{ONE} --attack_budget nan", 2, "--attack_budget"),
-    ("iterations", defend, f"{ONE} --num_iters 0", 2, "--num_iters"),
+    ("above", defend, f"{ONE} --attack_budget 8", 2, "8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
+    ("above", main_defend, f"{MANY} --attack_budget 257", 2, "257 is above 2, the whole range"),
+    ("above", main_defend, f"{MANY} --attack_budget 1e308", 2, "1e308 is above 2, the whole range"),
+    ("no-number", defend, f"{ONE} --attack_budget much", 2, "'much' is not a number above 0"),
+    ("no-number", defend, f"{ONE} --step_size 0", 2, "--step_size: '0' is not a number above 0"),
+    ("no-number", main_defend, f"{MANY} --seed 1.5", 2, "--seed: '1.5' is not a whole number from 0"),
+    ("no-number", main_defend, f"{MANY} --batch_size 0", 2, "'0' is not a whole number of at least 1"),
+    ("iterations", defend, f"{ONE} --num_iters -1", 2, "--num_iters: '-1' is not a whole number of at least"),
+    ("empty-path", defend, "--input_path=", 2, "--input_path: an empty path"),
+    ("empty-path", main_defend, "--image_dir= --output_dir {bad}/out", 2, "--image_dir: an empty path"),
+    ("empty-path", main_edit, "--src_dir {bad}/good --edit_dir=", 2, "--edit_dir: an empty path"),
+    ("no-device", defend, f"{ONE} --device mps", 1, "--device mps can't be used"),
+    ("no-id", defend, f"{ONE} --model_id=", 1, "--model_id: an empty name"),
+    ("no-id", edit, f"{EDIT} --model_id=", 1, "--model_id: an empty name"),
     ("unwritable", defend, f"{ONE} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
     ("unwritable", edit, f"{EDIT} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
     (
@@ -611,28 +805,25 @@ BAD_INPUTS = [
         defend,
         f"{ONE} --output_path {{bad}}/out.jpg",
         1,
-        "JPEG compression would destroy the perturbation",
+        "out.jpg: JPEG and its like would destroy the perturbation; ask for a .png",
     ),
-    ("jpg", edit, f"{EDIT} --output_path {{bad}}/out.jpg", 1, "JPEG"),
+    (
+        "jpg",
+        edit,
+        f"{EDIT} --output_path {{bad}}/out.jpg",
+        1,
+        "out.jpg: an edit is measured pixel by pixel, which JPEG and its like would change; ask for a .png",
+    ),
+    ("device", defend, f"{ONE} --output_path /dev/null", 1, "/dev/null"),
+    ("device", edit, f"{EDIT} --output_path {{bad}}/null.png", 1, "null.png: is not a regular file"),
+    ("budgets", main_edit, "--src_dir {bad}/protected --edit_dir {bad}/out", 1, "it holds budget_{B}"),
+    ("over-itself", main_defend, "--image_dir {bad}/budget_0.03 --output_dir {bad}", 1, "overwrite the"),
+    ("release", main_defend, "--image_dir {bad}/good --output_dir {bad}/release", 1, "but no run.json that"),
+    ("release", main_edit, f"{EDITS} --edit_dir {{bad}}/release", 1, "but no run.json that says"),
+    ("long-name", defend, "--input_path {bad}/{long}.png", 1, "File name too long"),
     ("itself", defend, f"{ONE} --output_path {{bad}}/good/face0.png", 1, "would overwrite the input"),
-    ("c", defend, f"{ONE} --defend_method facelock --c 0.1", 1, "--c is for cw; facelock has no such knob"),
-    ("lr", main_defend, f"{MANY} --defend_method vae --lr 0.1", 1, "--lr is for cw; vae has no such knob"),
-    ("compile", defend, f"{ONE} --defend_method cw --compile", 1, "--compile is for encoder and vae and"),
     ("both", defend, f"{ONE} --compile --checkpointing", 1, "--checkpointing don't go together"),
-    (
-        "untargeted",
-        defend,
-        f"{ONE} --defend_method vae --untargeted",
-        1,
-        "--untargeted is for encoder and cw; vae",
-    ),
-    (
-        "targeted",
-        defend,
-        f"{ONE} --defend_method noise --targeted",
-        1,
-        "--targeted is for encoder and cw; noise",
-    ),
+    ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae looks at no face"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "bad/grey.png: no face found"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "--face_box"),
     (
@@ -645,9 +836,8 @@ BAD_INPUTS = [
     ("box-empty", defend, f"{ONE} --face_box 9,9,5,5", 2, "not a box"),
     ("tiny", defend, "--input_path {bad}/good/face0.png --resolution 31", 1, "face0.png"),
     ("tiny", edit, f"{EDIT} --resolution 31", 1, "too small"),
-    ("no-editor", edit, f"{EDIT} --model stable-diffusion --model_id=", 1, "no stable-diffusion editor"),
-    ("strength", edit, f"{EDIT} --strength 1.5", 2, "--strength"),
-    ("strength", edit, f"{EDIT} --strength 0.5", 1, "--strength: instruct-pix2pix has no such knob"),
+    ("strength", edit, f"{EDIT} --strength 1.5", 2, "--strength: '1.5' is not a number above 0 and up to 1"),
+    ("steps", edit, f"{EDIT} --model stable-diffusion --strength 0.1", 1, "2 steps at strength 0.1 are less"),
     ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: only 0 to 24"),
     (
         "prompt-file",
@@ -669,8 +859,8 @@ BAD_INPUTS = [
 )
 def test_bad_input_is_one_line_and_nothing_is_written(call, bad, script, line, status, says):
     before = tree(bad)
-    done = call(script, line, bad=bad)
-    assert done.status == status
+    done = call(script, line, bad=bad, long="x" * 300)
+    assert done.status == status and "invalid " not in done.err.replace("invalid choice", "")
     assert len(done.errors) == 1 and says in done.errors[0], done.err
     assert "Traceback" not in done.err and "Error at " not in done.err
     assert tree(bad) == before
@@ -687,19 +877,18 @@ def test_debug_raises(call, bad):
 
 
 def test_an_unforeseen_error_is_one_line_too(call, face, monkeypatch):
-    monkeypatch.setattr(utils, "save_png", lambda *_: 1 / 0)
+    monkeypatch.setattr(protection, "save_png", lambda *_: 1 / 0)
     done = call(defend, f"--input_path {face} --defend_method noise")
     assert done.status == 1 and len(done.errors) == 1
     assert "ZeroDivisionError at test_scripts.py:" in done.errors[0] and "--debug" in done.errors[0]
 
 
-def test_a_missing_judge_ends_nothing(call, folder, tmp_path, monkeypatch):
+def test_a_missing_judge_ends_nothing(call, folder, tmp_path):
     line = f"--image_dir {folder} --output_dir {tmp_path}/out --judge {tmp_path}/none"
     done = call(main_defend, line)
     assert done.status == 0 and "3 written" in done.out
-    shown = done.out + done.err
-    assert len(re.findall(r"recognizer -?[\d.]+ -> -?[\d.]+, judge not measured", shown)) == 3
-    assert shown.count("judge not measured: the face recogniser") == 1  # the reason is said once
+    assert len(re.findall(r"recognizer -?[\d.]+ -> -?[\d.]+, judge not measured", done.out)) == 3
+    assert done.err.count("judge not measured: the face recogniser") == 1  # the reason is said once
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -733,17 +922,236 @@ def test_bad_input_as_a_command(tmp_path, edit_flags):
         ("encoder", "bf16", torch.bfloat16, False),
     ],
 )
-def test_cw_runs_in_float32(defend_flags, capsys, method, dtype, runs_in, told):
-    line = ["--input_path", "x", "--defend_method", method, "--dtype", dtype]
-    tools = defend.Tools(defend.parse_args([*line, *defend_flags]))
-    assert (tools.dtype, tools.vae.vae.dtype) == (runs_in, runs_in)
+def test_cw_runs_in_float32(protector, capsys, method, dtype, runs_in, told):
+    tool = protector(f"--defend_method {method} --dtype {dtype}")
+    assert (tool.chosen.dtype, tool.vae.vae.dtype) == (runs_in, runs_in)
     assert ("cw runs in fp32" in capsys.readouterr().err) is told
 
 
-def test_compile_reaches_the_method(tmp_path, defend_flags, monkeypatch):
-    seen = []
-    monkeypatch.setattr(torch, "compile", lambda function, **more: seen.append(more) or function)
+def test_compile_compiles_the_networks(tmp_path, defend_flags, fresh_loaders, monkeypatch, capsys):
+    seen: list[str] = []
+
+    def note(network, **_):
+        seen.append(type(network).__name__)
+
+    monkeypatch.setattr(torch.nn.Module, "compile", note)
     (source,) = tiny.write_portraits(tmp_path, 1)
-    line = ["--input_path", str(source), "--defend_method", "encoder", "--compile"]
-    assert defend.main([*line, *defend_flags]) == 0
-    assert seen == [{"fullgraph": True, "dynamic": False}]
+    for method, count in (("encoder", 2), ("facelock", 4)):
+        line = ["--input_path", str(source), "--defend_method", method, "--compile"]
+        assert defend.main([*line, *defend_flags]) == 0
+        assert len(seen) == count and seen[:2] == ["Encoder", "Decoder"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# old command lines, and what is ignored with a warning
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "told"),
+    [
+        (defend, f"{ONE} --defend_method cw --num_iters 2 --clamp_min=0", "change nothing"),
+        (defend, f"{ONE} --defend_method vae --clamp_min=-1 --clamp_max=1", "change nothing"),
+        (defend, f"{ONE} --targeted", "--targeted is ignored: facelock has no such knob (encoder, cw has)"),
+        (defend, f"{ONE} --defend_method vae --untargeted", "--untargeted is ignored: vae has no such knob"),
+        (defend, f"{ONE} --defend_method encoder --c 0.1", "--c is ignored: encoder has no such knob (cw"),
+        (main_defend, f"{MANY} --defend_method noise --lr 0.1", "--lr is ignored: noise has no such knob"),
+        (edit, f"{EDIT} --strength 0.5", "--strength is ignored: instruct-pix2pix has no such knob"),
+        (main_edit, f"{EDITS} --strength 0.5", "--strength is ignored: instruct-pix2pix has no such knob"),
+        (
+            edit,
+            f"{EDIT} --model stable-diffusion --model_id {{img2img}} --image_guidance_scale 1.5",
+            "--image_guidance_scale is ignored: stable-diffusion has no such knob",
+        ),
+    ],
+)
+def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, tiny_models, script, line, told):
+    done = call(script, line, bad=bad, img2img=tiny_models.img2img)
+    assert done.status == 0 and done.errors == []
+    assert sum(told in warning for warning in done.warnings) == 1
+    for path in bad.rglob("run.json"):
+        record = json.loads(path.read_text())["arguments"]
+        assert not {"strength", "lr", "c", "targeted", "clamp_min", "clamp_max"} & record.keys()
+
+
+@pytest.mark.parametrize("method", ["encoder", "cw", "facelock"])
+def test_no_iterations_give_the_random_start(call, face, method):
+    outputs = {}
+    for name in (method, "noise"):
+        outputs[name] = face.with_name(f"{name}.png")
+        line = f"--input_path {face} --output_path {outputs[name]} --defend_method {name} --num_iters=0"
+        assert call(defend, line).status == 0
+    assert levels(*outputs.values()) <= (1 if method == "cw" else 0)  # tanh(atanh(x')) rounds
+    assert levels(face, outputs[method]) == 3
+
+
+def test_a_large_budget_is_warned_of(call, face):
+    line = f"--input_path {face} --defend_method noise --attack_budget"
+    (told,) = [text for text in call(defend, f"{line} 0.5").warnings if "attack_budget" in text]
+    assert told == "--attack_budget 0.5 is a lot. 0.5 in [-1, 1] is 63.75/255; for 0.5/255 give 0.00392"
+    assert "attack_budget" not in call(defend, f"{line} 0.3").err
+
+
+def test_the_knobs_that_a_method_reads_are_recorded(call, folder, tmp_path):
+    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method cw --num_iters 2 --lr 0.1"
+    assert call(main_defend, line).status == 0
+    record = json.loads((tmp_path / "out/budget_0.03/run.json").read_text())["arguments"]
+    assert (record["lr"], record["c"], record["targeted"], record["num_iters"]) == (0.1, 0.03, False, 2)
+    assert "step_size" not in record and "recognizer" not in record
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reports and messages
+
+
+def test_what_is_not_finite_names_its_dtype(protector, monkeypatch):
+    """And the way out, where there is one."""
+
+    def fail(*_):
+        raise methods.GradientError("the gradient is NaN or infinite within the first 10 iterations")
+
+    monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(loop=fail))
+    x = torch.zeros(1, 3, 64, 64)
+    for dtype, hint in (("fp32", "float32"), ("bf16", "bfloat16; try --dtype fp32")):
+        with pytest.raises(utils.UserError) as caught:
+            protector(f"--defend_method encoder --dtype {dtype}").protect(x, [[]], [0])
+        assert str(caught.value).endswith(f"10 iterations, with the networks in {hint}")
+
+
+def test_a_long_prompt_is_warned_of_once(call, folder, tmp_path):
+    """The tiny editor reads 32 tokens, a letter each, of which two are its own."""
+    prompt = "wear" * 8
+    line = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 0 --prompt_file {tmp_path}/own.txt"
+    (tmp_path / "own.txt").write_text(f"{prompt}\n{prompt[:30]}\n")
+    done = call(main_edit, line, "--batch_size", 2)
+    told = [warning for warning in done.warnings if "tokens" in warning]
+    assert told == [f"the editor reads 32 tokens; the last 2 are cut: {prompt!r}"]
+
+
+def test_the_report_is_a_table(call, folder, tmp_path):
+    """pandas reads it, with names as text; it holds what was said, also of files that were there already."""
+    (folder / "face0.png").rename(folder / "007.png")
+    (folder / "face1.png").rename(folder / "=1+1.png")
+    line = f"--image_dir {folder} --output_dir {tmp_path}/out"
+    (folder / "face2.png").rename(tmp_path / "face2.png")
+    assert call(main_defend, line).status == 0
+    (tmp_path / "face2.png").rename(folder / "face2.png")
+    done = call(main_defend, line)
+    made = tmp_path / "out/budget_0.03"
+    assert "1 written, 2 there already" in done.out
+    table = pd.read_csv(made / "report.csv", dtype={"name": str}).set_index("name")
+    assert list(table.index) == ["'=1+1", "007", "face2"]  # no formula for a spreadsheet
+    numbers = ["linf", "psnr"]
+    numbers += [f"{who}_{when}" for who in ("recognizer", "judge") for when in ("before", "after")]
+    assert list(table) == ["method", "budget", *numbers]
+    assert (table["method"] == "facelock").all() and (table["budget"] == 0.03).all()
+    row = table.loc["face2"]
+    assert row["linf"] == pytest.approx(levels(folder / "face2.png", made / "face2.png") * 2 / 255, abs=1e-5)
+    shown = f"L-infinity {row['linf']:.4f} (budget 0.03), PSNR {row['psnr']:.1f} dB"
+    assert f"face2.png: {shown}" in done.out
+    after = f"recognizer {row['recognizer_before']:.2f} -> {row['recognizer_after']:.2f}"
+    assert after in done.out
+
+
+def test_each_images_line_is_out_before_the_next_is_begun(folder, tmp_path, defend_flags, monkeypatch):
+    """A pipe would keep it back till the end."""
+    out, seen = tmp_path / "out.txt", []
+    save = Protector.save
+
+    def saved(self, *args, **more):
+        seen.append(out.read_text().count("PSNR"))
+        return save(self, *args, **more)
+
+    monkeypatch.setattr(Protector, "save", saved)
+    with open(out, "w") as file, contextlib.redirect_stdout(file):
+        line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method noise"
+        assert main_defend.main([*defend_flags, *line.split()]) == 0
+    assert seen == [0, 1, 2] and out.read_text().count("PSNR") == 3
+
+
+def test_control_characters_of_names_do_not_reach_the_terminal(call, tmp_path):
+    folder = tmp_path / "in"
+    folder.mkdir()
+    name = "a\x1b[2J\nb.png"
+    Image.fromarray(tiny.portrait()).save(folder / name)
+    (folder / "bad\x1b]0;x\x07.png").write_text("x")
+    (folder / "notes\x1b[31m.txt").write_text("x")
+    for script, line in (
+        (main_defend, f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method noise"),
+        (main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/edits --seed 0 --prompts 0"),
+    ):
+        done = call(script, line)
+        assert done.status == 1
+        for text in (done.out, done.err):
+            assert not re.search("\x1b(?!\\[A)|\x07", text), text  # tqdm moves the cursor up with \x1b[A
+    prompt = ["--prompt", "a\x1bb", "--seed", "0"]
+    for script, more in ((defend, ["--defend_method", "noise"]), (edit, prompt)):
+        done = call(script, "--input_path", folder / name, *more)
+        assert done.status == 0 and "a\\x1b[2J\\nb" in done.out
+        assert not re.search("\x1b(?!\\[A)", done.out + done.err)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# models as people have them
+
+
+def leave(directory: Path, change) -> None:
+    """Applies `change` to the weights of every part of an editor's directory."""
+    for path in directory.glob("*/*.safetensors"):
+        change(path)
+
+
+def as_variant(path: Path) -> None:
+    path.rename(path.with_suffix(".fp16.safetensors"))
+
+
+def as_pickle(path: Path) -> None:
+    name = "pytorch_model.bin" if path.stem == "model" else f"{path.stem}.bin"
+    torch.save(load_file(path), path.with_name(name))
+    path.unlink()
+
+
+def name_what_is_not_there(path: Path) -> None:
+    """Has model_index.json name parts, as the published editors' do, that nobody downloaded."""
+    index = path.parent.parent / "model_index.json"
+    parts = json.loads(index.read_text())
+    parts["feature_extractor"] = ["transformers", "CLIPImageProcessor"]
+    parts["safety_checker"] = ["stable_diffusion", "StableDiffusionSafetyChecker"]
+    index.write_text(json.dumps(parts))
+
+
+@pytest.mark.parametrize("change", [as_variant, as_pickle, name_what_is_not_there])
+def test_an_editor_is_loaded_in_any_of_its_forms_and_quietly(call, face, tiny_models, tmp_path, change):
+    line = f"--input_path {face} --prompt hat --seed 0 --output_path {tmp_path}"
+    assert call(edit, f"{line}/expected.png").status == 0
+    leave(shutil.copytree(tiny_models.editor, tmp_path / "editor"), change)
+    told = []
+    handler = logging.Handler()
+    handler.emit = lambda record: told.append(record.getMessage())
+    loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    done = call(edit, f"{line}/out.png --model_id {tmp_path}/editor")
+    for logger in loggers:
+        logger.removeHandler(handler)
+    assert done.status == 0 and told == []
+    assert (tmp_path / "out.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
+
+
+class Evil:
+    def __reduce__(self):
+        return open, ("ran", "w")
+
+
+@pytest.mark.parametrize("flag", ["--recognizer", "--lpips"])
+def test_a_refused_pickle_is_told_without_advice_to_read_it(call, face, tmp_path, flag, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"conv2d_1a.conv.weight": Evil()}, tmp_path / "net.pt")
+    if flag == "--lpips":
+        (tmp_path / "net").mkdir()
+        (tmp_path / "net/config.json").write_text('{"net": "squeeze", "lpips": false}')
+        monkeypatch.setattr(models.perceptual, "read_state", lambda _: read_state(tmp_path / "net.pt"))
+    given = tmp_path / ("net" if flag == "--lpips" else "net.pt")
+    done = call(defend, f"--input_path {face} {flag} {given}")
+    assert done.status == 1 and len(done.errors) == 1 and not (tmp_path / "ran").exists()
+    assert f"'{given}' can't be loaded (it holds more than tensors)" in done.errors[0]
+    assert "weights_only" not in done.err and "trust" not in done.err

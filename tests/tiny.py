@@ -46,7 +46,7 @@ SCHEDULE = {
 
 
 def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoencoderKL:
-    """An AutoencoderKL of four levels (f=8) and 4 latent channels, frozen."""
+    """Makes an AutoencoderKL of four levels (f=8) and 4 latent channels, frozen."""
     torch.manual_seed(seed)
     vae = AutoencoderKL(
         block_out_channels=(WIDTH,) * 4,
@@ -77,7 +77,7 @@ def _unet(in_channels: int, seed: int) -> UNet2DConditionModel:
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer that spells: one token a letter, one a letter at a word's end."""
+    """Makes a CLIPTokenizer that spells: one token a letter, one a letter at a word's end."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(tokens)}
@@ -101,7 +101,7 @@ def _text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
 
 
 def write_editor(directory: Path, seed: int = 0) -> Path:
-    """A complete StableDiffusionInstructPix2PixPipeline directory; its VAE is `tiny_vae(seed=seed)`."""
+    """Writes a complete StableDiffusionInstructPix2PixPipeline; its VAE is `tiny_vae(seed=seed)`."""
     tokenizer = tiny_tokenizer()
     StableDiffusionInstructPix2PixPipeline(
         vae=tiny_vae(seed=seed),
@@ -117,7 +117,7 @@ def write_editor(directory: Path, seed: int = 0) -> Path:
 
 
 def write_img2img(directory: Path, seed: int = 0) -> Path:
-    """A complete StableDiffusionImg2ImgPipeline directory, with a DDIM scheduler."""
+    """Writes a complete StableDiffusionImg2ImgPipeline, with a DDIM scheduler."""
     tokenizer = tiny_tokenizer()
     StableDiffusionImg2ImgPipeline(
         vae=tiny_vae(seed=seed),
@@ -133,7 +133,7 @@ def write_img2img(directory: Path, seed: int = 0) -> Path:
 
 
 def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
-    """A transformers CLIPModel with its CLIPProcessor."""
+    """Writes a transformers CLIPModel with its CLIPProcessor."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     shape = {
@@ -162,7 +162,7 @@ def _write_preprocessor(directory: Path, size: int, mean: float, std: float) -> 
 def write_recognizer(
     directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0
 ) -> Path:
-    """A transformers ResNetModel with its preprocessor_config.json."""
+    """Writes a transformers ResNetModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
     config = ResNetConfig(
         embedding_size=WIDTH, hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], layer_type="basic"
@@ -175,7 +175,7 @@ def write_recognizer(
 def write_convnext(
     directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 1
 ) -> Path:
-    """A transformers ConvNextModel with its preprocessor_config.json."""
+    """Writes a transformers ConvNextModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
     config = ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2)
     ConvNextModel(config).eval().save_pretrained(directory)
@@ -184,19 +184,18 @@ def write_convnext(
 
 
 def facenet_state(seed: int = 0) -> dict[str, torch.Tensor]:
-    """A random state dict as facenet-pytorch publishes them: InceptionResnetV1 with its classifier."""
+    """Makes a random state dict as facenet-pytorch publishes them: InceptionResnetV1 with its classifier."""
     torch.manual_seed(seed)
     state = InceptionResnetV1(pretrained=None, classify=True, num_classes=3).state_dict()
     for value in state.values():
         if value.ndim == 4:
-            value *= (
-                6**0.5
-            )  # He's variance: signals that fade away layer by layer end in slow denormal numbers
+            # He's variance: signals that fade away layer by layer end in slow denormal numbers
+            value *= 6**0.5
     return {key: value.contiguous() for key, value in state.items()}
 
 
 def write_facenet(path: Path, seed: int = 0) -> Path:
-    """`facenet_state` in a file: a pickle, or, for a .safetensors path, that."""
+    """Writes `facenet_state` to a file: a pickle, or, for a .safetensors path, that."""
     state = facenet_state(seed)
     if path.suffix == ".safetensors":
         save_file(state, path)
@@ -206,7 +205,7 @@ def write_facenet(path: Path, seed: int = 0) -> Path:
 
 
 def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Path:
-    """An LPIPS on a random SqueezeNet trunk; heads: with lpips' own linear heads."""
+    """Writes an LPIPS on a random SqueezeNet trunk; heads: with lpips' own linear heads."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     network = lpips.LPIPS(net="squeeze", lpips=heads, pnet_rand=True, pretrained=heads, verbose=False)
@@ -216,8 +215,13 @@ def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Pat
     return directory
 
 
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Draws noise (B, 3, H, W) in [-1, 1]."""
+    return torch.rand(shape, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
 def portrait(size: int | Iterable[int] = 64, seed: int = 0) -> np.ndarray:
-    """A smooth, head-like blob on a gradient, (H, W, 3) uint8; `size` is the side or (H, W)."""
+    """Paints a smooth, head-like blob on a gradient, (H, W, 3) uint8; `size` is the side or (H, W)."""
     height, width = (size, size) if isinstance(size, int) else size
     generator = np.random.default_rng(seed)
     y, x = np.meshgrid(np.linspace(-1, 1, height), np.linspace(-1, 1, width), indexing="ij")
@@ -235,7 +239,7 @@ def portrait(size: int | Iterable[int] = 64, seed: int = 0) -> np.ndarray:
 
 
 def write_portraits(directory: Path, n: int = 3, size: int | Iterable[int] = 64) -> list[Path]:
-    """n PNG files face0.png, face1.png..."""
+    """Writes n PNG files face0.png, face1.png..."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"face{number}.png" for number in range(n)]
     for number, path in enumerate(paths):

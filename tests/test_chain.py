@@ -1,0 +1,332 @@
+"""What belongs together: sources, protected images, edits; what is refused, and what may be overwritten."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+
+import chain
+import cheats
+import eval_all
+import eval_psnr
+import figure
+import numpy as np
+import outputs
+import pairing
+import purify
+import pytest
+import tiny
+from PIL import Image
+
+import main_edit
+import records
+
+NAMES = ("anna", "ben", "cleo")
+BUDGETS = ("budget_0.02", "budget_0.03")
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def note(directory: Path, sources: Path, **arguments: object) -> None:
+    """Records that a directory's files were made of those of the same name, as the scripts do."""
+    lines = [
+        {
+            "output": path.relative_to(directory).as_posix(),
+            "source": records.digest(sources / path.name),
+            "settings": "",
+            "sha256": records.digest(path),
+            "bytes": path.stat().st_size,
+        }
+        for path in sorted(directory.rglob("*.png"))
+    ]
+    (directory / "manifest.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    record = {"seed": 5, "arguments": arguments, "sources": str(sources)}
+    (directory / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Path:
+    """portraits/, protected/facelock/budget_{B}, edits of both with prompt 0 and seed 5, all recorded."""
+    for number, name in enumerate(NAMES):
+        source = tiny.portrait(32, seed=number)
+        write(tmp_path / "portraits" / f"{name}.png", source)
+        write(tmp_path / "edits/clean/seed5/prompt0" / f"{name}.png", source // 2)
+        for level, budget in enumerate(BUDGETS, 1):
+            protected = np.where(source > 127, source - level, source + level).astype(np.uint8)
+            write(tmp_path / "protected/facelock" / budget / f"{name}.png", protected)
+            write(tmp_path / "edits/facelock" / budget / "seed5/prompt0" / f"{name}.png", protected // 2)
+    note(tmp_path / "edits/clean/seed5", tmp_path / "portraits")
+    for budget in BUDGETS:
+        protected = tmp_path / "protected/facelock" / budget
+        note(protected, tmp_path / "portraits", attack_budget=float(budget[7:]))
+        note(tmp_path / "edits/facelock" / budget / "seed5", protected)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    return tmp_path
+
+
+@pytest.fixture
+def call(world, tiny_models, capsys):
+    """Runs eval_psnr, eval_all or figure's grid on the world -> status, output and errors."""
+    edits = f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock --seed 5"
+    names = {"recognizer": "recognizer", "judge": "judge", "lpips": "perceptual", "clip_id": "clip"}
+    members = " ".join(f"--{flag} {getattr(tiny_models, name)}" for flag, name in names.items())
+    sources = f"--src_dir {world}/portraits --protected_dirs {world}/protected/facelock"
+    lines = {
+        eval_psnr: edits,
+        eval_all: f"{edits} {sources} --models mini --device cpu {members}",
+        figure: f"grid {edits} {sources}",
+    }
+
+    def run(script, *more: str) -> SimpleNamespace:
+        capsys.readouterr()
+        status = script.main([*lines[script].split(), *more])
+        out, err = capsys.readouterr()
+        errors = [text for text in re.split(r"[\r\n]+", err) if text.strip().startswith("error:")]
+        return SimpleNamespace(status=status, out=out, err=err, error="".join(errors))
+
+    return run
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the chain
+
+
+def test_what_belongs_together_is_scored_without_a_warning(call):
+    for script in (eval_psnr, eval_all, figure):
+        found = call(script)
+        assert found.status == 0 and "warning" not in found.err, found.err
+
+
+@pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
+def test_edits_of_sources_that_have_changed_are_refused(world, call, script):
+    write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(32, seed=7))
+    found = call(script)
+    assert found.status == 1
+    where = f"{world}/edits/facelock/budget_0.03 holds edits of other pictures than those that"
+    assert f"{where} {world}/protected/facelock/budget_0.03 holds now (ben)" in found.error
+    assert not [*Path().iterdir()]
+
+
+@pytest.mark.parametrize("script", [eval_all, figure])
+def test_clean_edits_of_other_sources_are_refused(world, call, script):
+    """Also where the sources that they were made of are gone, or lie elsewhere."""
+    for name in NAMES:
+        write(world / "others" / f"{name}.png", tiny.portrait(32, seed=9))
+    found = call(script, "--src_dir", f"{world}/others")
+    assert found.status == 1
+    says = f"edits/clean holds edits of other pictures than those in {world}/others (anna, ben, cleo)"
+    assert says in found.error
+
+
+def test_a_moved_data_set_is_the_same_data_set(world, call):
+    (world / "portraits").rename(world / "moved")
+    (world / "protected").rename(world / "elsewhere")
+    more = ["--src_dir", f"{world}/moved", "--protected_dirs", f"{world}/elsewhere/facelock"]
+    assert call(eval_all, *more).status == 0
+
+
+def test_protected_images_that_no_row_edits_are_refused(world, call):
+    for name in NAMES:
+        write(world / "other" / f"{name}.png", tiny.portrait(32, seed=8))
+    found = call(eval_all, "--protected_dirs", f"{world}/other")
+    assert found.status == 1
+    assert f"holds edits of other pictures than those in {world}/other (anna, ben, cleo)" in found.error
+
+
+def test_protected_images_of_other_sources_are_refused(world, call):
+    """A portrait replaced under its name: its protected form and the edits of that are old."""
+    write(world / "portraits/ben.png", tiny.portrait(32, seed=7))
+    write(world / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(32, seed=7) // 2)
+    note(world / "edits/clean/seed5", world / "portraits")
+    found = call(eval_all)
+    assert found.status == 1
+    says = f"budget_0.02 was made from other pictures than those in {world}/portraits (ben)"
+    assert says in found.error
+
+
+def test_a_protected_image_that_was_changed_is_refused(world, call):
+    path = world / "protected/facelock/budget_0.03/ben.png"
+    write(path, np.array(Image.open(world / "portraits/ben.png")))
+    note(world / "edits/facelock/budget_0.03/seed5", path.parent)
+    found = call(eval_all)
+    assert found.status == 1
+    assert "budget_0.03: not the files that main_defend.py wrote (ben)" in found.error
+
+
+def test_a_protected_image_beyond_its_budget_is_an_error(world, call):
+    path = world / "protected/facelock/budget_0.02/ben.png"
+    source = np.array(Image.open(world / "portraits/ben.png"))
+    write(path, np.where(source > 127, source - 5, source + 5).astype(np.uint8))
+    note(path.parent, world / "portraits", attack_budget=0.02)
+    note(world / "edits/facelock/budget_0.02/seed5", path.parent)
+    found = call(eval_all)
+    assert found.status == 1
+    assert "budget_0.02: beyond the budget 0.02 of its run.json: ben 0.0392" in found.error
+    assert not [*Path().iterdir()]
+
+
+def test_swapped_orders_in_a_grid_are_an_error(world, call):
+    folders = [f"{world}/protected/facelock/{budget}" for budget in reversed(BUDGETS)]
+    found = call(figure, "--protected_dirs", *folders)
+    assert found.status == 1
+    assert "--protected_dirs go in the order of --defend_edit_dirs" in found.error
+    assert not [*Path().iterdir()]
+
+
+@pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
+def test_edits_without_a_record_are_scored_with_one_warning(world, call, script):
+    for path in (world / "edits").rglob("manifest.jsonl"):
+        path.unlink()
+    found = call(script)
+    assert found.status == 0
+    (line,) = [line for line in re.split(r"[\r\n]+", found.err) if "warning" in line]
+    assert "that can't be checked" in line
+    assert all(f"{world}/edits/{row}" in line for row in ("clean", *(f"facelock/{b}" for b in BUDGETS)))
+
+
+def test_a_chain_of_real_runs(tmp_path, edit_flags):
+    """Purified sources, and cheats, belong to the sources; a purification of others doesn't."""
+    tiny.write_portraits(tmp_path / "in", 2)
+    tiny.write_portraits(tmp_path / "other", 2, 72)
+    place = {name: tmp_path / name for name in ("in", "jpeg", "edits", "cheats", "other")}
+    assert purify.purify_directory(place["in"], place["jpeg"], purify.chain("jpeg:75")) == 0
+    flags = f"--src_dir {place['jpeg']} --edit_dir {place['edits']} --seed 1 --prompts 0,3".split()
+    assert main_edit.main([*edit_flags, *flags]) == 0
+    edits = pairing.find_edits([place["edits"]], [1], src_dir=place["jpeg"])
+    assert cheats.make_cheats(edits, place["cheats"], None, ["mirrored", "source"]) == 0
+    edits = pairing.find_edits([place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["in"])
+    assert len(edits.rows) == 2
+    chain.check_edits(edits, chain.Manifests())
+    foreign = pairing.find_edits(
+        [place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["other"]
+    )
+    with pytest.raises(chain.UserError, match="of other pictures than those in"):
+        chain.check_edits(foreign, chain.Manifests())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# seeds
+
+
+def test_seed00_is_not_seed_0(world, call):
+    rows = [world / "edits/clean", *(world / "edits/facelock" / budget for budget in BUDGETS)]
+    for row in rows:
+        (row / "seed5").rename(row / "seed0")
+    (rows[1] / "seed00/prompt0").mkdir(parents=True)
+    (rows[1] / "seed0/prompt00").mkdir()
+    assert call(eval_psnr, "--seed", "0").status == 0
+    found = call(eval_psnr, "--seed", "0", "--defend_edit_dirs", f"{rows[1]}/seed00")
+    assert found.status == 1 and "seed00: holds other edits than --seed 0" in found.error
+    (rows[1] / "seed0").rename(world / "away")
+    found = call(eval_psnr, "--seed", "0")
+    assert found.status == 1 and "budget_0.02: no seed0 (there are seed00)" in found.error
+
+
+def test_a_row_without_the_seed_is_named(world, call):
+    row = world / "edits/facelock/budget_0.02"
+    (row / "seed5").rename(row / "seed7")
+    found = call(eval_psnr)
+    assert found.status == 1 and f"{row}: no seed5 (there are seed7)" in found.error
+    found = call(eval_psnr, "--common")
+    assert found.status == 0 and f"warning: left out: {row}: no seed5" in found.err
+    assert "1 rows" in found.out
+
+
+# ---------------------------------------------------------------------------------------------------------
+# outputs and names
+
+
+@pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
+def test_nothing_that_is_not_ours_is_overwritten(world, call, script):
+    Path("notes.csv").write_text("my,own\n1,2\n")
+    Path("notes.md").write_text("# my notes\n")
+    Image.fromarray(tiny.portrait(32)).save("photo.png")
+    Path("drawing.pdf").write_bytes(b"%PDF-1.7 of another program")
+    targets = [Path(name) for name in ("notes.csv", "photo.png", "drawing.pdf", "notes.md")]
+    targets += [world / "portraits/ben.png", world / "edits/clean/seed5/run.json"]
+    before = {path: path.read_bytes() for path in targets}
+    for path in targets:
+        found = call(script, "--output", str(path))
+        assert found.status == 1 and f"{path}: " in found.error
+    assert {path: path.read_bytes() for path in targets} == before
+
+
+def test_a_table_leaves_what_lies_beside_it(call):
+    for name in ("t.md", "t_protected.csv", "t_minus_baseline.csv"):
+        Path(name).write_text("mine")
+        found = call(eval_all, "--output", "t.csv")
+        assert found.status == 1 and f"{name}: exists and was not made" in found.error
+        assert Path(name).read_text() == "mine"
+        Path(name).unlink()
+    for _ in range(2):  # its own are made again
+        assert call(eval_all, "--output", "t.csv", "--baseline", "clean").status == 0
+    assert sorted(path.name for path in Path().iterdir()) == [
+        "t.csv", "t.md", "t_minus_baseline.csv", "t_protected.csv"
+    ]  # fmt: skip
+
+
+def test_a_figure_is_made_again_but_not_over_what_it_shows(world, call):
+    for name in ("f.png", "f.pdf"):
+        assert call(figure, "--output", name).status == call(figure, "--output", name).status == 0
+    assert call(figure, "--output", "f.png").status == 0
+    Path("f.png").rename(world / "portraits/anna.png")  # a figure of ours, but what the run reads
+    note(world / "edits/clean/seed5", world / "portraits")
+    found = call(figure, "--names", "ben", "anna", "--output", f"{world}/portraits/anna.png")
+    assert found.status == 1 and "would overwrite what this run reads" in found.error
+
+
+def test_an_output_that_is_read_is_refused(tmp_path):
+    path = tmp_path / "t.csv"
+    path.write_text("method,mean\n")
+    outputs.check_outputs([path])
+    with pytest.raises(outputs.UserError, match="would overwrite what this run reads"):
+        outputs.check_outputs([path], [tmp_path / "other.csv", path])
+
+
+def test_a_device_is_written_through(call):
+    for script in (eval_psnr, eval_all, figure):
+        assert call(script, "--output", "/dev/null").status == 0
+    assert not Path("/dev/null").is_file() and not [*Path().iterdir()]
+    assert not [*Path("/dev").glob("null?*")]
+
+
+def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
+    odd = world / "edits/=cmd|x\n\x1b[31mred"
+    (world / "edits/facelock").rename(odd)
+    for path in world.rglob("ben.png"):
+        path.rename(path.with_name("-1+1.png"))
+    for directory in (world / "edits/clean", *odd.iterdir()):
+        (directory / "seed5/manifest.jsonl").unlink()
+    for path in (world / "protected/facelock").glob("*/manifest.jsonl"):
+        path.unlink()
+    found = call(eval_all, "--defend_edit_dirs", str(odd), "--per_image", "each.csv", "--baseline", "clean")
+    assert found.status == 0
+    text = Path("all_metric.md").read_text()
+    assert "\x1b" not in found.out + found.err + text
+    lines = [line for line in text.splitlines() if "=cmd" in line]
+    assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {11}  # ten columns
+    each = outputs.read_csv(Path("each.csv"))
+    assert set(each["method"]) == {"clean", *(str(odd / budget) for budget in BUDGETS)}  # exact
+    assert set(each["name"]) == {"anna", "'-1+1", "cleo"}
+
+
+def test_names_at_the_beginning_of_a_cell_are_no_formulas(tmp_path):
+    import pandas as pd
+
+    names = ["=1+1", "+x", "-x", "@x", "x=1", "a,b", 'q"q', "n\udce9"]
+    frame = pd.DataFrame({"method": names, "value": [-1.5, 1e-7, float("inf"), float("nan"), 0, 2, 3, 4]})
+    outputs.write_csv(tmp_path / "t.csv", frame)
+    text = (tmp_path / "t.csv").read_bytes().decode(errors="surrogateescape")
+    assert text.splitlines() == [
+        "method,value", "'=1+1,-1.5", "'+x,1e-07", "'-x,inf", "'@x,", "x=1,0",
+        '"a,b",2', '"q""q",3', "n\udce9,4"
+    ]  # fmt: skip
+    (tmp_path / "t.csv").write_text(text[: text.index("n\udce9")])
+    assert list(outputs.read_csv(tmp_path / "t.csv")["method"]) == names[:-1]

@@ -1,0 +1,727 @@
+"""images.py: image files, 8 bits within the budget, output names, working size."""
+
+import os
+import shutil
+import struct
+import subprocess
+import sys
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tifffile
+import torch
+from PIL import ExifTags, Image, ImageCms
+
+import images as images_module
+from images import (
+    FORMATS,
+    choose_output,
+    from_working,
+    image_size,
+    images_by_stem,
+    linf,
+    load_image,
+    load_portrait,
+    readable_suffixes,
+    save_png,
+    to_tensor,
+    to_uint8,
+    to_uint8_within,
+    to_working,
+    working_size,
+)
+from utils import UserError
+
+ORIENTATION = ExifTags.Base.Orientation
+
+
+def random_pixels(height=13, width=21, seed=0, channels=(3,)):
+    return np.random.default_rng(seed).integers(0, 256, (height, width, *channels), dtype=np.uint8)
+
+
+def smooth_pixels(height=48, width=40):
+    """What JPEG keeps within a few levels."""
+    rows, columns = np.mgrid[0:height, 0:width]
+    return np.stack([rows * 4, columns * 5, 255 - rows * 2 - columns], axis=2).astype(np.uint8)
+
+
+def grey(values):
+    return np.stack([values] * 3, axis=-1)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# tensors and 8 bits
+
+
+def test_round_trip_of_all_values():
+    pixels = np.arange(256, dtype=np.uint8).reshape(1, 16, 16, 1).repeat(3, axis=3)
+    pixels[..., 1] = 255 - pixels[..., 1]
+    images = to_tensor(pixels)
+    assert images.shape == (1, 3, 16, 16) and images.dtype == torch.float32 and images.is_contiguous()
+    assert images.min() == -1 and images.max() == 1
+    assert images[0, 0, 8, 0] == pytest.approx(128 / 127.5 - 1, abs=1e-7)
+    for dtype in (torch.float32, torch.float64):
+        assert np.array_equal(to_uint8(images.to(dtype)), pixels)
+    assert torch.equal(to_tensor(pixels[0]), images)
+
+
+def test_to_uint8_rounds_and_clips():
+    values = torch.tensor([-7.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 7.0])
+    levels = to_uint8(values.reshape(1, 1, 1, 6).repeat(1, 3, 1, 1))
+    assert levels.dtype == np.uint8 and levels[0, 0, :, 2].tolist() == [0, 0, 0, 1, 255, 255]
+
+
+@pytest.mark.parametrize("budget", [0.008, 0.02, 0.03])
+@pytest.mark.parametrize("reach", [1, 5], ids=["inside", "beyond"])
+def test_saved_png_is_within_the_budget(budget, reach, tmp_path):
+    source = random_pixels(seed=int(budget * 1000))
+    source[0], source[1] = 0, 255
+    noise = torch.rand((1, 3, *source.shape[:2]), generator=torch.Generator().manual_seed(1)) * 2 - 1
+    images = (to_tensor(source) + reach * budget * noise).clamp(-1, 1)
+    pixels = to_uint8_within(images, source[None], budget)
+    save_png(tmp_path / "out.png", pixels[0])
+    saved = load_image(tmp_path / "out.png").pixels
+    moved = np.abs(saved.astype(int) - source)
+    assert 0 < moved.max() * 2 / 255 <= budget
+    assert moved.max() == int(budget * 127.5)
+    assert linf(saved, source) == pytest.approx(moved.max() * 2 / 255)
+
+    nearest = np.floor((images[0].double().permute(1, 2, 0).numpy() + 1) * 127.5 + 0.5)
+    fits = np.abs(nearest - source) * 2 / 255 <= budget
+    assert np.array_equal(saved[fits], nearest[fits])
+    assert (np.sign(saved.astype(int) - source) == np.sign(nearest - source))[~fits].all()
+
+
+def test_linf():
+    a, b = np.full((4, 4, 3), 250, np.uint8), np.full((4, 4, 3), 250, np.uint8)
+    b[1, 2, 0] = 5
+    assert linf(a, b) == linf(b, a) == pytest.approx(245 * 2 / 255)
+    assert linf(a, a) == 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading image files
+
+
+def save(image, path, **options):
+    if isinstance(image, np.ndarray):
+        image = Image.fromarray(image)
+    image.save(path, **options)
+    return path
+
+
+def binary(path):
+    values = random_pixels(channels=()) > 127
+    return save(Image.fromarray(values), path("png")), grey(values * np.uint8(255)), None
+
+
+def luminance(path):
+    values = random_pixels(channels=())
+    return save(values, path("png")), grey(values), None
+
+
+def palette(path):
+    image, colours = _paletted()
+    return save(image, path("png")), colours[np.array(image)], None
+
+
+def palette_with_transparency(path):
+    image, colours = _paletted()
+    indices = np.array(image)
+    alpha = np.where(indices == 0, 0, 255).astype(np.uint8)
+    return save(image, path("png"), transparency=0), colours[indices], alpha
+
+
+def _paletted():
+    """An image of four colours, and these: (4, 3)."""
+    colours = random_pixels(4, 1, seed=3)[:, 0]
+    image = Image.fromarray(random_pixels(channels=()) % 4).convert("P")
+    image.putpalette(colours.tobytes())
+    return image, colours
+
+
+def luminance_alpha(path):
+    values = random_pixels(channels=(2,))
+    return save(Image.fromarray(values), path("png")), grey(values[..., 0]), values[..., 1]
+
+
+def rgba(path):
+    values = random_pixels(channels=(4,))
+    values[0, :, 3] = 0  # the colours under full transparency count, too
+    return save(values, path("png")), values[..., :3], values[..., 3]
+
+
+def rgb_colour_key(path):
+    values = random_pixels()
+    values[3, 4:9] = key = (10, 20, 30)
+    alpha = np.where((values == key).all(axis=2), 0, 255).astype(np.uint8)
+    return save(values, path("png"), transparency=key), values, alpha
+
+
+def cmyk_jpeg(path):
+    values = smooth_pixels()
+    return save(Image.fromarray(values).convert("CMYK"), path("jpg"), quality=95), values, None
+
+
+def sixteen_bit(suffix):
+    def write(path):
+        values = np.linspace(0, 65535, 13 * 21).round().astype(np.uint16).reshape(13, 21)
+        values[0, :4] = 0, 65535, 32768, 257
+        return save(values, path(suffix)), grey(np.floor(values / 257 + 0.5).astype(np.uint8)), None
+
+    return write
+
+
+def integer_tiff(path):
+    values = np.linspace(0, 65535, 13 * 21).astype(np.int32).reshape(13, 21)
+    return save(values, path("tif")), grey(np.floor(values / 257 + 0.5).astype(np.uint8)), None
+
+
+def float_tiff(path):
+    levels = (np.arange(13 * 21) % 256).reshape(13, 21).astype(np.uint8)
+    return save((levels / 255).astype(np.float32), path("tif")), grey(levels), None
+
+
+def animated(suffix, **options):
+    def write(path):
+        first, second = (np.full((13, 21, 3), colour, np.uint8) for colour in ([255, 0, 0], [0, 0, 255]))
+        more = [Image.fromarray(second)]
+        return save(first, path(suffix), save_all=True, append_images=more, **options), first, None
+
+    return write
+
+
+KINDS = {
+    "1-bit": binary,
+    "L": luminance,
+    "P": palette,
+    "P-transparency": palette_with_transparency,
+    "LA": luminance_alpha,
+    "RGBA": rgba,
+    "RGB-tRNS": rgb_colour_key,
+    "CMYK-jpeg": cmyk_jpeg,
+    "16-bit-png": sixteen_bit("png"),
+    "16-bit-tiff": sixteen_bit("tif"),
+    "32-bit-tiff": integer_tiff,
+    "float-tiff": float_tiff,
+    "animated-gif": animated("gif"),
+    "animated-webp": animated("webp", lossless=True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_load_image(kind, tmp_path):
+    file, pixels, alpha = KINDS[kind](lambda suffix: tmp_path / f"image.{suffix}")
+    portrait = load_image(file)
+    assert portrait.path == file and portrait.pixels.dtype == np.uint8
+    assert portrait.size == image_size(file) == pixels.shape[:2]
+    if kind == "CMYK-jpeg":
+        assert np.abs(portrait.pixels.astype(int) - pixels).mean() < 4
+    else:
+        assert np.array_equal(portrait.pixels, pixels)
+    assert (portrait.alpha is None) == (alpha is None)
+
+    save_png(tmp_path / "out.png", portrait.pixels, portrait.alpha)
+    again = load_image(tmp_path / "out.png")
+    assert np.array_equal(again.pixels, portrait.pixels)
+    assert alpha is None or np.array_equal(again.alpha, alpha)
+    assert (again.alpha is None) == (alpha is None)
+
+
+def test_sixteen_bits_are_scaled(tmp_path):
+    file, _, _ = sixteen_bit("png")(lambda suffix: tmp_path / f"image.{suffix}")
+    assert load_image(file).pixels[0, :4, 0].tolist() == [0, 255, 128, 1]
+
+
+UPRIGHT = {  # EXIF orientation -> what makes the stored pixels upright
+    1: lambda stored: stored,
+    2: lambda stored: stored[:, ::-1],
+    3: lambda stored: stored[::-1, ::-1],
+    4: lambda stored: stored[::-1],
+    5: lambda stored: stored.transpose(1, 0, 2),
+    6: lambda stored: stored[::-1].transpose(1, 0, 2),  # a quarter turn clockwise
+    7: lambda stored: stored[::-1, ::-1].transpose(1, 0, 2),
+    8: lambda stored: stored[:, ::-1].transpose(1, 0, 2),
+    9: lambda stored: stored,  # there is no such orientation
+}
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp", "jpg"])
+@pytest.mark.parametrize("orientation", UPRIGHT)
+def test_exif_orientation(orientation, suffix, tmp_path):
+    stored, exif = random_pixels(), Image.Exif()
+    exif[ORIENTATION] = orientation
+    options = {"lossless": True} if suffix == "webp" else {}
+    file = save(stored, tmp_path / f"turned.{suffix}", exif=exif, **options)
+    if suffix == "jpg":
+        stored = np.array(Image.open(file))
+    portrait = load_image(file)
+    assert np.array_equal(portrait.pixels, UPRIGHT[orientation](stored))
+    assert image_size(file) == portrait.size
+
+
+def icc_profile(swapped, name="sRGB"):
+    """littlecms' sRGB; or one whose red is sRGB's green and the other way round. `name` has four letters."""
+    data = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if swapped:
+        for old, new in ((b"rXYZ", b"????"), (b"gXYZ", b"rXYZ"), (b"????", b"gXYZ")):
+            assert old in data
+            data = data.replace(old, new)
+    return data.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
+def test_icc_profile_is_converted(mode, tmp_path):
+    image, colours = _paletted()
+    expected = colours[np.array(image)][..., [1, 0, 2]]
+    file = save(image.convert(mode), tmp_path / "a.png", icc_profile=icc_profile(True, "wild"))
+    assert np.abs(load_image(file).pixels.astype(int) - expected).max() <= 2
+
+
+def test_a_profile_that_is_only_called_srgb_is_converted(tmp_path):
+    """As linear sRGB is, whose pixels would come out much too dark."""
+    pixels = random_pixels()
+    file = save(pixels, tmp_path / "a.png", icc_profile=icc_profile(True))
+    assert np.abs(load_image(file).pixels.astype(int) - pixels[..., [1, 0, 2]]).max() <= 2
+
+
+def almost_srgb():
+    """Another maker's sRGB: a green that is a two-thousandth off, which moves pixels by a level."""
+    data = bytearray(icc_profile(False))
+    entry = data.index(b"gXYZ") + 4
+    place = int.from_bytes(data[entry : entry + 4], "big") + 12  # of Y, after type, reserved and X
+    value = int.from_bytes(data[place : place + 4], "big")
+    data[place : place + 4] = (value - value // 2000).to_bytes(4, "big")
+    return bytes(data)
+
+
+@pytest.mark.parametrize("profile", [almost_srgb(), b"not a profile", icc_profile(True, "wild")[:200]])
+def test_srgb_or_broken_icc_profile_changes_nothing(profile, tmp_path):
+    pixels = random_pixels()
+    file = save(pixels, tmp_path / "a.png", icc_profile=profile)
+    assert np.array_equal(load_image(file).pixels, pixels)
+
+
+def write_missing(path):
+    return path / "missing.png"
+
+
+def write_directory(path):
+    (path / "folder.png").mkdir()
+    return path / "folder.png"
+
+
+def write_text(path):
+    (path / "text.png").write_text("This is\nno image.\n")
+    return path / "text.png"
+
+
+def write_empty(path):
+    (path / "empty.png").touch()
+    return path / "empty.png"
+
+
+def write_truncated_jpeg(path):
+    file = save(random_pixels(64, 64), path / "cut.jpg")
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    return file
+
+
+def write_truncated_png(path):
+    file = save(random_pixels(64, 64), path / "cut.png")
+    file.write_bytes(file.read_bytes()[:1000])
+    return file
+
+
+def write_bright_float(path):
+    return save(np.full((8, 8), 300.0, np.float32), path / "bright.tif")
+
+
+def write_long_name(path):
+    return path / ("x" * 300 + ".png")
+
+
+def write_nan_float(path):
+    return save(np.full((8, 8), np.nan, np.float32), path / "nan.tif")
+
+
+def write_deep(path):
+    return save(np.full((8, 8), 70000, np.int32), path / "deep.tif")
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        write_missing,
+        write_directory,
+        write_text,
+        write_empty,
+        write_truncated_jpeg,
+        write_truncated_png,
+        write_bright_float,
+        write_nan_float,
+        write_deep,
+        write_long_name,
+    ],
+)
+def test_unreadable_file(write, tmp_path):
+    file = write(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_image(file)
+    assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("write", [write_missing, write_directory, write_text, write_empty])
+def test_size_of_an_unreadable_file(write, tmp_path):
+    assert image_size(write(tmp_path)) is None
+
+
+def write_png16(path, values, transparent=None):
+    """A 16-bit PNG of (H, W, channels), which Pillow doesn't write; `transparent`: a tRNS value."""
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    height, width, channels = values.shape
+    colour = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour, 0, 0, 0))
+        + (b"" if transparent is None else chunk(b"tRNS", struct.pack(">H", transparent)))
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
+    return path
+
+
+def deep(channels, seed=0):
+    return np.random.default_rng(seed).integers(0, 65536, (13, 21, channels), dtype=np.uint16)
+
+
+def deep_tiff(photometric, **options):
+    def write(path):
+        values = deep({"rgb": 3, "separated": 4}.get(photometric, 1)).squeeze()
+        if options.get("planarconfig") == "separate":
+            values = values.transpose(2, 0, 1)
+        tifffile.imwrite(path.with_suffix(".tif"), values, photometric=photometric, **options)
+        return path.with_suffix(".tif")
+
+    return write
+
+
+CUT = {  # what Pillow would cut to its high byte, or misread
+    "rgb": lambda path: write_png16(path, deep(3)),
+    "rgba": lambda path: write_png16(path, deep(4)),
+    "grey-alpha": lambda path: write_png16(path, deep(2)),
+    "grey-with-a-transparent-colour": lambda path: write_png16(path, deep(1), transparent=300),
+    "tiff": deep_tiff("rgb"),
+    "tiff-big-endian": deep_tiff("rgb", byteorder=">"),
+    "tiff-compressed": deep_tiff("rgb", compression="zlib"),
+    "tiff-planes": deep_tiff("rgb", planarconfig="separate"),
+    "tiff-cmyk": deep_tiff("separated"),
+    "tiff-white-is-zero": deep_tiff("miniswhite"),
+}
+
+
+@pytest.mark.parametrize("kind", CUT)
+def test_sixteen_bits_that_would_be_cut_are_refused(kind, tmp_path):
+    file = CUT[kind](tmp_path / "deep.png")
+    with pytest.raises(UserError, match="16 bits a channel are read in plain greyscale only") as caught:
+        load_image(file)
+    assert str(caught.value).startswith(f"{file}: ")
+
+
+def test_sixteen_bit_grey_of_any_writer_is_scaled(tmp_path):
+    values = deep(1)
+    expected = np.round(values / 257).astype(np.uint8)
+    tifffile.imwrite(tmp_path / "a.tif", values[..., 0], photometric="minisblack", compression="zlib")
+    (tmp_path / "a.pgm").write_bytes(b"P5 21 13 65535\n" + values.astype(">u2").tobytes())
+    for file in (write_png16(tmp_path / "a.png", values), tmp_path / "a.tif", tmp_path / "a.pgm"):
+        assert np.array_equal(load_image(file).pixels, expected.repeat(3, axis=2)), file
+
+
+def test_sixteen_bit_colour_that_is_scaled_is_read(tmp_path):
+    """Pillow cuts PNG and TIFF, but scales PPM."""
+    values = deep(3)
+    (tmp_path / "a.ppm").write_bytes(b"P6 21 13 65535\n" + values.astype(">u2").tobytes())
+    assert np.abs(load_image(tmp_path / "a.ppm").pixels - values / 257).max() <= 0.5
+
+
+def test_a_sixteen_elsewhere_in_the_header_is_no_depth(tmp_path):
+    """A row of 16 bytes, an offset of 16,000, a 16-bit BMP, whose pixels have 5 or 6 bits a channel."""
+    pixels = random_pixels(5, 5)
+    assert np.array_equal(load_image(save(pixels, tmp_path / "a.bmp")).pixels, pixels)
+    noise = random_pixels(60, 16)
+    for height in range(200, 400):
+        save(noise[:1].repeat(height, axis=0), tmp_path / "a.tif", compression="tiff_lzw")
+        assert load_image(tmp_path / "a.tif").size == (height, 16)
+    packed = np.arange(25, dtype="<u2").repeat(2)[:30].reshape(5, 6)  # 5 pixels and 2 bytes of padding a row
+    header = struct.pack("<2sIHHI", b"BM", 70 + 60, 0, 0, 70)
+    header += struct.pack("<IiiHHIIiiII4I", 56, 5, 5, 1, 16, 3, 60, 0, 0, 0, 0, 0xF800, 0x7E0, 0x1F, 0)
+    (tmp_path / "b.bmp").write_bytes(header + packed.tobytes())
+    assert load_image(tmp_path / "b.bmp").size == (5, 5)
+
+
+def test_a_phones_double_picture_is_read(tmp_path):
+    """MPO: its first picture, under the name of a JPEG."""
+    first = smooth_pixels()
+    more = [Image.new("RGB", (40, 48))]
+    file = save(first, tmp_path / "a.jpg", format="MPO", save_all=True, append_images=more, quality=95)
+    assert np.abs(load_image(file).pixels.astype(int) - first).mean() < 3
+
+
+def test_a_postscript_file_starts_nothing(tmp_path, monkeypatch):
+    """Pillow would hand it to Ghostscript, whatever its suffix."""
+    (tmp_path / "a.png").write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 64 64\n%%EndComments\nshowpage\n%%EOF\n"
+    )
+    with Image.open(tmp_path / "a.png") as image:
+        assert image.format == "EPS"  # the bait works
+
+    def start(*_, **__):
+        pytest.fail("a process was started")
+
+    for name in ("Popen", "run", "check_call", "check_output", "call"):
+        monkeypatch.setattr(subprocess, name, start)
+    with pytest.raises(UserError, match="not a readable image"):
+        load_image(tmp_path / "a.png")
+    assert image_size(tmp_path / "a.png") is None
+
+
+def test_a_file_is_read_whatever_its_suffix(tmp_path):
+    pixels = random_pixels()
+    for suffix in (".jpg", ".tif", ".xyz"):
+        file = shutil.copy(save(pixels, tmp_path / "a.png"), tmp_path / f"b{suffix}")
+        assert np.array_equal(load_image(file).pixels, pixels)
+
+
+def test_heic_is_named_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(images_module.util, "find_spec", lambda name: None)
+    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
+    with pytest.raises(UserError, match="a.heic: HEIC is read once pillow-heif is installed"):
+        load_image(tmp_path / "a.heic")
+    assert ".heic" not in readable_suffixes() and set(FORMATS) == set(readable_suffixes())
+
+
+def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
+    """The plugin itself is not installed here: it registers an opener, and its suffixes are read."""
+    registered = []
+
+    class plugin:
+        @staticmethod
+        def register_heif_opener():
+            registered.append(True)
+            Image.register_open("HEIF", Image.OPEN["PNG"][0], lambda prefix: prefix.startswith(b"\x89PNG"))
+
+    monkeypatch.setattr(images_module.util, "find_spec", lambda name: name == "pillow_heif")
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    pixels = random_pixels()
+    file = shutil.move(save(pixels, tmp_path / "a.png"), tmp_path / "a.heic")
+    assert np.array_equal(load_image(file).pixels, pixels) and registered
+    assert {".heic", ".heif"} < set(readable_suffixes())
+    Image.OPEN.pop("HEIF")
+    Image.ID.remove("HEIF")
+
+
+@pytest.mark.parametrize("call", ["stat", "listdir"])
+def test_a_directory_that_cant_be_read(call, tmp_path, monkeypatch):
+    """As root may read everything, the system's refusal is played."""
+    save(random_pixels(), tmp_path / "a.png")
+
+    def refuse(path, *_, **__):
+        if call == "listdir" or Path(path).suffix:
+            raise PermissionError(13, "Permission denied")
+        return stat(path, *_, **__)
+
+    stat = os.stat
+    monkeypatch.setattr(os, call, refuse)
+    monkeypatch.setattr(os, "scandir", refuse if call == "listdir" else os.scandir)
+    with pytest.raises(UserError) as caught:
+        images_by_stem(tmp_path)
+    monkeypatch.undo()
+    assert str(caught.value) == f"{tmp_path}: can't be listed (Permission denied)"
+
+
+def test_a_small_image_is_named(tmp_path):
+    file = save(random_pixels(20, 64), tmp_path / "a.png")
+    with pytest.raises(UserError, match="a.png: a 64x20 image .* too small"):
+        load_portrait(file, 64)
+    assert load_portrait(save(random_pixels(40, 64), file), 64).size == (40, 64)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# writing image files
+
+
+def test_metadata_is_dropped(tmp_path):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "SecretCamera"
+    exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] = (48.0, 8.0, 0.0)
+    profile = icc_profile(swapped=False)
+    source = save(smooth_pixels(), tmp_path / "a.jpg", exif=exif, icc_profile=profile, comment=b"SecretNote")
+    with Image.open(source) as image:
+        assert image.getexif().get_ifd(ExifTags.IFD.GPSInfo) and b"SecretNote" in source.read_bytes()
+    out = tmp_path / "a.png"
+    save_png(out, load_image(source).pixels)
+    with Image.open(out) as image:
+        image.load()
+        assert image.info == {} and not image.getexif()
+    assert b"Secret" not in out.read_bytes()
+
+
+def test_save_png_makes_directories(tmp_path):
+    pixels = random_pixels()
+    save_png(tmp_path / "a" / "b" / "out.png", pixels)
+    assert np.array_equal(load_image(tmp_path / "a" / "b" / "out.png").pixels, pixels)
+    assert os.listdir(tmp_path / "a" / "b") == ["out.png"]
+
+
+def choose(given, source):
+    return choose_output(given, source, "protected", "JPEG and its like would destroy the perturbation")
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("out.jpg", "JPEG and its like would destroy the perturbation; ask for a .png"),
+        ("out.JPEG", "would destroy"),
+        ("out.webp", "would destroy"),
+        ("out", "ask for a .png"),
+        ("source.png", "overwrite the input"),
+        ("link.png", "overwrite the input"),
+        ("folder.png", "is a directory"),
+        ("pipe.png", "not a regular file"),
+        ("device.png", "not a regular file"),
+        (f"{'x' * 300}.png", "File name too long"),
+        ("source.png/out.png", "is not a directory"),
+    ],
+)
+def test_choose_output_refuses(name, reason, tmp_path):
+    source = save(random_pixels(), tmp_path / "source.png")
+    (tmp_path / "link.png").symlink_to(source)
+    (tmp_path / "device.png").symlink_to(os.devnull)
+    (tmp_path / "folder.png").mkdir()
+    os.mkfifo(tmp_path / "pipe.png")
+    with pytest.raises(UserError, match=reason) as caught:
+        choose(tmp_path / name, source)
+    assert str(caught.value).startswith(f"{tmp_path / name.removesuffix('/out.png')}: ")
+
+
+def test_choose_output_asks_for_permission(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
+    with pytest.raises(UserError, match="no permission"):
+        choose(tmp_path / "new" / "deep" / "out.png", tmp_path / "a.png")
+    assert asked == [(tmp_path, os.W_OK)]
+
+
+@pytest.mark.parametrize("name", ["out.png", "out.PNG", "new/out.png", "older.png"])
+def test_choose_output_takes_what_is_given(name, tmp_path, capsys):
+    (tmp_path / "older.png").touch()
+    assert choose(tmp_path / name, tmp_path / "source.png") == tmp_path / name
+    assert os.listdir(tmp_path) == ["older.png"] and capsys.readouterr() == ("", "")
+
+
+def test_choose_output_takes_the_next_free_name_and_says_it(tmp_path, capsys):
+    """Of a.png and a.jpg, and again; a broken link has its name, too."""
+    assert choose(None, tmp_path / "a.png") == tmp_path / "protected_a.png"
+    assert capsys.readouterr().out == ""
+    (tmp_path / "protected_a.png").touch()
+    (tmp_path / "protected_a_2.png").symlink_to(tmp_path / "nowhere")
+    assert choose(None, tmp_path / "a.jpg") == tmp_path / "protected_a_3.png"
+    assert capsys.readouterr().out == "protected_a_3.png: the next free name, earlier ones are kept\n"
+
+
+@pytest.mark.parametrize("name", ["x" * 251 + ".png", "."])
+def test_no_name_can_be_made_of_the_inputs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="no output can have such a name"):
+        choose(None, Path(name))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# working size
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "expected"),
+    [
+        ((128, 128), 128, (128, 128)),
+        ((1000, 500), 512, (512, 256)),
+        ((500, 1000), 512, (256, 512)),
+        ((200, 131), 128, (128, 84)),
+        ((37, 53), 128, (37, 53)),
+        ((32, 32), 512, (32, 32)),
+    ],
+)
+def test_working_size(size, resolution, expected):
+    assert working_size(size, resolution) == expected
+    padded = tuple(-(-side // 8) * 8 for side in expected)
+    images = torch.zeros(2, 3, *size)
+    assert to_working(images, resolution).shape == (2, 3, *padded)
+    assert from_working(torch.zeros(2, 3, *padded), size, resolution).shape == images.shape
+
+
+@pytest.mark.parametrize(("size", "resolution"), [((31, 100), 128), ((100, 31), 512), ((2000, 100), 512)])
+def test_too_small(size, resolution):
+    with pytest.raises(UserError, match=f"a {size[1]}x{size[0]} image .* under 32 px is too small"):
+        working_size(size, resolution)
+    with pytest.raises(UserError):
+        to_working(torch.zeros(1, 3, *size), resolution)
+
+
+def test_nothing_happens_to_what_fits():
+    images = to_tensor(random_pixels(64, 40))
+    assert torch.equal(to_working(images, 64), images)
+    assert torch.equal(from_working(images, (64, 40), 64), images)
+
+
+def test_padding_is_a_reflection_at_the_end():
+    images = to_tensor(random_pixels(37, 53))
+    working = to_working(images, 128)
+    assert torch.equal(working[..., :37, :53], images)
+    assert torch.equal(working[..., 37:, :53], images[..., 33:36, :].flip(-2))
+    assert torch.equal(working[..., :37, 53:], images[..., 49:52].flip(-1))
+    assert torch.equal(from_working(working, (37, 53), 128), images)
+
+
+def test_resize_has_no_aliases():
+    stripes = torch.ones(1, 3, 400, 400)
+    stripes[..., ::3] = -1  # mean 1/3, finer than the working size can show
+    inner = to_working(stripes, 96)[..., 8:-8, 8:-8]
+    assert (inner - 1 / 3).abs().max() < 0.15
+
+
+def test_round_trip_of_a_smooth_image():
+    images = to_tensor(smooth_pixels(60, 40)).repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
+    images = images[..., :131, :101]
+    restored = from_working(to_working(images, 96), (131, 101), 96)
+    assert restored.shape == images.shape
+    assert (restored - images)[..., 4:-4, 4:-4].abs().max() < 0.05
+
+
+@pytest.mark.parametrize("size", [(37, 53), (200, 131), (300, 300)])
+def test_to_working_is_differentiable(size):
+    """It is linear: its gradient along any weights reproduces the value; and every pixel has one."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.rand((1, 3, *size), generator=generator, dtype=torch.float64, requires_grad=True)
+    working = to_working(images, 128)
+    weights = torch.rand(working.shape, generator=generator, dtype=torch.float64)
+    value = (weights * working).sum()
+    (gradient,) = torch.autograd.grad(value, images)
+    assert (gradient > 0).all()
+    assert (gradient * images).sum().item() == pytest.approx(value.item(), rel=1e-10)
+
+
+@pytest.mark.parametrize(("size", "resolution"), [((600, 512), 512), ((800, 533), 512), ((700, 700), 512)])
+def test_working_images_stay_in_range(size, resolution):
+    """The antialiased resize overshoots by a last bit, from which diffusers would guess another range."""
+    images = torch.full((1, 3, *size), -1.0)
+    images[..., size[0] // 2 :, :] = 1
+    working = to_working(images, resolution)
+    assert working.min() >= -1 and working.max() <= 1
+    back = from_working(working, size, resolution)
+    assert back.min() >= -1 and back.max() <= 1

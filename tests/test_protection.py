@@ -1,0 +1,392 @@
+"""protection.py: what decides about pixels, and the way of a portrait."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+import torch._dynamo
+from tiny import noise
+
+from images import load_image, save_png, to_tensor
+from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
+from models.editors import WorkingVAE
+from models.faces import face_similarity_to
+from protection import Protector, Report
+from utils import UserError, start_seed
+
+FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
+every_method = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture
+def portrait(tmp_path) -> Path:
+    return tiny.write_portraits(tmp_path / "in", 1)[0]
+
+
+def with_faces(tool: Protector, boxes=FACES) -> Protector:
+    tool.detector = lambda pixels: list(boxes)
+    return tool
+
+
+def protected(tool: Protector, path: Path) -> torch.Tensor:
+    """Protects a portrait as `save` does, without rounding to 8 bits."""
+    subject = with_faces(tool).load(path)
+    seeds = [start_seed(tool.seed, path.stem)]
+    return tool.protect(to_tensor(subject.portrait.pixels), [subject.boxes], seeds)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# settings: all and only what decides about pixels
+
+RUN = {"step_size": 0.01, "num_iters": 3}
+VAE = {"model": "instruct-pix2pix", "resolution": 64, "dtype": "float32"}
+SETTINGS = {  # method -> beside seed, defend_method, attack_budget, code and the paths of models
+    "noise": {},
+    "encoder": {**RUN, **VAE, "targeted": True},
+    "vae": {**RUN, **VAE},
+    "cw": {**VAE, "num_iters": 3, "lr": 0.03, "c": 0.03, "targeted": False},
+    "facelock": {**RUN, **VAE, "faces": "largest"},
+}
+
+
+@every_method
+def test_settings(method, protector, tiny_models):
+    found = protector(f"--defend_method {method}").settings()
+    assert json.loads(json.dumps(found)) == found
+    assert len(found.pop("code")) == 16
+    expected = {"seed": 0, "defend_method": method, "attack_budget": 0.03, **SETTINGS[method]}
+    if method != "noise":
+        expected["model_id"] = str(tiny_models.editor)
+    if method == "facelock":
+        expected |= {"recognizer": str(tiny_models.recognizer), "lpips": str(tiny_models.perceptual)}
+        found.pop("detect_faces")
+    assert found == expected
+
+
+ITERATED = {"encoder", "vae", "cw", "facelock"}
+ALL = set(METHODS)
+CHANGES = {  # flags -> the methods whose pixels they change
+    "--seed 1": ALL,
+    "--attack_budget 0.04": ALL,
+    "--step_size 0.003": {"encoder", "vae", "facelock"},
+    "--num_iters 2": ITERATED,
+    "--num_iters 0": ITERATED,
+    "--targeted": {"cw"},  # the default of encoder
+    "--untargeted": {"encoder"},
+    "--c 0.5": {"cw"},
+    "--lr 0.1": {"cw"},
+    "--faces all": {"facelock"},
+    "--recognizer {judge}": {"facelock"},
+    "--judge {recognizer}": set(),
+    "--lpips {heads}": {"facelock"},
+    "--model_id {img2img}": ITERATED,
+    "--resolution 48": ITERATED,
+    "--dtype bf16": {"encoder", "vae", "facelock"},  # cw keeps to float32
+    "--device cpu --debug": set(),
+    "--check": set(),
+    "--checkpointing": set(),
+    "--clamp_min 0 --clamp_max 1": set(),
+}
+
+
+@pytest.fixture(scope="module")
+def members(tmp_path_factory, tiny_models) -> dict[str, Path]:
+    """Paths for the flags of CHANGES: other models than the fixtures' own."""
+    root = tmp_path_factory.mktemp("others")
+    return {
+        "heads": tiny.write_perceptual(root / "heads", seed=5),
+        "img2img": tiny.write_img2img(root / "img2img", seed=5),
+        "judge": tiny_models.judge,
+        "recognizer": tiny_models.recognizer,
+    }
+
+
+@pytest.mark.parametrize("flags", CHANGES)
+def test_settings_differ_where_pixels_do(flags, protector, portrait, members):
+    for method in METHODS:
+        first = protector(f"--defend_method {method}")
+        other = protector(f"--defend_method {method} {flags.format(**members)}")
+        changed = method in CHANGES[flags]
+        assert (other.settings() != first.settings()) == changed, method
+        same = torch.equal(protected(other, portrait), protected(first, portrait))
+        assert same == (not changed), method
+
+
+def test_whether_faces_are_looked_for_is_a_setting_of_facelock_alone(protector, tiny_models):
+    """--models full and mini with the same members differ in nothing else than that."""
+    for method in METHODS:
+        found = []
+        for models in ("full", "mini"):
+            tool = protector(f"--defend_method {method} --models {models}")
+            found.append((tool.chosen.detect_faces, tool.settings()))
+        (one, first), (other, second) = found
+        assert (first != second) == (method == "facelock" and one != other)
+
+
+def test_compile_is_no_setting(protector):
+    """Its results are the same up to rounding."""
+    for method in METHODS:
+        line = f"--defend_method {method}"
+        assert protector(f"{line} --compile").settings() == protector(line).settings()
+
+
+def test_the_code_of_a_method_is_its_objective_and_its_loop(protector, monkeypatch):
+    def codes() -> dict[str, str]:
+        return {name: protector(f"--defend_method {name}").settings()["code"] for name in METHODS}
+
+    def rewritten(x, vae):
+        return vae_attack(x, vae)
+
+    before = codes()
+    assert len(set(before.values())) == len(METHODS)
+    for method in (Method(rewritten), Method(vae_attack, adam)):
+        with monkeypatch.context() as patch:
+            patch.setitem(METHODS, "vae", method)
+            after = codes()
+        assert after.pop("vae") != before["vae"]
+        assert after == {name: code for name, code in before.items() if name != "vae"}
+    assert codes() == before
+
+
+# ---------------------------------------------------------------------------------------------------------
+# flags
+
+
+@pytest.mark.parametrize(
+    ("flags", "readers"),
+    [
+        ("--targeted", {"encoder", "cw"}),
+        ("--untargeted", {"encoder", "cw"}),
+        ("--c 0.1", {"cw"}),
+        ("--lr 0.1", {"cw"}),
+    ],
+)
+def test_a_flag_that_a_method_does_not_read_is_ignored_with_a_warning(flags, readers, protector, capsys):
+    flag = flags.split()[0]
+    for method in METHODS:
+        plain = protector(f"--defend_method {method}")
+        assert capsys.readouterr().err == ""
+        tool = protector(f"--defend_method {method} {flags}")
+        told = capsys.readouterr().err
+        if method in readers:
+            assert told == ""
+        else:
+            assert told.startswith(f"warning: {flag} is ignored: {method} has no") and told.count("\n") == 1
+            assert (tool.settings(), tool.knobs) == (plain.settings(), plain.knobs)
+
+
+def test_clamp_min_and_clamp_max_are_taken_with_one_warning(protector, capsys):
+    for flags in ("--clamp_min -1", "--clamp_max 1", "--clamp_min 0 --clamp_max 1"):
+        tool = protector(flags)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("warning: --clamp_min and --clamp_max change nothing")
+        assert tool.settings() == protector().settings()
+
+
+@pytest.mark.parametrize(
+    ("budget", "says"),
+    [("0.3", ""), ("0.31", "0.31 in [-1, 1] is 39.52/255"), ("2", "2 in [-1, 1] is 255/255")],
+)
+def test_a_budget_that_may_be_meant_in_levels_is_warned_of(budget, says, protector, capsys):
+    protector(f"--attack_budget {budget}")
+    told = capsys.readouterr().err
+    assert says in told and told.count("\n") == bool(says)
+
+
+def test_compile_and_checkpointing_dont_go_together(protector):
+    with pytest.raises(UserError, match="--compile and --checkpointing don't go together"):
+        protector("--compile --checkpointing")
+
+
+@every_method
+def test_without_iterations_the_random_start_is_left(method, protector, portrait):
+    tool = protector(f"--defend_method {method} --num_iters=0")
+    image = to_tensor(load_image(portrait).pixels)
+    start = random_start(image, 0.03, [start_seed(0, portrait.stem)])
+    torch.testing.assert_close(protected(tool, portrait), start, rtol=0, atol=3e-6)  # cw's tanh rounds
+
+
+def test_a_defense_of_ones_own_gets_its_needs_and_its_knob(protector, portrait, monkeypatch):
+    """By the names of its parameters, with nothing else to write than METHODS."""
+    given = {}
+
+    def own(x, perceptual_distance, vae, c=7.0):
+        given.update(distance=perceptual_distance(x), vae=vae, c=c)
+        return lambda x_adv, t: perceptual_distance(x_adv) + vae.encode(x_adv).latent_dist.mean.sum((1, 2, 3))
+
+    monkeypatch.setitem(METHODS, "encoder", Method(own))
+    tool = protector("--defend_method encoder --c 3")
+    result = protected(tool, portrait)
+    assert given["distance"].tolist() == [0] and given["vae"] is tool.vae and given["c"] == 3
+    assert 0.02 < (result - to_tensor(load_image(portrait).pixels)).abs().max() <= 0.03 + 2e-7
+    found = tool.settings()
+    assert found["c"] == 3 and "lpips" in found and "recognizer" not in found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# networks
+
+
+NOTHING = "--recognizer /none --judge /none --lpips /none"
+
+
+@pytest.mark.parametrize(
+    ("method", "flags", "missing"),
+    [
+        ("noise", f"{NOTHING} --model_id /none", None),
+        ("encoder", NOTHING, None),
+        ("vae", f"{NOTHING} --model_id /none", "the VAE of '/none'"),
+        ("facelock", "--judge /none", None),
+        ("facelock", "--recognizer /none", "the face recogniser '/none'"),
+        ("facelock", "--lpips /none", "LPIPS '/none'"),
+    ],
+)
+def test_preload_loads_what_the_method_needs(method, flags, missing, protector):
+    tool = protector(f"--defend_method {method} {flags}")
+    if missing is None:
+        tool.preload()
+    else:
+        with pytest.raises(UserError, match=missing):
+            tool.preload()
+
+
+def test_a_batch_is_one_by_one(tmp_path, protector):
+    """Also with different numbers of faces."""
+    paths = tiny.write_portraits(tmp_path, 3)
+    tool = protector("--faces all")
+    subjects = []
+    for path, count in zip(paths, (1, 2, 1), strict=True):
+        subjects.append(with_faces(tool, FACES[:count]).load(path))
+    together, alone = ([tmp_path / f"{name}{i}.png" for i in range(3)] for name in ("together", "alone"))
+    reports = tool.save(subjects, together)
+    for subject, output in zip(subjects, alone, strict=True):
+        tool.save([subject], [output])
+    assert [report.path for report in reports] == together
+    for one, other in zip(together, alone, strict=True):
+        levels = np.abs(load_image(one).pixels.astype(int) - load_image(other).pixels)
+        assert (levels > 0).mean() < 1e-3  # a gradient near 0 may have another sign
+
+
+def test_what_has_no_output_is_not_saved(tmp_path, protector):
+    subjects = [protector("--defend_method noise").load(path) for path in tiny.write_portraits(tmp_path, 2)]
+    (report,) = protector("--defend_method noise").save(subjects, [None, tmp_path / "out.png"])
+    assert report.path == tmp_path / "out.png"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["face0.png", "face1.png", "out.png"]
+
+
+def test_compile_gives_what_the_networks_give(protector, monkeypatch, fresh_loaders):
+    """All four, by the tracer without a code generator; test_editors has sizes and a code generator."""
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    compiler = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **how: compiler(*args, **how, backend=backend))
+    torch._dynamo.reset()
+    x, boxes = noise(2, 3, 32, 32), [[(0, 0, 32, 32)]] * 2
+    plain, compiled = (
+        protector(f"--num_iters 2 {flag}").protect(x, boxes, [1, 2]) for flag in ("", "--compile")
+    )
+    torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
+    assert len(graphs) >= 4
+    torch._dynamo.reset()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reports
+
+
+def test_the_report_measures_the_file(protector, portrait, tmp_path):
+    """Against the definitions, with networks that are asked once for both images."""
+    tool = with_faces(protector("--faces all"))
+    subject = tool.load(portrait)
+    assert subject.boxes == FACES
+    (report,) = tool.save([subject], [tmp_path / "out.png"])
+    source, saved = (load_image(path).pixels for path in (portrait, tmp_path / "out.png"))
+    change = saved.astype(int) - source
+    assert report.linf == pytest.approx(np.abs(change).max() * 2 / 255)
+    assert report.psnr == pytest.approx(10 * np.log10(255**2 / (change**2).mean()))
+    assert (report.method, report.budget, report.faceless) == ("facelock", 0.03, False)
+    vae = tool.vae.vae
+    for name in ("recognizer", "judge"):
+        network = getattr(tool, name)
+        similarity = face_similarity_to(network, to_tensor(source), [FACES])
+        for pixels, found in zip((source, saved), report.similarity[name], strict=True):
+            with torch.no_grad():
+                y = vae.decode(vae.encode(to_tensor(pixels)).latent_dist.mean).sample.clamp(-1, 1)
+                assert found == pytest.approx(similarity(y).item(), abs=1e-5)
+
+
+def test_the_round_trip_is_made_once_for_all_recognisers(protector, portrait, tmp_path, monkeypatch):
+    tool = with_faces(protector("--defend_method noise --check"))
+    calls = {"encode": [], "decode": []}
+    for name, seen in calls.items():
+        real = getattr(WorkingVAE, name)
+        monkeypatch.setattr(
+            WorkingVAE, name, lambda self, x, real=real, seen=seen: seen.append(len(x)) or real(self, x)
+        )
+    (report,) = tool.save([tool.load(portrait)], [tmp_path / "out.png"])
+    assert all(pair is not None for pair in report.similarity.values()) and len(report.similarity) == 2
+    assert calls == {"encode": [2], "decode": [2]}
+
+
+def test_a_report_without_faces_or_networks(protector, portrait, tmp_path, capsys):
+    """A method that needs no face is carried out all the same; what can't be loaded is said once."""
+    tool = with_faces(protector("--defend_method noise --check"), [])
+    (report,) = tool.save([tool.load(portrait)], [tmp_path / "out.png"])
+    assert report.similarity == {"recognizer": None, "judge": None} and report.faceless
+    tool = with_faces(protector("--defend_method noise --check --judge /none"))
+    subject = tool.load(portrait)
+    capsys.readouterr()
+    reports = tool.save([subject, subject], [tmp_path / "a.png", tmp_path / "b.png"])
+    assert all(report.similarity["judge"] is None and report.similarity["recognizer"] for report in reports)
+    assert not any(report.faceless for report in reports)
+    assert capsys.readouterr().err.count("judge not measured") == 1
+    (plain,) = protector("--defend_method noise").save([subject], [tmp_path / "plain.png"])
+    assert plain.similarity == {}
+
+
+def test_a_method_that_needs_a_face_refuses_a_portrait_without(protector, portrait):
+    with pytest.raises(UserError, match="face0.png: no face found; say where it is .* --face_box"):
+        with_faces(protector(), []).load(portrait)
+
+
+def test_a_report_in_words_and_as_facts():
+    report = Report(Path("a\n.png"), "facelock", 0.03, 0.0235294, 41.25)
+    first = "a\\n.png: L-infinity 0.0235 (budget 0.03), PSNR 41.2 dB"
+    assert str(report) == first
+    facts = {"method": "facelock", "budget": 0.03, "linf": 0.0235294, "psnr": 41.25}
+    assert report.facts() == facts
+    report.similarity = {"recognizer": (0.934, 0.206), "judge": None}
+    second = "\n  face similarity after a VAE round trip, source -> protected: recognizer 0.93 -> 0.21, "
+    assert str(report) == f"{first}{second}judge not measured"
+    assert report.facts() == {**facts, "recognizer_before": 0.934, "recognizer_after": 0.206}
+    report.similarity, report.faceless = dict.fromkeys(("recognizer", "judge")), True
+    assert str(report).endswith("recognizer not measured (no face found), judge not measured (no face found)")
+
+
+def test_a_file_over_the_budget_is_an_error(protector, portrait, tmp_path):
+    tool = protector("--defend_method noise")
+    subject = tool.load(portrait)
+    save_png(tmp_path / "out.png", np.clip(subject.portrait.pixels.astype(int) + 4, 0, 255).astype(np.uint8))
+    with pytest.raises(UserError, match="differs by 0.0314 from its source, over the budget"):
+        tool.measure(subject, tmp_path / "out.png")
+
+
+def test_a_gradient_that_is_no_number_is_one_line(protector, portrait, monkeypatch):
+    def broken(x, vae):
+        objective = encoder_attack(x, vae)
+        return lambda x_adv, t: objective(x_adv, t) * float("nan")
+
+    monkeypatch.setitem(METHODS, "encoder", Method(broken))
+    for dtype, hint in (("fp32", "in float32"), ("bf16", "in bfloat16; try --dtype fp32")):
+        with pytest.raises(UserError) as caught:
+            protected(protector(f"--defend_method encoder --dtype {dtype}"), portrait)
+        assert str(caught.value).endswith(f", with the networks {hint}")

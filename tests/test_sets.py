@@ -1,0 +1,177 @@
+"""models/sets.py: the sets, and what the flags of a script come to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+import defend
+import edit
+from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
+from models.loading import ROOT, shown
+from models.sets import MINI, MODEL_SETS, Chosen, choose, setting_help
+from utils import UserError
+
+CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
+EDITING = "--input_path a --prompt x --device cpu"
+
+
+def chosen(flags: str, script=edit) -> Chosen:
+    line = f"{EDITING} {flags}" if script is edit else f"--input_path a --device cpu {flags}"
+    return choose(script.parse_args(line.split()))
+
+
+FULL = Chosen(
+    models="full",
+    kind="instruct-pix2pix",
+    model_id="timbrooks/instruct-pix2pix",
+    settings={
+        "num_inference_steps": 100,
+        "guidance_scale": 7.5,
+        "image_guidance_scale": 1.5,
+        "resolution": 512,
+        "scheduler": "EulerAncestralDiscreteScheduler",
+    },
+    recognizer="vggface2",
+    judge="casia-webface",
+    perceptual="vgg",
+    clip="openai/clip-vit-base-patch32",
+    detect_faces=True,
+    only_size=None,
+    **CPU,
+)
+MINIS = Chosen(
+    models="mini",
+    kind="instruct-pix2pix",
+    model_id=str(MINI / "editor"),
+    settings={
+        "num_inference_steps": 20,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+        "resolution": 128,
+        "scheduler": None,
+    },
+    **{name: str(MINI / name) for name in ("recognizer", "judge", "perceptual", "clip")},
+    detect_faces=False,
+    only_size=128,
+    **CPU,
+)
+
+
+@pytest.mark.parametrize("script", [edit, defend])
+@pytest.mark.parametrize("expected", [FULL, MINIS], ids=["full", "mini"])
+def test_without_flags_the_set_is_as_it_stands(expected, script):
+    assert chosen(f"--models {expected.models}", script) == expected
+
+
+def test_full_has_stable_diffusion_too():
+    expected = dataclasses.replace(
+        FULL,
+        kind="stable-diffusion",
+        model_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
+        settings={
+            "num_inference_steps": 100,
+            "guidance_scale": 7.5,
+            "strength": 0.5,
+            "resolution": 512,
+            "scheduler": "EulerAncestralDiscreteScheduler",
+        },
+    )
+    for flag in ("--model", "--target_model"):
+        assert chosen(f"{flag} stable-diffusion") == expected
+        assert chosen(f"{flag} stable-diffusion", defend) == expected
+    assert (FULL.editor, expected.editor) == (InstructPix2Pix, StableDiffusion)
+    assert {"instruct-pix2pix": InstructPix2Pix, "stable-diffusion": StableDiffusion} == EDITORS
+
+
+def test_mini_set_is_bundled():
+    assert MINI == ROOT / "assets" / "mini" and MINI.is_absolute()
+    assert all((MINI / name).is_dir() for name in ("editor", "recognizer", "judge", "perceptual", "clip"))
+    assert shown(MINIS.judge) == "assets/mini/judge"
+
+
+def test_flags_replace_members_and_values():
+    members = "--models mini --model_id me/ed --recognizer r --judge j --lpips p --resolution 96"
+    assert chosen(members, defend) == dataclasses.replace(
+        MINIS, model_id="me/ed", recognizer="r", judge="j", perceptual="p",
+        settings=MINIS.settings | {"resolution": 96},
+    )  # fmt: skip
+    values = {"num_inference_steps": 7, "guidance_scale": 0.0, "image_guidance_scale": 2.0}
+    given = chosen(" ".join(f"--{name} {value}" for name, value in values.items()) + " --dtype bf16")
+    assert given == dataclasses.replace(FULL, settings=FULL.settings | values, dtype=torch.bfloat16)
+
+
+@pytest.mark.parametrize("script", [edit, defend])
+@pytest.mark.parametrize("flag", ["--model", "--target_model"])
+def test_mini_has_no_stable_diffusion(flag, script):
+    given = f"--models mini {flag} stable-diffusion"
+    with pytest.raises(UserError, match="mini models have no stable-diffusion editor") as caught:
+        chosen(given, script)
+    assert "\n" not in str(caught.value)
+    assert chosen(f"{given} --model_id me/sd", script).model_id == "me/sd"
+
+
+@pytest.mark.parametrize("flag", ["--model_id", "--recognizer", "--judge", "--lpips"])
+def test_an_empty_name_is_refused(flag):
+    """A shell makes one of an unset variable."""
+    with pytest.raises(UserError, match=f"{flag}: an empty name"):
+        choose(defend.parse_args(["--input_path=a", f"{flag}="]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "flag"),
+    [("instruct-pix2pix", "--strength 0.7"), ("stable-diffusion", "--image_guidance_scale 2")],
+)
+def test_a_knob_that_the_editor_has_not_is_ignored_with_a_warning(kind, flag, capsys):
+    plain = chosen(f"--model {kind}")
+    assert capsys.readouterr().err == ""
+    assert chosen(f"--model {kind} {flag}") == plain
+    assert capsys.readouterr().err == f"warning: {flag.split()[0]} is ignored: {kind} has no such knob\n"
+
+
+def test_less_than_one_step_of_img2img_is_refused():
+    line = "--model stable-diffusion --num_inference_steps 3 --strength"
+    with pytest.raises(UserError, match="3 steps at strength 0.3 are less than one"):
+        chosen(f"{line} 0.3")
+    assert chosen(f"{line} 0.34").settings["strength"] == 0.34
+
+
+def test_edit_settings_are_what_decides_about_an_edit():
+    assert chosen("--models mini --num_inference_steps 3").edit_settings() == {
+        "model": "instruct-pix2pix",
+        "model_id": "assets/mini/editor",
+        "dtype": "float32",
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "image_guidance_scale": 1.0,
+        "resolution": 128,
+        "scheduler": None,
+    }
+
+
+def test_help_shows_each_sets_value():
+    assert setting_help("steps", "num_inference_steps") == "steps (default: full: 100, mini: 20)"
+    assert setting_help("px", "resolution") == "px (default: full: 512, mini: 128)"
+    only = "share, stable-diffusion only (default: full: 0.5, mini: 0.5)"
+    assert setting_help("share", "strength") == only
+
+
+def test_warning_for_what_a_set_was_not_made_for(capsys):
+    sizes = [(128, 128), None, (128, 127), (128, 127), (64, 96)]
+    MINIS.warn_of(sizes, ["Let it be snowy", "Make it rain"])
+    *wrong, unknown = capsys.readouterr().err.splitlines()
+    assert len(wrong) == 2 and all("mini" in line and "real photo" in line for line in wrong)
+    assert "96x64 image" in wrong[0] and "127x128 image" in wrong[1]
+    assert "'Make it rain'" in unknown and "snowy" not in unknown
+    MINIS.warn_of([(128, 128)])
+    FULL.warn_of(sizes, ["Make it rain"])
+    assert capsys.readouterr().err == ""
+
+
+def test_a_sets_members_are_strings_and_its_settings_an_editors():
+    for models in MODEL_SETS.values():
+        assert set(models.editors) <= set(EDITORS)
+        known = {"resolution", "scheduler"}.union(*(EDITORS[kind].knobs for kind in EDITORS))
+        assert set(models.settings) <= known
