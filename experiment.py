@@ -27,8 +27,8 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its f
 
 import eval_all
 import figure
+import outputs
 import purify
-import tables
 from pairing import Edits, find_edits
 
 import runs
@@ -244,7 +244,7 @@ def make_table(
 
 def verdict(output_dir: Path, models: str, minutes: float) -> str:
     """Says in words what came out, from the table that was written."""
-    table = tables.read_csv(output_dir / "all_metric.csv").set_index("method")
+    table = outputs.read_csv(output_dir / "all_metric.csv").set_index("method")
     table.index = [row.removeprefix(f"{output_dir / 'edits'}/") for row in table.index]
     of_rows = [
         f"  {row}: {line['facial']:.2f} by the recogniser, {line['facial_judge']:.2f} by the judge"
