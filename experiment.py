@@ -90,8 +90,7 @@ def purifier(text: str) -> tuple[str, list[purify.Step]]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(run, parse_args(argv))
 
 
 @dataclass

@@ -37,8 +37,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:

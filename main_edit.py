@@ -51,14 +51,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = parse_args(argv)
-    return utils.run_command(run, args)
+    return utils.run_command(run, parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
     """Edits the directory that the flags name -> exit status."""
-    team = Team.gather(args.device)
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
+    team = Team.gather(args.device)
     seed = team.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory = args.edit_dir / f"seed{seed}"
     return edit_directory(args.src_dir, directory, prompts, seed, choose(args), runs.Options.of(args), team)
