@@ -48,7 +48,7 @@ table: $(VENV)/installed
 # 20 portraits that nothing else uses: every method with all instructions, and facelock purified with six of them
 experiment: $(VENV)/installed-dev
 	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1002000 --count 20
-	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods --cheats
+	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock \
 		--prompts=0,4,11,13,19,23 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
 

@@ -19,15 +19,10 @@ if TYPE_CHECKING:
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes a CSV file, whole or not at all: numbers with six digits, empty for NaN. Raises UserError."""
     names = {
-        column: frame[column].astype(object).map(_quoted) for column in ("method", "name") if column in frame
+        column: frame[column].astype(object).map(utils.csv_name) for column in ("method", "name") if column in frame
     }
     text = frame.assign(**names).to_csv(index=False, float_format="%.6g", lineterminator="\n")
     utils.write_file(path, text.encode(errors="surrogateescape"))
-
-
-def _quoted(name: str) -> str:
-    """A name as it is, unless a spreadsheet would take it for a formula: then with a quote before it."""
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
 def read_csv(path: Path) -> pd.DataFrame:

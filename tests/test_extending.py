@@ -1,0 +1,64 @@
+"""docs/extending.md: each change applies to a copy of the project, and its command runs there."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs" / "extending.md").read_text()
+LEFT = shutil.ignore_patterns(".*", "__pycache__", "tests", "checkpoints", "demo", "table", "experiment")
+
+
+@pytest.fixture(scope="module")
+def changed(tmp_path_factory) -> Path:
+    """A copy of the project with every change of the page."""
+    copy = tmp_path_factory.mktemp("extended") / "project"
+    shutil.copytree(ROOT, copy, ignore=LEFT)
+    changes = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
+    assert len(changes) == 3
+    for change in changes:
+        subprocess.run(["patch", "-p1", "--silent"], cwd=copy, input=change, text=True, check=True)
+    return copy
+
+
+def command(script: str, flag: str) -> list[str]:
+    """Finds the page's command of a script with a flag."""
+    lines = PAGE.replace("\\\n", " ").splitlines()
+    (line,) = (line for line in lines if line.startswith(f"python {script} ") and flag in line)
+    return shlex.split(line)[1:]
+
+
+def run(copy: Path, words: list[str]) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, *words], cwd=copy, stdout=subprocess.PIPE, text=True, check=True)
+
+
+@pytest.mark.parametrize(
+    ("script", "flag", "result"),
+    [
+        ("defend.py", "--defend_method=turn", "turn.png"),
+        ("edit.py", "--model=hq-edit", "edit.png"),
+        ("defend.py", "--recognizer=", "swapped.png"),
+    ],
+)
+def test_a_change_runs(changed, script, flag, result):
+    run(changed, [*command(script, flag), *(["--num_iters=2"] if script == "defend.py" else [])])
+    assert Image.open(changed / result).size == (128, 128)
+
+
+def test_a_metric_of_ones_own_runs(changed):
+    for row, seeds in (("clean", 0), ("fewer_steps", 5)):
+        folder = changed / "edits" / row / "seed0" / "prompt13"
+        folder.mkdir(parents=True)
+        for number in range(3):
+            Image.fromarray(tiny.portrait(32, seed=seeds + number)).save(folder / f"{number}.png")
+    assert "l1" in run(changed, command("evaluation/eval_l1.py", "fewer_steps")).stdout
+    assert (changed / "l1_metric.csv").read_text().startswith("method,prompt13,mean")
