@@ -18,10 +18,9 @@ if TYPE_CHECKING:
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes a CSV file, whole or not at all: numbers with six digits, empty for NaN. Raises UserError."""
-    names = {
-        column: frame[column].astype(object).map(utils.csv_name) for column in ("method", "name") if column in frame
-    }
-    text = frame.assign(**names).to_csv(index=False, float_format="%.6g", lineterminator="\n")
+    for column in {"method", "name"} & {*frame.columns}:
+        frame = frame.assign(**{column: frame[column].astype(object).map(utils.csv_name)})
+    text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     utils.write_file(path, text.encode(errors="surrogateescape"))
 
 

@@ -13,6 +13,7 @@ A stopped run goes on where it was; checkpoints and the log are in mini/checkpoi
 from __future__ import annotations
 
 import argparse
+import json
 import random
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,7 @@ JUDGE_SEED = 1_000  # is added to --seed for the judge
 
 VALIDATION_COUNT = 200  # identities
 PLAIN, EDITED = 4, 5  # pictures of each in the evaluation
+FALSE_ACCEPTS = 0.001  # share of pairs of strangers above the verification threshold
 
 
 class CosFace(nn.Module):
@@ -141,6 +143,7 @@ def evaluate(
         "eer_plain": plain_eer,
         "eer_edited": edited_eer,
         "threshold": threshold,
+        "verification": float(pairs[~same & upper].quantile(1 - FALSE_ACCEPTS)),
         "cosine_different": float(pairs[~same & upper].mean()),
         "cosine_same": float(pairs[same & upper].mean()),
         "fr_edit": float(across[same_person & (variation == 0)].mean()),  # FR(source, its edit)
@@ -163,6 +166,13 @@ def export(model: PreTrainedModel, out: Path) -> None:
         image_std=[0.5] * 3,
         rescale_factor=1 / 255,
     ).save_pretrained(out)
+
+
+def write_threshold(out: Path, cosine: float) -> None:
+    """Notes the cosine above which two pictures are taken for one person, where the scripts look for it."""
+    path = out / "preprocessor_config.json"
+    config = json.loads(path.read_text()) | {"verification_threshold": round(cosine, 3)}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -208,7 +218,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     export(trained.backbone, out)
     recognizer = load_recognizer(str(out), torch.device("cpu"), torch.float32)  # as users load it
-    evaluate(recognizer, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, name))
+    found = evaluate(recognizer, portraits.VALIDATION[:VALIDATION_COUNT], partial(world.log, name))
+    write_threshold(out, found["verification"])
     return 0
 
 
