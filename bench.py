@@ -244,7 +244,7 @@ def run_metric(job: str, args: argparse.Namespace) -> Row:
     chosen = choose(argparse.Namespace(**{**vars(args), "dtype": dtype}))
     before = peak_memory(chosen.device)
     metrics = [metric for metric in eval_all.METRICS if metric.name in METRICS[job]]
-    views = load_views({need for metric in metrics for need in metric.needs}, chosen, utils.edit_prompts)
+    views = load_views({need for metric in metrics for need in metric.needs}, chosen, utils.edit_prompts, {})
     sources = portraits(args.batch_size, args.input_side)
     edits, keys = sources[..., ::-1].copy(), [Key(0, 0, str(number)) for number in range(len(sources))]
     for view in views:

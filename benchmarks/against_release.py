@@ -161,7 +161,7 @@ def scoring_time(job: str, args: argparse.Namespace, plain: bool) -> float:
     edits = np.clip(noisy, 0, 255).astype(np.uint8)  # (500, H, W, 3)
     groups = [[metric] for metric in metrics] if plain else [metrics]
     needs = [{need for metric in group for need in metric.needs} for group in groups]
-    views = [load_views(of_group, chosen, utils.edit_prompts) for of_group in needs]
+    views = [load_views(of_group, chosen, utils.edit_prompts, {}) for of_group in needs]
 
     def score(group: int, edits: np.ndarray, keys: Sequence[Key]) -> None:
         seen: dict[str, Any] = {}

@@ -20,29 +20,36 @@ import utils
 
 
 def script(
-    metric: Metric, doc: str, by: dict[str, Metric] | None = None, also: Sequence[Metric] = ()
+    metric: Metric, doc: str, by: dict[str, dict[str, Metric]] | None = None, also: Sequence[Metric] = ()
 ) -> tuple[Callable[..., argparse.Namespace], Callable[..., int]]:
     """Makes a metric's command: its parse_args and its main.
 
-    by: the metrics among which --by chooses. also: is measured with it, for the screen.
+    by: the metrics among which --by and --what choose. also: is measured with it, for the screen.
     """
     parse = partial(_parse, metric, doc, by)
 
     def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
-        return utils.run_command(partial(_run, metrics=[by[args.by] if by else metric, *also]), args)
+        chosen = by[args.by][args.what] if by else metric
+        return utils.run_command(partial(_run, metrics=[chosen, *also]), args)
 
     return parse, main
 
 
 def _parse(
-    metric: Metric, doc: str, by: dict[str, Metric] | None, argv: Sequence[str] | None = None
+    metric: Metric,
+    doc: str,
+    by: dict[str, dict[str, Metric]] | None,
+    argv: Sequence[str] | None = None,
 ) -> argparse.Namespace:
-    parser = make_parser(doc, metric.name, [metric])
+    of_by = list(next(iter(by.values())).values()) if by else [metric]
+    parser = make_parser(doc, metric.name, of_by)
     if by:
         parser.add_argument(
             "--by", choices=tuple(by), default=next(iter(by)), help="whose embeddings are compared"
         )
+        whats = list(next(iter(by.values())))
+        parser.add_argument("--what", choices=whats, default=whats[0], help="what is measured of them")
     return parser.parse_args(argv)
 
 
@@ -113,6 +120,12 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
         models.sets.add_clip_argument(parser)
     if needs & FACES:
         models.sets.add_face_arguments(parser)
+        parser.add_argument(
+            "--gallery_dir",
+            type=utils.path,
+            help="portraits among which a person is looked for, beside the sources; one of an edit's stem is "
+            "the person's, too",
+        )
     if is_plain(metrics):
         parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     else:
@@ -146,4 +159,5 @@ def edits_of(args: argparse.Namespace) -> Edits:
         prompts=args.prompts,
         prompt_file=args.prompt_file,
         common=args.common,
+        gallery_dir=vars(args).get("gallery_dir"),
     )

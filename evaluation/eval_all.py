@@ -55,9 +55,7 @@ METRICS = [
     eval_ssim.METRIC,
     eval_lpips.METRIC,
     eval_clip_i.METRIC,
-    eval_facial.METRIC,
-    eval_facial.JUDGE,
-    eval_facial.NO_FACE,
+    *eval_facial.METRICS,
 ]
 
 
@@ -143,6 +141,7 @@ def evaluate(
 
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
+    note += f", a gallery of {len(edits.sources) + len(edits.gallery)} portraits"
     if scores.n_left_out:
         note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
     add(output, tables.means(scores.values), METRICS, rows, note)

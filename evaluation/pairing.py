@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,6 +39,7 @@ class Edits:
     sizes: dict[Key, Size | None]  # of the edit, the same in every row; None if its header can't be read
     sources: dict[str, Path]  # by stem; empty if none are given
     texts: dict[int, str]  # the instructions, where they are known
+    gallery: dict[str, Path] = field(default_factory=dict)  # portraits beside the sources, by stem
 
     @property
     def every_row(self) -> list[Row]:
@@ -70,6 +71,7 @@ def find_edits(
     prompt_file: Path | None = None,
     names: Sequence[str] | None = None,
     common: bool = False,
+    gallery_dir: Path | None = None,
 ) -> Edits:
     """Finds edits, pairs them by stem and checks all that can be checked without reading pixels.
 
@@ -105,7 +107,8 @@ def find_edits(
     texts = texts_of(every_row, seeds, numbers, prompt_file)
     sources = {name: sources[name] for name in shared} if src_dir else {}
     sizes = sizes_of(every_row, files, keys)
-    return Edits(rows, clean, files, keys, sizes, sources, texts)
+    gallery = images_by_stem(gallery_dir) if gallery_dir else {}
+    return Edits(rows, clean, files, keys, sizes, sources, texts, gallery)
 
 
 def shared_names(there: dict[Path, set[str]], common: bool, wanted: Sequence[str] | None = None) -> list[str]:

@@ -69,7 +69,7 @@ def score(
     needs = {need for metric in metrics for need in metric.needs}
     _check_needs(edits, metrics, needs)
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
-    views, rows, damaged = load_views(needs, chosen, texts), rows_of(edits, metrics), []
+    views, rows, damaged = load_views(needs, chosen, texts, edits.gallery), rows_of(edits, metrics), []
     keys = _learn_sources(edits, views, damaged)
     place = {key: number for number, key in enumerate(edits.keys)}
     values = np.full((len(rows), len(edits.keys), len(metrics)), np.nan)

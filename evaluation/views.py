@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pairing import Key, Size
 
-from images import to_tensor
+from images import load_image, to_tensor
 from models.clip import Clip, load_clip
 from models.faces import Box, FaceDetector, Recognizer, load_recognizer
 from models.perceptual import load_perceptual
@@ -59,9 +60,13 @@ class View(Protocol):
         """Sees edits (B, H, W, 3) uint8 -> by name what metrics may need, (B, ...) each."""
 
 
-def load_views(needs: set[str], chosen: Chosen | None, texts: dict[int, str]) -> list[View]:
-    """Loads what gives the things needed: clip_edits, clip_sources, clip_texts, perceptual,
-    recognizer_edits, recognizer_sources, judge_edits, judge_sources, undetected. Raises UserError.
+def load_views(
+    needs: set[str], chosen: Chosen | None, texts: dict[int, str], gallery: dict[str, Path]
+) -> list[View]:
+    """Loads what gives the things needed: clip_edits, clip_sources, clip_texts, perceptual, undetected, own,
+    and for recognizer and judge _edits, _sources, _threshold, _gallery. Raises UserError.
+
+    gallery: portraits by stem among which a person is looked for, beside the sources.
     """
     views: list[View] = []
     if needs & {"clip_edits", "clip_sources", "clip_texts"}:
@@ -73,7 +78,8 @@ def load_views(needs: set[str], chosen: Chosen | None, texts: dict[int, str]) ->
         recognizers = {
             name: load_recognizer(getattr(chosen, name), chosen.device, chosen.dtype) for name in names
         }
-        views.append(FaceView(recognizers, FaceDetector(chosen.detect_faces, chosen.device), chosen.device))
+        detector = FaceDetector(chosen.detect_faces, chosen.device)
+        views.append(FaceView(recognizers, detector, chosen.device, gallery))
     return views
 
 
@@ -121,11 +127,16 @@ class FaceView:
 
     The faces are looked for once, whatever the number of recognisers. Where an edit shows none, its source's
     box is used and `undetected` is 1 instead of 0. A source without a face is named among the problems, and
-    everything about its edits is NaN.
+    everything about its edits is NaN. The gallery holds the sources and `gallery`; `own` says which of its
+    portraits have an edit's stem.
     """
 
     def __init__(
-        self, recognizers: dict[str, Recognizer], detector: FaceDetector, device: torch.device
+        self,
+        recognizers: dict[str, Recognizer],
+        detector: FaceDetector,
+        device: torch.device,
+        gallery: dict[str, Path] | None = None,
     ) -> None:
         self.recognizers = recognizers
         self.detector = detector
@@ -133,6 +144,11 @@ class FaceView:
         self.boxes: dict[tuple[str, Size], Box | None] = {}
         self.sources: dict[tuple[str, str, Size], Tensor] = {}
         self.faceless: set[str] = set()
+        self.stems: list[str] = []  # of the gallery
+        self.gallery: dict[str, list[Tensor]] = {name: [] for name in recognizers}
+        for stem, path in (gallery or {}).items():
+            pixels = load_image(path).pixels
+            self._enter(stem, pixels, next(iter(self.detector(pixels)), None))
 
     @property
     def problems(self) -> list[str]:
@@ -146,9 +162,16 @@ class FaceView:
         box = self.boxes[name, size] = next(iter(self.detector(pixels)), None)
         if box is None:
             self.faceless.add(name)
-            return
-        for recognizer, embedding in self._embed(pixels[None], [box]).items():
-            self.sources[recognizer, name, size] = embedding[0]
+        for recognizer, embedding in self._enter(name, pixels, box).items():
+            self.sources[recognizer, name, size] = embedding
+
+    def _enter(self, stem: str, pixels: np.ndarray, box: Box | None) -> dict[str, Tensor]:
+        """Puts a portrait with a face into the gallery -> its embeddings (D,) by recogniser."""
+        found = self._embed(pixels[None], [box]) if box else {}
+        self.stems += [stem] if found else []
+        for recognizer, embedding in found.items():
+            self.gallery[recognizer].append(embedding[0])
+        return {recognizer: embedding[0] for recognizer, embedding in found.items()}
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Finds the edits' faces and embeds them."""
@@ -161,11 +184,15 @@ class FaceView:
         boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
         measured = torch.tensor([source is not None for source in of_sources])
         undetected = torch.tensor([float(box is None) for box in found])
-        seen = {"undetected": torch.where(measured, undetected, torch.nan)}
+        stems = self.stems or [""]  # where no source has a face, nothing is measured
+        own = torch.tensor([[stem == key.name for stem in stems] for key in keys])  # (B, G)
+        seen = {"undetected": torch.where(measured, undetected, torch.nan), "own": own}
         for recognizer, embeddings in self._embed(images, boxes).items():
             unknown = torch.full_like(embeddings[0], torch.nan)
             references = [self.sources.get((recognizer, key.name, size), unknown) for key in keys]
             seen |= {f"{recognizer}_edits": embeddings, f"{recognizer}_sources": torch.stack(references)}
+            seen[f"{recognizer}_threshold"] = self.recognizers[recognizer].threshold
+            seen[f"{recognizer}_gallery"] = torch.stack(self.gallery[recognizer] or [unknown])  # (G, D)
         return seen
 
     def _embed(self, images: np.ndarray, boxes: Sequence[Box]) -> dict[str, Tensor]:

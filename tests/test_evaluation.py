@@ -555,7 +555,9 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
     text = Path("all_metric.md").read_text()
     assert text.strip() in shown
     head = next(line for line in text.splitlines() if line.startswith("| method"))
-    titles = ["CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓", "FR ↓", "FR, judge ↓", "no face", "n"]
+    titles = ["CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓"]
+    titles += [f"{what}{by} ↓" for by in ("", ", judge") for what in ("FR", "recognised", "identified")]
+    titles += ["no face", "n"]
     assert [cell.strip() for cell in head.strip("|").split("|")] == ["method", *titles]
     assert "intervals are approximate" in text
     together = table(Path("all_metric.csv"))
@@ -579,6 +581,7 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
         ("clip_i", eval_clip_i, flags("--src_dir", "--clip_id", *loads)),
         ("facial", eval_facial, faces),
         ("facial_judge", eval_facial, [*faces, "--by", "judge"]),
+        ("identified_judge", eval_facial, [*faces, "--by", "judge", "--what", "identified"]),
     ]
     for metric, script, argv in singles:
         assert script.main(argv) == 0
@@ -815,12 +818,44 @@ class MeanColour:
     """A recogniser whose embedding is the mean colour in the box, in [0, 2]."""
 
     def __init__(self) -> None:
-        self.boxes = []
+        self.boxes, self.threshold = [], None
 
     def embed(self, images, boxes):
         self.boxes += [box for (box,) in boxes]
         crops = [image[:, y0:y1, x0:x1] for image, ((x0, y0, x1, y1),) in zip(images, boxes, strict=True)]
         return torch.stack([crop.mean(dim=(1, 2)) + 1 for crop in crops])
+
+
+def test_recognised_is_found_and_above_the_threshold():
+    edits, sources = torch.tensor([[1.0, 0.0]] * 3 + [[0.6, 0.8]]), torch.tensor([[1.0, 0.0]] * 4)
+    sources[2] = torch.nan  # a source without a face
+    undetected = torch.tensor([0.0, 1.0, 0.0, 0.0])
+    found = eval_facial.recognised(edits, sources, undetected, 0.7)
+    assert found.nan_to_num(-1).tolist() == [1, 0, -1, 0]
+    assert eval_facial.recognised(edits, sources, undetected, 0.5).nan_to_num(-1).tolist() == [1, 0, -1, 1]
+    assert eval_facial.recognised(edits, sources, undetected, None).isnan().all()
+
+
+def test_identified_is_nearest_to_ones_own_portrait():
+    gallery = torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.6, 0.8]])
+    own = torch.tensor([[1, 0, 0], [1, 0, 0], [0, 1, 1], [1, 0, 0]], dtype=torch.bool)
+    edits = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.8], [0.9, 0.1]])
+    sources = torch.ones(4, 2)
+    sources[3] = torch.nan
+    found = eval_facial.identified(edits, sources, gallery, own)
+    assert found.nan_to_num(-1).tolist() == [1, 0, 1, -1]
+
+
+def test_a_gallery_makes_it_harder_to_be_identified(world, facial_args, tmp_path):
+    """Strangers who look like the edits come between an edit and its source."""
+    flags = [*facial_args, "--what", "identified", "--output", "identified.csv"]
+    assert eval_facial.main(flags) == 0
+    alone = [float(row["mean"]) for row in table(Path("identified.csv"))]
+    for place, path in enumerate(sorted((world / "edits/facelock").rglob("*.png"))):
+        write(tmp_path / "strangers" / f"stranger{place}.png", np.asarray(Image.open(path)))
+    assert eval_facial.main([*flags, "--gallery_dir", str(tmp_path / "strangers")]) == 0
+    rows = table(Path("identified.csv"))
+    assert alone[0] == 1 and [float(row["mean"]) for row in rows if "facelock" in row["method"]] == [0.0, 0.0]
 
 
 def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
@@ -831,7 +866,8 @@ def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
     key = pairing.Key(0, 0, "x")
     found = view(edits, [key, key])
     assert found["undetected"].tolist() == [1, 0]
-    similarity = eval_facial.JUDGE.function(*(found[need] for need in eval_facial.JUDGE.needs))
+    metric = eval_facial.BY["judge"]["similarity"]
+    similarity = metric.function(*(found[need] for need in metric.needs))
     assert similarity.tolist() == pytest.approx([1, 1])  # grey is grey
     assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
     scores = scoring.Scores([eval_facial.NO_FACE], values(metric="no_face", x=[1.0, 0.0]), [], [], 2, 0)
