@@ -1,5 +1,6 @@
 # make demo         the main job on the embedded models: a verdict, and a picture to look at, demo/figure.png
 # make table IMAGES=DIR BUDGETS="0.03" MODELS=full   the paper's experiment on your portraits
+# make app          a page on this machine alone: protect a photo, and see what a stranger would get
 # make experiment   the tables of docs/results.md, on the embedded models
 # make test         the tests, at most 3 minutes; make test-all adds the slow ones; make lint
 # All create .venv and install into it first. Another Python: make test PYTHON=python3.12
@@ -21,7 +22,7 @@ TABLE ?= table
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 EXPERIMENT ?= experiment
 
-.PHONY: install demo table experiment test test-all lint clean
+.PHONY: install demo app table experiment test test-all lint clean
 
 install: $(VENV)/installed $(VENV)/installed-dev
 
@@ -31,6 +32,10 @@ $(VENV)/bin/python:
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
 	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+$(VENV)/installed-app: requirements-app.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
 	touch $@
 
 $(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
@@ -51,6 +56,9 @@ experiment: $(VENV)/installed-dev
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock \
 		--prompts=0,4,11,13,19,23 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+
+app: $(VENV)/installed-app
+	$(RUN) app.py --models=$(MODELS)
 
 test: $(VENV)/installed-dev
 	$(RUN) -m pytest -q
