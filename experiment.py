@@ -8,14 +8,15 @@
 
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
 metrics (all_metric.csv and .md, per_image.csv) and figure.png; for each of --purify the same below
-OUTPUT_DIR/purified/, and purified.png. Run again, it goes on where it was. What fails for single portraits is
-told and left out of the table, and the exit status is 1.
+OUTPUT_DIR/purified/, and purified.png; all of it as a page, report.html. Run again, it goes on where it was.
+What fails for single portraits is told and left out of the table, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -29,6 +30,7 @@ import eval_all
 import figure
 import outputs
 import purify
+import report
 from pairing import Edits, find_edits
 
 import runs
@@ -208,6 +210,7 @@ def run(args: argparse.Namespace) -> int:
             files[name] = args.output_dir / "purified" / name / "all_metric.csv"
         figure.make_plot(files, args.output_dir / "purified.png", "facial_judge")
     print(verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
+    report.make_report(args.output_dir, args.output_dir / "report.html")
     return status
 
 
@@ -245,19 +248,25 @@ def verdict(output_dir: Path, models: str, minutes: float) -> str:
     """Says in words what came out, from the table that was written."""
     table = outputs.read_csv(output_dir / "all_metric.csv").set_index("method")
     table.index = [row.removeprefix(f"{output_dir / 'edits'}/") for row in table.index]
-    of_rows = [
-        f"  {row}: {line['facial']:.2f} by the recogniser, {line['facial_judge']:.2f} by the judge"
-        for row, line in table.iterrows()
-    ]
-    stand_in = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
+    lines = []
+    for row, line in table.iterrows():
+        lines.append(f"  {row}")
+        for who, by in (("recogniser", ""), ("judge", "_judge")):
+            found, nearest = (line[f"{what}{by}"] for what in ("recognised", "identified"))
+            taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
+            lines.append(f"    {who}: FR {line[f'facial{by}']:.2f}, {taken}, identified in {nearest:.0%}")
+    worth = "Weigh the judge's lines: the attack knows the recogniser, and others are not known to it."
+    if models == "mini":
+        worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
     return f"""
-FR, how much of the person is left in the edits: 1 is the same face, 0 a stranger's; lower is better.
-By the recogniser, which facelock attacks, and by a judge, which no attack sees:
-{chr(10).join(of_rows)}
+How much of the person is left in the edits, by the recogniser, which facelock attacks, and by a judge, which
+no attack sees. FR is 1 for the same face and 0 for a stranger's; recognised: above the threshold for one
+person; identified: nearest to its own source among all sources. All of it is better when it is lower:
+{chr(10).join(lines)}
 Look at {output_dir / "figure.png"}: a protected portrait should look like its source, and its edits
-should show somebody else than the edits of the source (the row clean). Don't expect ruined pictures, nor that
-each face is gone; what the judge still finds, others may find, too.
-{stand_in if models == "mini" else "Weigh the judge's column: the attack knows the recogniser."}
+should show somebody else than the edits of the source (clean). Don't expect ruined pictures, nor that each
+face is gone; what the judge still finds, others may find, too.
+{worth}
 It took {minutes:.1f} minutes; all metrics are in {output_dir / "all_metric.md"}.
 Next: python defend.py --input_path=PHOTO, or every method in one table: make table IMAGES=DIR"""
 

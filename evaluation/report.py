@@ -1,0 +1,398 @@
+"""One HTML file for an experiment: what came out, the table, plots, pictures, and how it was made.
+
+    python evaluation/report.py --experiment_dir experiment/methods --output report.html
+
+Reads what experiment.py or eval_all.py left in a directory: per_image.csv, all_metric.csv (one of the two is
+needed), all_metric_protected.csv, purified/*/all_metric.csv, the run.json's, the pictures in edits/ and
+protected/. Another project's results in this layout can be reported, too; what isn't there, the page says. It
+measures nothing itself. The file needs no other, and the same input gives the same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import contextlib
+import io
+import json
+import math
+import re
+import shlex
+import sys
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import cheats
+import outputs
+import tables
+from eval_all import METRICS, VISIBILITY
+from figure import NUMBER, difference
+
+import utils
+from images import images_by_stem, load_image
+from records import MANIFEST, digest, read_record
+from utils import UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    import pandas as pd
+    from views import Metric
+
+EDIT, PLACE = ["method", "seed", "prompt", "name"], ["method", "metric"]
+MEANS = {"": "mean", "_low": "low", "_high": "high", "_n": "n", "_n_inf": "n_inf"}
+LEAD = ("facial_judge", "facial")  # what the page goes by; first the one that no attack sees
+MOST_DOTS = 200  # people in a strip
+TONES = 8  # colours and shapes
+SIDE, CROP = 176, 256  # px of a picture in the page, and of one in which single pixels count
+MARK = b'<meta name="generator" content="FaceLock report">'
+
+Means = dict[tuple[str, str], Any]  # by method and metric: mean, low, high, n, n_inf
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    parser.add_argument("--experiment_dir", type=utils.path, required=True, help="what experiment.py left")
+    parser.add_argument("--output", type=utils.path, default=Path("report.html"), help="an .html file")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return utils.run_command(lambda args: make_report(args.experiment_dir, args.output), parse_args(argv))
+
+
+def make_report(root: Path, output: Path) -> int:
+    """Writes the report on an experiment's directory -> exit status. Raises UserError."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    outputs.check_outputs([output], (), (".html",), lambda content: MARK in content[:1000])
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+        finalize=lambda value: utils.one_line(value) if type(value) is str else value,  # Markup is another
+    )
+    environment.globals |= {"spread": spread, "most_dots": MOST_DOTS, "nan": math.nan}
+    page = environment.get_template("report.html.jinja").render(report=Report(root))
+    utils.write_file(output, page.encode())
+    print(utils.one_line(f"{output}: the report; open it in a browser"))
+    return 0
+
+
+# ---------------------------------------------------------------------------------------------------------
+# reading
+
+
+def read_values(path: Path) -> pd.DataFrame:
+    """Reads per_image.csv, wide or long -> method, seed, prompt, name, metric, value. Raises UserError."""
+    import pandas as pd
+
+    frame = outputs.read_csv(path) if path.exists() else pd.DataFrame({key: [] for key in EDIT})
+    if lacking := [column for column in EDIT if column not in frame]:
+        raise UserError(f"{path}: no column {lacking[0]} in it")
+    frame["name"] = frame["name"].fillna("").map(lambda name: re.sub(r"^'(?=[=+\-@\t\r])", "", name))
+    if not {"metric", "value"} <= {*frame.columns}:
+        numbers = frame.drop(columns=EDIT).select_dtypes(["number", "bool"]).astype(float)
+        frame = pd.concat([frame[EDIT], numbers], axis=1).melt(EDIT, var_name="metric")
+    if frame.duplicated([*EDIT, "metric"]).any():
+        raise UserError(f"{path}: two values of one edit and metric")
+    return frame.dropna(subset="value").astype(dict.fromkeys(("method", "name", "metric"), "category"))
+
+
+def read_means(path: Path, values: pd.DataFrame | None = None) -> Means:
+    """Reads a table of means, and makes of the values what it lacks. Raises UserError if they disagree."""
+    import numpy as np
+    import pandas as pd
+
+    table = outputs.read_csv(path) if path.exists() else pd.DataFrame({"method": []})
+    if "method" not in table:
+        raise UserError(f"{path}: no column method in it")
+    found: Means = {}
+    for name in table.columns:
+        if name != "method" and not re.search(r"_(low|high|n|n_inf)$", name):
+            part = table.reindex(columns=[f"{name}{end}" for end in MEANS]).set_axis(MEANS.values(), axis=1)
+            lines = part.apply(pd.to_numeric, errors="coerce").itertuples()
+            found |= {(method, name): line for method, line in zip(table["method"], lines, strict=True)}
+    if values is not None and len(values):
+        for key, mean in tables.image_means(values, PLACE).groupby(PLACE, observed=True).mean().items():
+            if key in found and not np.isclose(mean, found[key].mean, rtol=1e-3, atol=1e-4):
+                what = f"{key[1]} of {key[0]} is {found[key].mean:g} here, {mean:g} there"
+                raise UserError(f"{path}: not of the same run as per_image.csv: {what}")
+        rest = values[~pd.MultiIndex.from_frame(values[PLACE]).isin(list(found))]
+        found |= as_means(tables.means(rest)) if len(rest) else {}
+    return {key: line for key, line in found.items() if not math.isnan(line.mean)}
+
+
+def as_means(frame: pd.DataFrame) -> Means:
+    return {line.Index: line for line in frame.itertuples() if not math.isnan(line.mean)}
+
+
+def read_records(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
+    """Reads every run.json -> by its directory, and what is wrong with others."""
+    found, damaged = {}, []
+    for path in sorted(root.rglob("run.json")):
+        try:
+            found[path.parent.relative_to(root).as_posix()] = read_record(path.parent) or {}
+        except UserError as error:
+            damaged.append(str(error))
+    return found, damaged
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rows and columns
+
+
+class Row(NamedTuple):
+    """A row of the tables: its name there, and what the page calls it. tone: its colour and shape."""
+
+    method: str
+    name: str
+    budget: str  # empty if it has none
+    kind: str  # clean, cheat or method
+    tone: int
+
+    @property
+    def label(self) -> str:
+        return "unprotected" if self.kind == "clean" else f"{self.name} {self.budget}".strip()
+
+
+class Column(NamedTuple):
+    """A metric as it is shown. way: -1 if a defender wants it low, 1 if high, 0 if nobody says."""
+
+    name: str
+    title: str
+    digits: int
+    way: int
+    is_share: bool  # of edits: its values are 0 or 1
+
+    def show(self, value: float, sign: str = "") -> str:
+        if self.is_share and not math.isnan(value):
+            return f"{100 * value:{sign}.0f} %"
+        return tables.shown(value, self.digits, sign)
+
+    def ends(self, line: Any, sign: str = "") -> str:
+        """Writes the interval of a mean, and how many values were infinite."""
+        ends = "" if math.isnan(line.low) else f"[{self.show(line.low, sign)}, {self.show(line.high, sign)}]"
+        return ends + (f" ({line.n_inf:.0f} inf)" if line.n_inf > 0 else "")
+
+
+def name_rows(found: Means) -> list[Row]:
+    """Names rows by the last part of their directory that is no budget; by all of it if two are the same."""
+    rows: list[Row] = []
+    for method in dict.fromkeys(method for method, _ in found):
+        budgets = re.findall(rf"(?:^|/)budget_({NUMBER})(?=/|$)", method)
+        names = [part for part in Path(method).parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
+        is_cheat = "cheats" in names and names[-1] in cheats.NAMES
+        kind = "clean" if method == "clean" else "cheat" if is_cheat else "method"
+        rows.append(Row(method, (names or [method])[-1], (budgets or [""])[-1], kind, 0))
+    labels = [row.label for row in rows]
+    rows = [row._replace(name=row.method) if labels.count(row.label) > 1 else row for row in rows]
+    tones = list(dict.fromkeys(["clean", *(row.name for row in rows)]))
+    return [row._replace(tone=tones.index(row.name) % TONES) for row in rows]
+
+
+def name_columns(found: Means, known: Sequence[Metric], values: pd.DataFrame) -> list[Column]:
+    """Lists the metrics: the judge's, the recogniser's, others; of each the known ones first."""
+    there = dict.fromkeys(name for _, name in found)
+    metrics = {metric.name: metric for metric in known if metric.name in there}
+    columns = []
+    for name in metrics | there:
+        metric, own = metrics.get(name), values.loc[values["metric"] == name, "value"]
+        title, digits = (metric.title, metric.digits) if metric else (name, 3)
+        is_share = len(own) and own.isin([0, 1]).all() and (not metric or own.any())
+        is_share = bool(is_share or (metric and metric.counts))
+        columns.append(Column(name, title, digits, {"↓": -1, "↑": 1}.get(title[-1:], 0), is_share))
+    return sorted(columns, key=lambda one: (one.name[:-6] not in there, f"{one.name}_judge" not in there))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the page
+
+
+class Report:
+    """Gives the template what it shows of an experiment; the prose is there. Raises UserError."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.title = root, root.resolve().name
+        files = [root / name for name in ("per_image.csv", "all_metric.csv", "all_metric_protected.csv")]
+        purified = sorted(root.glob("purified/*/all_metric.csv"))
+        there = [file for file in files + purified if file.exists()]
+        self.hashes = {str(file.relative_to(root)): digest(file) for file in there}
+        values = self.values = read_values(files[0])
+        self.found, self.visible = read_means(files[1], values), read_means(files[2])
+        if not self.found:
+            raise UserError(f"{root}: no values in a per_image.csv or all_metric.csv")
+        self.purified = {file.parent.name: read_means(file) for file in purified}
+        self.records, self.damaged = read_records(root)
+
+        self.rows, self.columns = name_rows(self.found), name_columns(self.found, METRICS, values)
+        self.seen_rows = name_rows(self.visible)
+        self.seen_columns = name_columns(self.visible, VISIBILITY, values[:0])
+        known = [column for name in LEAD for column in self.columns if column.name == name]
+        self.main = known or ([column for column in self.columns if column.way] or self.columns)[:1]
+        self.lead = self.main[0]
+        self.clean = [row for row in self.rows if row.kind == "clean"]  # one or none
+        marks = self.marks(self.lead, (row for row in self.rows if row.kind == "method"))
+        self.methods = [mark["row"] for mark in marks]
+        best = max(marks, key=lambda mark: self.lead.way * mark["value"], default=None)
+        self.best = best and best["row"]
+        # in plots of many lines and in pictures
+        self.shown = self.clean + [row for row in self.methods if row.budget in ("", self.best.budget)]
+        self.few = tables.about_intervals(mark["n"] for mark in marks)
+        has_pairs = self.clean and len(values) and len(self.rows) > 1
+        self.minus = as_means(tables.differences(values, "clean")) if has_pairs else {}
+        self.names, self.prompts, self.seeds = (sorted(values[key].unique()) for key in EDIT[:0:-1])
+        self.people = {column.name: self.of_people(column) for column in self.main}
+        of_lead = self.people[self.lead.name]
+        after = of_lead.get(self.best.method, {}) if self.best else {}
+        before = of_lead.get("clean", {}) if self.clean else dict.fromkeys(after, 0)
+        moved = [(after[name] - before[name], name) for name in after if name in before]
+        self.moved = sorted(moved, reverse=self.lead.way > 0)  # the best protected first
+        self.folders: dict[Path, dict[str, Path]] = {}
+        records = self.records.items()
+        said = {i: text for _, record in records for i, text in record.get("prompts", {}).items()}
+        self.texts = {prompt: str(said.get(str(prompt), f"prompt {prompt}")) for prompt in self.prompts}
+        sources = [record.get("sources") for at, record in records if at.startswith("edits/clean")]
+        self.sources = Path(str(sources[0])) if sources else root / "portraits"
+
+    def of_people(self, column: Column) -> dict[str, dict[str, float]]:
+        """Gives each person's mean, by method and name."""
+        means = tables.image_means(self.values[self.values["metric"] == column.name], ["method"])
+        groups = means.groupby("method", observed=True)
+        return {method: of.droplevel("method").to_dict() for method, of in groups}
+
+    def is_best(self, row: Row, column: Column) -> bool:
+        """Tells whether a method's interval is better than, and apart from, all others' of its budget."""
+        rivals = [other for other in self.methods if other.budget == row.budget and other != row]
+        own, *others = (self.found.get((one.method, column.name)) for one in (row, *rivals, *self.clean))
+        if not (own and column.way and rivals and row in self.methods):
+            return False
+        return all(own.high < line.low if column.way < 0 else own.low > line.high for line in others if line)
+
+    # plots: panels of lines, which have a label, marks and dots
+
+    def marks(self, column: Column, rows: Iterable[Row], means: Means | None = None) -> list[dict[str, Any]]:
+        """Gives means as points, each with what it is in words."""
+        found = self.found if means is None else means
+        return [
+            {"row": row, "value": line.mean, "low": line.low, "high": line.high, "n": line.n}
+            | {"text": f"{row.label}: {column.show(line.mean)} {column.ends(line)}"}
+            for row in rows
+            if (line := found.get((row.method, column.name)))
+        ]
+
+    def strips(self, column: Column) -> Iterable[tuple[Any, ...]]:
+        for row in self.rows:
+            people = sorted(
+                (value, name) for name, value in self.people[column.name].get(row.method, {}).items()
+            )
+            if marks := self.marks(column, [row]):
+                yield row.label, marks, spread(people, MOST_DOTS)
+
+    def budgets(self, column: Column) -> Iterable[tuple[Any, ...]]:
+        rows = sorted((row for row in self.methods if row.budget), key=lambda row: float(row.budget))
+        if rows and rows[0].budget != rows[-1].budget:
+            for name in dict.fromkeys(row.name for row in rows):
+                yield name, self.marks(column, [row for row in rows if row.name == name]), []
+
+    def purifications(self, column: Column) -> Iterable[tuple[Any, ...]]:
+        tones = {row.label: row.tone for row in self.shown}
+        for name, means in {"as they are": self.found, **self.purified}.items() if self.purified else ():
+            rows = [row._replace(tone=tones[row.label]) for row in name_rows(means) if row.label in tones]
+            yield name, self.marks(column, rows, means), []
+
+    def instructions(self, column: Column) -> Iterable[tuple[Any, ...]]:
+        values = self.values[self.values["metric"] == column.name]
+        values = values[values["method"].isin([row.method for row in self.shown])]
+        for prompt in self.prompts if len(self.prompts) > 1 else ():
+            means = as_means(tables.means(values[values["prompt"] == prompt]))
+            yield self.texts[prompt], self.marks(column, self.shown, means), []
+
+    def panels(self, key: str) -> tuple[list[Any], list[float]]:
+        """Makes a plot's panels, and round ticks of their one axis, whose ends are the first and the last."""
+        from matplotlib.ticker import MaxNLocator
+
+        panels = [(column, lines) for column in self.main if (lines := list(getattr(self, key)(column)))]
+        numbers = [value for _, lines in panels for _, _, dots in lines for value, _ in dots]
+        marks = [mark for _, lines in panels for _, marks, _ in lines for mark in marks]
+        numbers += [x for mark in marks for x in map(mark.get, ("value", "low", "high")) if math.isfinite(x)]
+        low, high = min(numbers, default=0), max(numbers, default=1)
+        aside = 0.05 * (high - low < 1e-6)
+        ticks = MaxNLocator(5, steps=[1, 2, 5, 10]).tick_values(low - aside, high + aside)
+        return panels, [float(f"{tick:.9g}") for tick in ticks]
+
+    # pictures: "" for one that isn't there
+
+    def folder(self, kind: str, row: Row) -> Path:
+        """Looks for a row's pictures by the end of its name below the experiment's, then where it says."""
+        if kind == "protected" and row.kind == "clean":
+            return self.sources
+        parts = [part for part in Path(row.method).parts if part not in ("/", "..")]
+        places = [self.root.joinpath(kind, *parts[start:]) for start in range(len(parts))]
+        places += [Path(row.method)] if kind == "edits" else []
+        return next((place for place in places if place.is_dir()), self.root / "nowhere")
+
+    def pixels(self, folder: Path, name: str) -> np.ndarray | None:
+        """Reads a picture, (H, W, 3) uint8."""
+        with contextlib.suppress(UserError, KeyError):
+            if folder not in self.folders:
+                self.folders[folder] = images_by_stem(folder)
+            return load_image(self.folders[folder][name]).pixels
+        return None
+
+    def pictures(self, row: Row, name: str, prompts: Sequence[int]) -> list[str]:
+        """Packs what is edited of a person, and its edits, small."""
+        edits = self.folder("edits", row) / f"seed{self.seeds[0]}"
+        folders = [self.folder("protected", row), *(edits / f"prompt{prompt}" for prompt in prompts)]
+        return [packed(self.pixels(folder, name), "JPEG") for folder in folders]
+
+    def crops(self, row: Row, name: str) -> list[str]:
+        """Packs the middle of a picture as it is, and what protection added to it."""
+        image, source = self.pixels(self.folder("protected", row), name), self.pixels(self.sources, name)
+        same = image is not None and source is not None and image.shape == source.shape
+        added = [difference(image, source)] if same and row.kind != "clean" else []
+        return [packed(pixels, "PNG") for pixels in (image, *added)]
+
+    # how it was made
+
+    def said(self, part: str) -> dict[str, list[tuple[str, str]]]:
+        """Groups directories, each with its manifest's hash, by a part of their run.json."""
+        found: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for where, record in self.records.items():
+            settings = record["arguments"] | {"seed": record.get("seed")}
+            said = (record | {"settings": settings}).get(part)
+            text = re.sub(r'["{}]', "", json.dumps(said, sort_keys=True))
+            if part == "command" and isinstance(said, list):
+                text = shlex.join(["python", *map(str, said)])
+            found[text].append((where, digest(self.root / where / MANIFEST)))
+        return found
+
+
+def packed(pixels: np.ndarray | None, form: str) -> str:
+    """Writes a picture into an address: shrunk as JPEG, or its middle as PNG."""
+    from PIL import Image
+
+    if pixels is None:
+        return ""
+    image, buffer = Image.fromarray(pixels), io.BytesIO()
+    if form == "JPEG":
+        image.thumbnail((SIDE, SIDE))
+    left, top = (max(0, side - CROP) // 2 for side in image.size)
+    image = image.crop((left, top, min(left + CROP, image.width), min(top + CROP, image.height)))
+    image.save(buffer, format=form, quality=90)
+    return f"data:image/{form.lower()};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def spread(items: Sequence[Any], most: int) -> list[Any]:
+    """Takes at most so many items, evenly, the first and the last among them."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,377 @@
+"""evaluation/report.py: a page for an experiment, of a made-up directory, without models."""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+import report
+import tables
+from eval_all import METRICS, VISIBILITY
+from PIL import Image
+
+NAMES = [f"person{number}" for number in range(7)]
+HOSTILE = "<script>alert(1)</script>"
+PROMPTS = {0: "Turn the person's hair pink", 5: 'Let <b onclick="x()">it</b> be snowy'}
+METHODS = ["noise/budget_0.03", "facelock/budget_0.03", "facelock/budget_0.06"]
+
+
+def make_values(root, names, more=()):
+    """The values of an experiment as eval_all.py has them; facelock takes person 0 away, but not person 6."""
+    rng = np.random.default_rng(0)
+    lines = []
+    for method in ["clean", *(f"{root}/edits/{method}" for method in METHODS)]:
+        strength = 0 if "facelock" not in method else 0.3 if "0.03" in method else 0.6
+        for prompt in PROMPTS:
+            for place, name in enumerate(names):
+                fr = 0.9 - strength * (1 - place / 6) + rng.normal(0, 0.005)
+                found = {
+                    "clip_s": 0.7 + rng.normal(0, 0.01),
+                    "facial": fr - 0.1 * strength,
+                    "facial_judge": fr,
+                }
+                found |= {"no_face": 0.0, "odd": rng.normal(), "taken": float(fr > 0.6)}
+                if method != "clean":
+                    found["psnr"] = np.inf if "noise" in method and place == 0 else 50 - 9 * strength + fr
+                lines += [(method, 0, prompt, name, metric, value) for metric, value in found.items()]
+    return pd.DataFrame(lines, columns=["method", "seed", "prompt", "name", "metric", "value"])
+
+
+def write_tables(root, values):
+    import outputs
+
+    names = list(dict.fromkeys(values["metric"]))
+    rows = list(dict.fromkeys(values["method"]))
+    known = [metric for metric in METRICS if metric.name in names]
+    outputs.write_csv(root / "all_metric.csv", tables.all_metrics(tables.means(values), known, rows))
+    outputs.write_csv(root / "per_image.csv", tables.per_image(values, names))
+
+
+def write_picture(path, seed):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (24, 20, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+
+
+def write_record(folder, **more):
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {"seed": 0, "arguments": {"model_id": "assets/mini/editor", "num_iters": 30}, **more}
+    (folder / "run.json").write_text(json.dumps(record))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_resamples():
+    """Is content with rough intervals: they only have to be the same everywhere."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "RESAMPLES", 499)
+        yield
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Makes a whole experiment: two methods, two budgets, a purification, a person with a hostile name."""
+    tmp_path = tmp_path_factory.mktemp("whole")
+    root = tmp_path / "experiment"
+    root.mkdir()
+    names = [*NAMES[:-1], HOSTILE.replace("/", "")]
+    values = make_values(root, names)
+    write_tables(root, values)
+    visible = values[(values["method"] != "clean") & (values["metric"] == "psnr")]
+    visible = visible.assign(method=visible["method"].str.replace("/edits/", "/protected/"))
+    frame = tables.all_metrics(tables.means(visible), VISIBILITY[:1], list(dict.fromkeys(visible["method"])))
+    frame.to_csv(root / "all_metric_protected.csv", index=False)
+    purified = root / "purified/jpeg-75"
+    purified.mkdir(parents=True)
+    write_tables(purified, values.assign(method=values["method"].str.replace("/edits/", "/purified/edits/")))
+    for number, name in enumerate(names):
+        write_picture(tmp_path / f"portraits/{name}.png", number)
+        for method in METHODS:
+            write_picture(root / f"protected/{method}/{name}.png", number + 1)
+        for row in ("clean", *METHODS):
+            for prompt in PROMPTS:
+                write_picture(root / f"edits/{row}/seed0/prompt{prompt}/{name}.png", number + prompt)
+    for row in ("clean", *METHODS):
+        texts = {str(number): text for number, text in PROMPTS.items()}
+        command = ["experiment.py", "--models", "mini", "--image_dir", "a folder"]
+        versions = {"python": "3.11.7", "torch": "2.14.1"}
+        more = {"sources": str(tmp_path / "portraits"), "command": command, "versions": versions}
+        write_record(root / f"edits/{row}/seed0", prompts=texts, **more)
+    return root
+
+
+@pytest.fixture(scope="module")
+def page(whole):
+    """Makes the report on the whole of it."""
+    return make(whole)
+
+
+@pytest.fixture
+def experiment(whole, tmp_path):
+    """Copies the whole, for tests that take something away."""
+    return shutil.copytree(whole, tmp_path / "experiment")
+
+
+def make(root, output=None, status=0):
+    output = output or root.parent / "report.html"
+    assert report.main(["--experiment_dir", str(root), "--output", str(output)]) == status
+    return output.read_text() if output.is_file() else ""
+
+
+def words_of(page):
+    """What a person reads of it."""
+    page = re.sub(r"<(style|script)>.*?</\1>", "", page, flags=re.DOTALL)
+    return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
+
+
+def table_of(page, caption):
+    """Heading and cells of a table of the page, by row and column; the texts without their intervals."""
+    (found,) = re.findall(rf"<caption [^>]*>{caption}.*?</table>", page, re.DOTALL)
+    heads = [html.unescape(text) for text in re.findall(r"<button>(.*?)</button>", found)]
+    rows = re.findall(r"<tr class=.*?</tr>", found, re.DOTALL)
+    cells = [re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in rows]
+    return [dict(zip(heads, row, strict=True)) for row in cells]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the values
+
+
+def test_the_values_are_those_of_the_tables(whole, page):
+    expected = pd.read_csv(whole / "all_metric.csv")
+    lines = table_of(page, "All metrics")
+    assert len(lines) == len(expected) == 4
+    for line, (_, row) in zip(lines, expected.iterrows(), strict=True):
+        for title, name, digits in (("FR, judge ↓", "facial_judge", 3), ("CLIP-S ↓", "clip_s", 3)):
+            ends = [tables.shown(row[f"{name}_{end}"], digits) for end in ("low", "high")]
+            assert words_of(line[title]) == f"{tables.shown(row[name], digits)} [{ends[0]}, {ends[1]}]"
+            assert f'data-value="{row[name]:.6g}"' in line[title]
+    assert [words_of(line["n"]) for line in lines] == ["7", "6 to 7", "7", "7"]
+    assert words_of(lines[0]["PSNR ↓"]) == "-" and "(2 inf)" in lines[1]["PSNR ↓"]
+
+
+def test_paired_differences_are_those_of_tables(whole, page):
+    lines = table_of(page, "Minus unprotected")
+    values = report.read_values(whole / "per_image.csv")
+    found = tables.differences(values, "clean").loc[f"{whole}/edits/{METHODS[2]}", "facial_judge"]
+    assert words_of(lines[2]["FR, judge ↓"]) == f"{found['mean']:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+    assert "PSNR ↓" not in lines[0]  # there is none of the unprotected edits
+
+
+def test_an_unknown_metric_is_shown_and_zeros_and_ones_are_a_share(whole, page):
+    values = pd.read_csv(whole / "per_image.csv")
+    lines = table_of(page, "All metrics")
+    of_method = values[values["method"] == f"{whole}/edits/{METHODS[2]}"]
+    assert words_of(lines[3]["odd"]).startswith(tables.shown(of_method["odd"].mean()))
+    assert words_of(lines[3]["taken"]).startswith(f"{of_method['taken'].mean():.0%}".replace("%", " %"))
+    assert words_of(lines[0]["no face"]) == "0 %"
+    assert "Not a metric of FaceLock" in words_of(page)
+
+
+def test_the_best_is_marked_only_where_its_interval_is_apart(page):
+    lines = table_of(page, "All metrics")
+    marked = [[title for title, cell in line.items() if "<b>" in cell] for line in lines]
+    assert marked[2] == ["FR, judge ↓", "FR ↓", "PSNR ↓"]
+    assert marked[0] == marked[1] == marked[3] == []  # 0.06 has one method: nothing to be better than
+
+
+def test_three_sentences_say_what_came_out(page):
+    (lead,) = re.findall(r'<section class="lead".*?</section>', page, re.DOTALL)
+    sentences = [words_of(text) for text in re.findall(r"<p>.*?</p>", lead, re.DOTALL)]
+    assert len(sentences) == 3
+    assert "facelock 0.06 does best of 3 protections" in sentences[0]
+    assert "which is more than chance" in sentences[0]
+    assert "(person0)" in sentences[1] and "(<script>alert(1)<script>)" in sentences[1]
+    assert "after jpeg-75" in sentences[2] and "PSNR" in sentences[2]
+
+
+def test_nothing_is_called_more_than_chance_that_is_not(experiment):
+    values = report.read_values(experiment / "per_image.csv")
+    noise = values["method"].str.contains("clean|noise")
+    (experiment / "all_metric.csv").unlink()
+    write_tables(experiment, values[noise].astype({"method": object, "name": object, "metric": object}))
+    assert "which may be chance" in words_of(make(experiment))
+
+
+def test_a_table_of_another_run_is_refused(experiment, capsys):
+    table = pd.read_csv(experiment / "all_metric.csv")
+    table.assign(facial=table["facial"] + 0.1).to_csv(experiment / "all_metric.csv", index=False)
+    make(experiment, status=1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "not of the same run as per_image.csv" in error
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the file
+
+
+def test_names_are_escaped(page):
+    assert "&lt;script&gt;alert(1)&lt;script&gt;" in page
+    assert page.count("<script") == 1 and "<b onclick" not in page
+    assert "&lt;b onclick=" in page
+
+
+def test_nothing_is_loaded_from_elsewhere(page):
+    assert not re.findall(r"https?:|url\(|@import|<link|<iframe|srcset", page)
+    sources = re.findall(r'\b(?:src|href)="([^"]*)"', page)
+    assert len(sources) > 50
+    assert all(
+        source.startswith(("data:image/jpeg;base64,", "data:image/png;base64,", "#")) for source in sources
+    )
+
+
+def test_same_input_same_bytes(whole, page):
+    assert make(whole, whole.parent / "again.html") == page
+    assert make(whole) == page  # over its own earlier file
+
+
+def test_a_stand_in_is_called_so(experiment, page):
+    assert "A stand-in." in page
+    for record in experiment.rglob("run.json"):
+        record.write_text(record.read_text().replace("assets/mini/editor", "x").replace("mini", "full"))
+    assert "A stand-in." not in make(experiment)
+
+
+def test_commands_settings_versions_and_hashes_are_told(whole, page):
+    from records import digest
+
+    text = words_of(page)
+    assert text.count("python experiment.py --models mini --image_dir 'a folder'") == 1
+    assert "python: 3.11.7, torch: 2.14.1" in text
+    assert "num_iters: 30" in text and "edits/facelock/budget_0.06/seed0" in text
+    assert digest(whole / "per_image.csv") in text
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "all_metric.csv",
+        "per_image.csv",
+        "all_metric_protected.csv",
+        "edits",
+        "protected",
+        "purified",
+        "run.json",
+    ],
+)
+def test_what_is_missing_is_said(experiment, missing):
+    for path in [*experiment.rglob(missing)]:
+        shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    text = words_of(make(experiment))
+    said = {
+        "all_metric.csv": "facelock 0.06 does best of 3",
+        "per_image.csv": "per_image.csv isn’t there",
+        "all_metric_protected.csv": "all_metric_protected.csv is not there",
+        "edits": "not there",
+        "protected": "not there",
+        "purified": "no purified/ is there",
+        "run.json": "No run.json is there",
+    }
+    assert said[missing] in text
+
+
+def test_results_without_unprotected_edits_can_be_reported(experiment):
+    values = report.read_values(experiment / "per_image.csv").astype({"method": object, "metric": object})
+    (experiment / "all_metric.csv").unlink()
+    write_tables(experiment, values[values["method"] != "clean"].astype({"name": object}))
+    text = words_of(make(experiment))
+    assert "No paired differences" in text and "does best of 3 protections" in text
+
+
+@pytest.mark.parametrize(
+    "lines, said",
+    [
+        (["x/mist,0,0,a,1.5", "x/mist,0,0,b,2.5"], "nothing is called best"),  # which way is not known
+        (["clean,0,0,a,1.5"], "nothing is called best|No protected row"),
+    ],
+)
+def test_little_is_enough(tmp_path, lines, said):
+    text = "\n".join(["method,seed,prompt,name,odd", *lines])
+    (tmp_path / "per_image.csv").write_text(text)
+    assert re.search(said, words_of(make(tmp_path, tmp_path / "out.html")))
+
+
+def test_the_long_table_is_read_too(experiment, page):
+    values = report.read_values(experiment / "per_image.csv")
+    values.to_csv(experiment / "per_image.csv", index=False)
+    assert table_of(make(experiment), "Minus") == table_of(page, "Minus")
+
+
+@pytest.mark.parametrize(
+    "what, said",
+    [("empty", "no values in"), ("columns", "no column prompt"), ("twice", "two values of one edit")],
+)
+def test_what_is_no_experiment_is_an_error_of_one_line(experiment, capsys, what, said):
+    frame = pd.read_csv(experiment / "per_image.csv")
+    (experiment / "all_metric.csv").unlink()
+    (experiment / "per_image.csv").unlink()
+    if what == "columns":
+        frame.drop(columns="prompt").to_csv(experiment / "per_image.csv", index=False)
+    if what == "twice":
+        pd.concat([frame, frame]).to_csv(experiment / "per_image.csv", index=False)
+    make(experiment, status=1)
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and said in error
+
+
+def test_a_damaged_record_is_named(experiment):
+    (experiment / "protected/run.json").write_text("{")
+    assert "not a record of a run" in words_of(make(experiment))
+
+
+def test_no_file_of_another_kind_is_overwritten(experiment, capsys):
+    other = experiment.parent / "other.html"
+    other.write_text("<p>mine</p>")
+    make(experiment, other, status=1)
+    assert other.read_text() == "<p>mine</p>" and "was not made by this script" in capsys.readouterr().err
+    make(experiment, experiment.parent / "report.txt", status=1)
+    assert "is written as .html" in capsys.readouterr().err
+
+
+def test_rows_are_named_by_the_last_part_of_their_directory():
+    methods = ["clean", "x/edits/vae/budget_0.03", "y/vae/budget_0.03", "e/mist", "x/cheats/mirrored"]
+    rows = report.name_rows(dict.fromkeys([(method, "facial") for method in methods]))
+    assert rows[0].label == "unprotected" and rows[3].label == "mist"
+    assert rows[1].name == methods[1]  # two of the same name
+    assert [row.kind for row in rows] == ["clean", "method", "method", "method", "cheat"]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# in a browser
+
+
+@pytest.mark.browser
+def test_it_opens_from_the_disk_and_sorts(whole, page):
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    errors, loaded = [], []
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        tab = browser.new_page(viewport={"width": 390, "height": 800})
+        tab.on("console", lambda message: errors.append(message.text) if message.type == "error" else None)
+        tab.on("pageerror", lambda error: errors.append(str(error)))
+        tab.on("request", lambda request: loaded.append(request.url[:5]))
+        tab.goto((whole.parent / "report.html").as_uri())
+        table = tab.locator("table.sortable").first
+        button = table.get_by_role("button", name="FR, judge")
+        orders = []
+        for _ in range(2):
+            button.press("Enter")
+            cells = table.locator("tbody tr").evaluate_all(
+                "rows => rows.map(row => +row.cells[2].dataset.value)"
+            )
+            orders.append(cells)
+        sorted_by = table.locator("th[aria-sort]").all_inner_texts()
+        wide = tab.evaluate("document.documentElement.scrollWidth")
+        broken = tab.evaluate("[...document.images].filter(image => !image.naturalWidth).length")
+        browser.close()
+    assert errors == [] and broken == 0
+    assert {*loaded} <= {"file:", "data:"} and loaded.count("file:") == 1
+    assert orders[0] == sorted(orders[0]) and orders[1] == orders[0][::-1]
+    assert len(sorted_by) == 1 and wide == 390
