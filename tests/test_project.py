@@ -267,11 +267,11 @@ ORDER = ["utils", "images", "methods", "models", "records", "processes", "protec
 
 
 def level(path: Path) -> int:
-    """How high a file stands: in ORDER, above it the scripts, above them what nothing imports."""
+    """How high a file stands: in ORDER, above it the scripts and app.py's studio, then what none imports."""
     if path.parent.name in ("mini", "drawing", "benchmarks"):
         return len(ORDER) + 1
     name = path.stem if path.parent == ROOT else path.parent.name
-    return len(ORDER) if is_script(path) else ORDER.index(name)
+    return len(ORDER) if is_script(path) or name == "studio" else ORDER.index(name)
 
 
 def imports() -> dict[Path, set[Path]]:
