@@ -113,7 +113,7 @@ def peak_memory(device: torch.device) -> float:
     """Reads the peak so far of the device's memory, or of the process's, in GB."""
     import torch
 
-    if utils.on_cuda(device):
+    if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak would begin with that of the process that started this one
@@ -129,7 +129,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
     start = time.perf_counter()
     work()
-    if utils.on_cuda(device):
+    if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
@@ -183,9 +183,8 @@ def protector_of(method: str, args: argparse.Namespace) -> Protector:
     """Makes what defend.py makes of such flags. Raises UserError."""
     line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={args.iterations}"]
     line += [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
-    for flag in ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips"):
-        if getattr(args, flag, None) is not None:
-            line.append(f"--{flag}={getattr(args, flag)}")
+    flags = ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips")
+    line += [f"--{flag}={value}" for flag in flags if (value := getattr(args, flag, None)) is not None]
     return Protector(defend.parse_args(line))
 
 
@@ -221,10 +220,10 @@ def run_edit(args: argparse.Namespace) -> Row:
         editor.knobs["num_inference_steps"] = few
         editor(images, prompts, 0)
 
-    one, three = (partial(edit, few) for few in (1, 3))
-    short, long = (typical(work, chosen.device, args) for work in (one, three))
+    works = [partial(edit, few) for few in (1, 3)]
+    short, long = (typical(work, chosen.device, args) for work in works)
     peak = peak_memory(chosen.device) - before
-    flops = of_all_steps(operations(one, args), operations(three, args), steps) / len(images)
+    flops = of_all_steps(*(operations(work, args) for work in works), steps) / len(images)
     return Row((long - short) / 2, of_all_steps(short, long, steps) / len(images), peak, flops)
 
 
@@ -301,7 +300,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = choose(args)
     args.input_side = args.input_side or (chosen.resolution, chosen.resolution)
     height, width = args.input_side
-    on = torch.cuda.get_device_name(chosen.device) if utils.on_cuda(chosen.device) else platform.machine()
+    on_gpu = chosen.device.type == "cuda"
+    on = torch.cuda.get_device_name(chosen.device) if on_gpu else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
     about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "
     about += f"--dtype {args.dtype}; {on}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "

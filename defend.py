@@ -13,9 +13,10 @@ steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Self
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import utils
 from images import choose_output
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
 
     from models.faces import Box
 
-
 BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 
 
@@ -37,12 +37,8 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag that decides how a portrait is protected; `Protector` reads them."""
     parser.add_argument("--defend_method", choices=METHODS, default="facelock", help="the defense")
     parser.add_argument("--attack_budget", type=utils.budget_size, default=Run.budget, help=BUDGET_HELP)
-    parser.add_argument(
-        "--seed",
-        type=utils.seed_number,
-        default=0,
-        help="of the random start, with the file's stem; -1 draws and prints one",
-    )
+    seed_help = "of the random start, with the file's stem; -1 draws and prints one"
+    parser.add_argument("--seed", type=utils.seed_number, default=0, help=seed_help)
     add_method_arguments(parser)
     sets.add_editor_arguments(parser)
     sets.add_face_arguments(parser)
@@ -52,56 +48,30 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the methods themselves, which some of them read."""
-    parser.add_argument(
-        "--step_size",
-        type=utils.positive_float,
-        default=Run.step_size,
-        help=f"first step in [-1, 1], falling linearly to 1 %% of it ({readers('step_size')})",
-    )
-    parser.add_argument(
-        "--num_iters",
-        type=utils.natural_number,
-        default=Run.num_iters,
-        help="iterations (all but noise); 0 leaves the random start",
-    )
+    text = f"first step in [-1, 1], falling linearly to 1 %% of it ({readers('step_size')})"
+    parser.add_argument("--step_size", type=utils.positive_float, default=Run.step_size, help=text)
+    text = "iterations (all but noise); 0 leaves the random start"
+    parser.add_argument("--num_iters", type=utils.natural_number, default=Run.num_iters, help=text)
     targeted = parser.add_mutually_exclusive_group()
     for flag, value, what in (
         ("--targeted", True, "towards a zero latent"),
         ("--untargeted", False, "away from the clean latent"),
     ):
-        owners = {name: method.parameters.get("targeted") for name, method in METHODS.items()}
-        by_default = [name for name, default in owners.items() if default is value]
-        targeted.add_argument(
-            flag,
-            dest="targeted",
-            action="store_const",
-            const=value,
-            help=f"{what} ({readers('targeted')}; the default of {', '.join(by_default)})",
-        )
-    default = METHODS["cw"].parameters["c"]
-    parser.add_argument(
-        "--c", type=utils.positive_float, help=f"weight of the latent term, cw only (default: {default})"
-    )
+        owners = [name for name, method in METHODS.items() if method.parameters.get("targeted") is value]
+        text = f"{what} ({readers('targeted')}; the default of {', '.join(owners)})"
+        targeted.add_argument(flag, dest="targeted", action="store_const", const=value, help=text)
+    text = f"weight of the latent term, cw only (default: {METHODS['cw'].parameters['c']})"
+    parser.add_argument("--c", type=utils.positive_float, help=text)
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
-    parser.add_argument(
-        "--faces",
-        choices=("largest", "all"),
-        default="largest",
-        help="which faces facelock protects; with all, their mean similarity counts",
-    )
-    parser.add_argument(
-        "--check",
-        action="store_true",
-        help="measure face similarity after a VAE round trip for other methods than facelock, too",
-    )
-    parser.add_argument(
-        "--checkpointing",
-        action="store_true",
-        help="less memory, more time: the VAE's activations are computed again for each gradient",
-    )
-    parser.add_argument(
-        "--compile", action="store_true", help="for GPUs: torch.compile the networks; minutes to begin with"
-    )
+    text = "which faces facelock protects; with all, their mean similarity counts"
+    parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)
+    again = "the VAE's activations are computed again for each gradient"
+    for flag, text in (
+        ("--check", "measure face similarity after a VAE round trip for other methods than facelock, too"),
+        ("--checkpointing", f"less memory, more time: {again}"),
+        ("--compile", "for GPUs: torch.compile the networks; minutes to begin with"),
+    ):
+        parser.add_argument(flag, action="store_true", help=text)
     for bound in ("--clamp_min", "--clamp_max"):
         parser.add_argument(bound, type=float, help="of the authors' scripts; changes nothing here")
 
@@ -112,12 +82,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: protected_NAME.png beside the input)"
     )
-    parser.add_argument(
-        "--face_box",
-        type=face_box,
-        metavar="X0,Y0,X1,Y1",
-        help="where the face is, in pixels of the upright input, instead of looking for it",
-    )
+    box_help = "where the face is, in pixels of the upright input, instead of looking for it"
+    parser.add_argument("--face_box", type=face_box, metavar="X0,Y0,X1,Y1", help=box_help)
     add_defense_arguments(parser)
     return parser.parse_args(argv)
 
@@ -133,25 +99,19 @@ def face_box(text: str) -> Box:
     return x0, y0, x1, y1
 
 
-class ProgressBar:
-    """A tqdm bar over a method's iterations; shows the objective where a loop waits for the device anyway."""
+@contextlib.contextmanager
+def progress_bar(num_iters: int, label: str, shown: bool = True) -> Iterator[Callable[[int, Tensor], None]]:
+    """Makes a loop's callback, a tqdm bar; shows the objective where a loop waits for the device anyway."""
+    from tqdm import tqdm
 
-    def __init__(self, num_iters: int, label: str, shown: bool = True) -> None:
-        from tqdm import tqdm
+    with tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not shown) as bar:
 
-        self.num_iters = num_iters
-        self.bar = tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not shown)
+        def step(i: int, values: Tensor) -> None:
+            if shown and ((i + 1) % CHECK_EVERY == 0 or i + 1 == num_iters):
+                bar.set_postfix(objective=f"{values.mean().item():.4g}", refresh=False)
+            bar.update()
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.bar.close()
-
-    def __call__(self, i: int, values: Tensor) -> None:
-        if not self.bar.disable and ((i + 1) % CHECK_EVERY == 0 or i + 1 == self.num_iters):
-            self.bar.set_postfix(objective=f"{values.mean().item():.4g}", refresh=False)
-        self.bar.update()
+        yield step
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -169,8 +129,8 @@ def run(args: argparse.Namespace) -> int:
     subject = protector.load(args.input_path, args.face_box)  # a bad file is said before models are loaded
     protector.preload()
     protector.chosen.warn_of([subject.portrait.size])
-    with ProgressBar(args.num_iters, protector.name) as bar:
-        (report,) = protector.save([subject], [output], bar)
+    with progress_bar(args.num_iters, protector.name) as step:
+        (report,) = protector.save([subject], [output], step)
     print(report)
     return 0
 

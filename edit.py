@@ -28,9 +28,8 @@ if TYPE_CHECKING:
 
 def add_seed_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --seed."""
-    parser.add_argument(
-        "--seed", type=utils.seed_number, default=-1, help="of the editor's noise; -1 draws one"
-    )
+    text = "of the editor's noise; -1 draws one"
+    parser.add_argument("--seed", type=utils.seed_number, default=-1, help=text)
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -62,10 +62,8 @@ def load_image(path: str | os.PathLike) -> Portrait:
 
     path = Path(path)
     try:
-        if not path.exists():
-            raise UserError("no such file")
         if not path.is_file():
-            raise UserError("not a file")
+            raise UserError("not a file" if path.exists() else "no such file")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Pillow warns of what it reads all the same
             with _open(path) as opened:
@@ -75,12 +73,11 @@ def load_image(path: str | os.PathLike) -> Portrait:
             profile = image.info.get("icc_profile")
             image = _eight_bit(image)
             alpha = None
-            if "A" in image.getbands() or "a" in image.getbands() or "transparency" in image.info:
+            if image.has_transparency_data:
                 image = image.convert("RGBA")
                 alpha = np.array(image.getchannel("A"))
                 image = image.convert("RGB")
-            image = _to_srgb(image, profile)
-            pixels = np.array(image)
+            pixels = np.array(_to_srgb(image, profile))
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except UserError as error:
@@ -127,18 +124,15 @@ def images_by_stem(directory: Path) -> dict[str, Path]:
     suffixes = readable_suffixes()
     files: dict[str, list[Path]] = {}
     try:
-        if not directory.exists():
-            raise UserError(f"{directory}: no such directory")
         if not directory.is_dir():
-            raise UserError(f"{directory}: not a directory")
+            raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
         for path in sorted(directory.iterdir()):
             is_image = path.suffix.lower() in suffixes and not path.name.startswith(".")
             if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
                 files.setdefault(path.stem, []).append(path)
     except OSError as error:
         raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
-    twins = ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]
-    if twins:
+    if twins := ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]:
         raise UserError(f"{directory}: files with the same stem: {', '.join(twins)}")
     return {stem: path for stem, (path,) in files.items()}
 
@@ -178,7 +172,7 @@ def _eight_bit(image: Image.Image) -> Image.Image:
     import numpy as np
     from PIL import Image
 
-    if image.mode != "F" and image.mode != "I" and not image.mode.startswith("I;"):
+    if image.mode[0] not in "IF":
         return image
     values = np.asarray(image).astype(np.float64)
     top = 1 if image.mode == "F" else 65535
@@ -207,9 +201,7 @@ def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
 
 
 def _is_neutral(source: Any, target: Any) -> bool:
-    """Whether the way from one RGB profile to another moves no colour by more than 2 levels: a linear sRGB
-    profile is called sRGB, too.
-    """
+    """Whether no colour moves by over 2 levels between two profiles; a linear sRGB is called sRGB, too."""
     import numpy as np
     from PIL import Image, ImageCms
 
@@ -248,10 +240,8 @@ def to_uint8_within(images: torch.Tensor, source: np.ndarray, budget: float) -> 
     """
     import numpy as np
 
-    levels = min(allowed_levels(budget), 255)
-    low = np.maximum(source.astype(np.int16) - levels, 0)
-    high = np.minimum(source.astype(np.int16) + levels, 255)
-    return np.clip(to_uint8(images).astype(np.int16), low, high).astype(np.uint8)
+    middle, levels = source.astype(np.int16), min(allowed_levels(budget), 255)
+    return np.clip(to_uint8(images), middle - levels, middle + levels).astype(np.uint8)
 
 
 def linf(a: np.ndarray, b: np.ndarray) -> float:
@@ -262,10 +252,7 @@ def linf(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:
-    """Writes (H, W, 3) uint8 as PNG, whole or not at all. Raises UserError.
-
-    Nothing but pixels and alpha is written: a privacy tool does not copy GPS tags.
-    """
+    """Writes (H, W, 3) uint8 as PNG, whole or not at all, and no metadata (GPS tags). Raises UserError."""
     import numpy as np
     from PIL import Image
 

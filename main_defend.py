@@ -20,7 +20,7 @@ from pathlib import Path
 import records
 import runs
 import utils
-from defend import ProgressBar, add_defense_arguments
+from defend import add_defense_arguments, progress_bar
 from images import image_size
 from processes import Team
 from protection import Protector, Subject
@@ -68,6 +68,8 @@ def protect_directory(
     image_dir: Path, directory: Path, protector: Protector, options: runs.Options, team: Team
 ) -> int:
     """Protects the portraits of a directory into another -> exit status. Raises UserError."""
+    from tqdm import tqdm
+
     images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(image_dir)])
     if directory.resolve() == image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
@@ -76,25 +78,21 @@ def protect_directory(
     if team.is_first:
         protector.chosen.warn_of(size for _, size in images)
 
+    def load(item: runs.Item) -> Subject:
+        return protector.load(item.source)
+
     def work(batch: list[runs.Item], subjects: list[Subject], wanted: list[bool]) -> runs.Facts:
         outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
-        with ProgressBar(protector.run.num_iters, protector.name, shown=team.is_first) as bar:
-            reports = protector.save(subjects, outputs, bar)
+        with progress_bar(protector.run.num_iters, protector.name, shown=team.is_first) as step:
+            reports = protector.save(subjects, outputs, step)
         for report in reports:
-            bar.bar.write(str(report))
+            tqdm.write(str(report))
         sys.stdout.flush()
         return [report.facts() for report in reports]
 
+    settings, prepare = protector.settings(), protector.preload
     status = runs.make(
-        items,
-        lambda item: protector.load(item.source),
-        work,
-        directory,
-        protector.settings(),
-        options=options,
-        prepare=protector.preload,
-        unit="portrait",
-        team=team,
+        items, load, work, directory, settings, options=options, prepare=prepare, unit="portrait", team=team
     )
     if team.is_first:
         write_report(directory)

@@ -29,15 +29,10 @@ from processes import Team
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--src_dir", type=utils.path, required=True, help="directory of images")
-    parser.add_argument(
-        "--edit_dir", type=utils.path, required=True, help="where seed{S}/prompt{i}/ are made"
-    )
-    parser.add_argument(
-        "--prompts",
-        type=utils.number_list,
-        metavar="I,J,...",
-        help="numbers of the instructions to use (default: all)",
-    )
+    where = "where seed{S}/prompt{i}/ are made"
+    parser.add_argument("--edit_dir", type=utils.path, required=True, help=where)
+    which = "numbers of the instructions to use (default: all)"
+    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=which)
     parser.add_argument(
         "--prompt_file",
         type=utils.path,
@@ -83,17 +78,11 @@ def edit_directory(
     """Edits the images of a directory into a seed{S} -> exit status. Raises UserError."""
     images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(src_dir)])
     utils.check_directory(directory)
-    items = [
-        runs.Item(
-            path,
-            directory / f"prompt{number}" / f"{path.stem}.png",
-            size,
-            label=f"prompt{number}/{path.name}",
-            prompt=text,
-        )
-        for path, size in images
-        for number, text in prompts.items()
-    ]
+    items = []
+    for path, size in images:
+        for number, text in prompts.items():
+            output = directory / f"prompt{number}" / f"{path.stem}.png"
+            items.append(runs.Item(path, output, size, f"prompt{number}/{path.name}", text))
     if team.is_first:
         chosen.warn_of((size for _, size in images), prompts.values())
 
@@ -107,18 +96,11 @@ def edit_directory(
                 save_png(item.output, pixels, portrait.alpha)
         return [{}] * sum(wanted)
 
+    settings, prepare = {"seed": seed, **chosen.edit_settings()}, chosen.load_editor
     return runs.make(
-        items,
-        load,
-        work,
-        directory,
-        {"seed": seed, **chosen.edit_settings()},
-        options=options,
-        prompts=prompts,
-        prepare=chosen.load_editor,
-        unit="edit",
-        team=team,
-    )
+        items, load, work, directory, settings,
+        options=options, prompts=prompts, prepare=prepare, unit="edit", team=team,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -149,7 +149,7 @@ class Run:
 
 
 def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Projected sign-gradient ascent (Madry et al. 2018), with the step sizes of the authors' release:
+    """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
 
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
@@ -175,7 +175,7 @@ def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
 
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Adam (Kingma & Ba 2015) on w, x' = tanh(w), as in Carlini & Wagner 2017; projected at the end.
+    """Climbs by Adam (Kingma & Ba 2015) on w, x' = tanh(w) (Carlini & Wagner 2017); projects at the end.
 
     Adam's state is kept per element, so the images of a batch don't mix. Unlike the authors' release it
     begins at `start`. x, the result and errors as in `pgd`.

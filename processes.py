@@ -36,10 +36,7 @@ class Team:
 
     @classmethod
     def gather(cls, device: str) -> Team:
-        """Joins the other processes, if a launcher started any. device: as given with --device.
-
-        Raises UserError for a device that isn't there.
-        """
+        """Joins the other processes, if a launcher started any. Raises UserError for a device not there."""
         size = int(os.environ.get("WORLD_SIZE", "1"))
         if size == 1:
             return cls()
@@ -67,10 +64,7 @@ class Team:
         return [*finished[self.rank :: self.size], *waiting[self.rank :: self.size]]
 
     def once(self, work: Callable[[], Made]) -> Made:
-        """Does it in the first process alone and gives what comes of it to all.
-
-        A UserError there ends all processes, with one line and exit status 1.
-        """
+        """Does it in the first process, for all; a UserError there ends all, with one line and status 1."""
         if self.size == 1:
             return work()
         from accelerate.utils import broadcast_object_list
@@ -143,10 +137,8 @@ class Lock:
             fcntl.flock(self.file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
             self.file.seek(0)
-            who = ", ".join(self.file.read().splitlines())
-            raise UserError(
-                f"{self.path.parent}: another run is writing into it ({who}); wait for its end, or stop it"
-            ) from None
+            who = f"another run is writing into it ({', '.join(self.file.read().splitlines())})"
+            raise UserError(f"{self.path.parent}: {who}; wait for its end, or stop it") from None
         except OSError as error:  # some network file systems have no locks
             warn(f"{self.path} can't be locked ({error.strerror})")
 

@@ -31,30 +31,16 @@ from images import (
 )
 from methods import METHODS, NEED, GradientError, Run, random_start
 from models.editors import WorkingVAE, load_vae
-from models.faces import (
-    Box,
-    FaceDetector,
-    Recognizer,
-    clip_box,
-    face_similarity_to,
-    load_recognizer,
-    scale_box,
-)
+from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
 from models.loading import shown
 from models.perceptual import load_perceptual, perceptual_distance_to
 from records import code_of, hash_of
-from utils import (
-    USUAL_BUDGET,
-    UserError,
-    in_levels,
-    one_line,
-    pick_dtype,
-    start_seed,
-    warn,
-)
+from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+    from models.faces import Recognizer
 
 
 def readers(name: str) -> str:
@@ -84,8 +70,8 @@ class Report:
     faceless: bool = False  # no face was found, so that there is nothing to compare
 
     def __str__(self) -> str:
-        text = f"{one_line(str(self.path))}: L-infinity {self.linf:.4f} (budget {self.budget:g})"
-        text += f", PSNR {self.psnr:.1f} dB"
+        size = f"L-infinity {self.linf:.4f} (budget {self.budget:g})"
+        text = f"{one_line(str(self.path))}: {size}, PSNR {self.psnr:.1f} dB"
         why = " (no face found)" if self.faceless else ""
         values = [
             f"{name} {pair[0]:.2f} -> {pair[1]:.2f}" if pair else f"{name} not measured{why}"
@@ -106,20 +92,20 @@ class Report:
 class Protector:
     """A method with its settings and networks, each of which is loaded when it is first asked for.
 
-    Raises UserError for flags that don't go together; one that the method doesn't read is ignored with a
-    warning.
+    Raises UserError for flags that don't go together; warns of one that the method doesn't read.
     """
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.name = args.defend_method
         self.method = METHODS[args.defend_method]
-        self.seed, self.faces, self.check = args.seed, args.faces, args.check
+        self.seed, self.faces = args.seed, args.faces
         self.checkpointing, self.compile = args.checkpointing, args.compile
         if args.compile and args.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
+        self.looks_at_faces = args.check or "face_similarity" in self.needs  # the method, or its report
         for knob in ("targeted", "c", "lr"):
             if getattr(args, knob) is None:
                 continue
@@ -132,9 +118,7 @@ class Protector:
             warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
         if args.attack_budget > USUAL_BUDGET:
             warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
-        self.run = Run(
-            args.attack_budget, args.step_size, args.num_iters, Run.lr if args.lr is None else args.lr
-        )
+        self.run = Run(args.attack_budget, args.step_size, args.num_iters, args.lr or Run.lr)
         chosen = models.sets.choose(args)
         if self.method.fp32:
             if args.dtype not in ("auto", "fp32"):
@@ -170,11 +154,8 @@ class Protector:
     @cached_property
     def vae(self) -> WorkingVAE:
         """The editor's autoencoder."""
-        chosen = self.chosen
-        return load_vae(
-            chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype,
-            self.checkpointing, self.compile,
-        )  # fmt: skip
+        chosen, how = self.chosen, (self.checkpointing, self.compile)
+        return load_vae(chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype, *how)
 
     @cached_property
     def recognizer(self) -> Recognizer:
@@ -216,11 +197,6 @@ class Protector:
     # -----------------------------------------------------------------------------------------------------
     # the way of a portrait
 
-    @property
-    def looks_at_faces(self) -> bool:
-        """Whether the method or its report needs to know where the faces are."""
-        return "face_similarity" in self.needs or self.check
-
     def load(self, path: Path, box: Box | None = None) -> Subject:
         """Reads a portrait and, if something needs them, finds its faces, once, on the clean image.
 
@@ -231,13 +207,12 @@ class Protector:
         if not self.looks_at_faces:
             return Subject(portrait, [])
         if box is None:
-            found = self.detector(portrait.pixels)
-            found = found[:1] if self.faces == "largest" else found
+            found = self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
+        elif inside := clip_box(box, portrait.size):
+            found = [inside]
         else:
-            found = [inside] if (inside := clip_box(box, portrait.size)) else []
-            if not found:
-                height, width = portrait.size
-                raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
+            height, width = portrait.size
+            raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
         working = working_size(portrait.size, self.resolution)
         boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
         if not boxes and "face_similarity" in self.needs:
@@ -262,12 +237,11 @@ class Protector:
             "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
             "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
         }
+        needs = {need: offers[need]() for need in self.needs}
         start = random_start(images, self.run.budget, seeds)
         run = dataclasses.replace(self.run, start=start, callback=callback)
         try:
-            return self.method.protect(
-                images, run, **{need: offers[need]() for need in self.needs}, **self.knobs
-            )
+            return self.method.protect(images, run, **needs, **self.knobs)
         except GradientError as error:
             dtype = self.chosen.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
@@ -279,10 +253,7 @@ class Protector:
         outputs: Sequence[Path | None],
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> list[Report]:
-        """Protects portraits of one size together, saves those that have an output path, and measures them.
-
-        Raises UserError.
-        """
+        """Protects portraits of one size, saves and measures those with an output path. Raises UserError."""
         import numpy as np
 
         sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
@@ -298,10 +269,7 @@ class Protector:
         return reports
 
     def measure(self, subject: Subject, output: Path) -> Report:
-        """Reads a protected file back: what is in it is what counts.
-
-        Raises UserError if it leaves the budget.
-        """
+        """Reads a protected file back, which is what counts. Raises UserError if it leaves the budget."""
         from skimage.metrics import peak_signal_noise_ratio
 
         source = subject.portrait.pixels

@@ -118,9 +118,7 @@ def differences(old: dict[str, Any] | None, settings: dict[str, Any], prompts: d
     ]
 
 
-def write_record(
-    directory: Path, settings: dict[str, Any], prompts: dict[int, str], sources: Path
-) -> None:
+def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, str], sources: Path) -> None:
     """Writes run.json: the settings, prompts and versions, and where the sources were, which isn't compared.
 
     What an earlier run of the same settings recorded stays: its prompts, and its versions as a first entry.
@@ -134,15 +132,12 @@ def write_record(
     if old is not None and not differences(old, settings, prompts):
         texts = {**old.get("prompts", {}), **texts}
         before = old.get("versions", now)
-        later = [*old.get("later_versions", [])]
+        later = old.get("later_versions", [])
         if now not in [before, *later]:
-            changed = [
-                f"{name} {before.get(name)}, now {now[name]}"
-                for name in now
-                if before.get(name) != now[name]
-            ]
-            warn(f"{directory} was begun with other versions: {'; '.join(changed)}")
-            later.append(now)
+            changed = [name for name in now if before.get(name) != now[name]]
+            words = "; ".join(f"{name} {before.get(name)}, now {now[name]}" for name in changed)
+            warn(f"{directory} was begun with other versions: {words}")
+            later = [*later, now]
         record["versions"] = before
         record |= {"later_versions": later} if later else {}
     record |= {"prompts": texts} if texts else {}
@@ -177,12 +172,12 @@ def _parts(directory: Path) -> list[Path]:
 
 def gather_manifest(directory: Path) -> None:
     """Makes one file of the manifest's parts. Raises UserError."""
-    if not any(directory.glob("manifest.*.jsonl")):
+    whole, *parts = _parts(directory)
+    if not parts:
         return
-    parts = _parts(directory)
-    lines = [json.dumps(entry) for entry in read_manifest(directory).values()]
-    write_file(directory / MANIFEST, "".join(line + "\n" for line in lines).encode())
-    for part in parts[1:]:
+    lines = [json.dumps(entry) + "\n" for entry in read_manifest(directory).values()]
+    write_file(whole, "".join(lines).encode())
+    for part in parts:
         part.unlink(missing_ok=True)
 
 
@@ -196,12 +191,12 @@ class Manifest:
 
     def begin(self, output: Path, source: str, settings: str) -> None:
         """Notes that a file is in the making: until `done`, nobody takes it for finished."""
-        self._write({"output": self._name(output), "source": source, "settings": settings})
+        self._write(output, source=source, settings=settings)
 
     def done(self, output: Path, source: str, settings: str, facts: dict[str, Any]) -> None:
         """Notes a finished file: its source's hash and its own, its settings', and facts about it."""
-        entry = {"output": self._name(output), "source": source, "settings": settings}
-        self._write({**entry, "sha256": digest(output), "bytes": output.stat().st_size, **facts})
+        made = {"sha256": digest(output), "bytes": output.stat().st_size}
+        self._write(output, source=source, settings=settings, **made, **facts)
 
     def close(self) -> None:
         """Closes the file, if anything was noted."""
@@ -209,13 +204,10 @@ class Manifest:
             with contextlib.suppress(OSError):  # on a full disk, closing fails once more
                 self.file.close()
 
-    def _name(self, output: Path) -> str:
-        return str(output.relative_to(self.directory))
-
-    def _write(self, entry: dict[str, Any]) -> None:
+    def _write(self, output: Path, **facts: Any) -> None:
         if self.file is None:
             self.file = open(self.path, "a")  # noqa: SIM115 (open as long as the run goes on)
-        self.file.write(json.dumps(entry) + "\n")
+        self.file.write(json.dumps({"output": str(output.relative_to(self.directory)), **facts}) + "\n")
         self.file.flush()
 
 
@@ -249,10 +241,10 @@ def make_plan(
     settings.
     """
     record, entries = read_record(directory), read_manifest(directory)
-    outputs = list(outputs)
     others = differences(record, settings, prompts)
-    plan = Plan()
+    plan, mine = Plan(), set()
     for output, source, prompt in outputs:
+        mine.add(output)
         if not output.exists():
             plan.wanted.add(output)
             continue
@@ -273,7 +265,19 @@ def make_plan(
             plan.stale[output] = "its source has changed"
         elif entry["bytes"] != output.stat().st_size or (verify and entry["sha256"] != digest(output)):
             plan.stale[output] = "not the file that was written"
-    _check(directory, plan, record, others, {output for output, _, _ in outputs}, overwrite)
+    files, suffixes = [*directory.glob("*"), *directory.glob("prompt*/*")], readable_suffixes()
+    there = sorted(path for path in files if path.suffix.lower() in suffixes and path.name[0] != ".")
+    if record is None and there:
+        raise UserError(f"{directory} has images ({listed(there)}), but no run.json that says what made them")
+    made_otherwise = f"{directory} was made with other arguments ({'; '.join(others)})"
+    if others and (left_behind := [path for path in there if path not in mine]):
+        left = listed(left_behind)
+        raise UserError(f"{made_otherwise}, and this run doesn't make all of its files again ({left})")
+    if others and there and not overwrite:
+        raise UserError(f"{made_otherwise}; --overwrite makes its files again")
+    if plan.stale and not overwrite:
+        names = listed(plan.stale, lambda path: f"{path.relative_to(directory)}: {plan.stale[path]}")
+        raise UserError(f"{directory}: not the results of this run: {names}; --overwrite makes them again")
     plan.wanted |= plan.stale.keys()
     return plan
 
@@ -281,41 +285,6 @@ def make_plan(
 def item_key(settings: dict[str, Any], prompt: str | None) -> str:
     """Hashes all that decides about one file beside its source."""
     return hash_of([settings, prompt])
-
-
-def _check(
-    directory: Path,
-    plan: Plan,
-    record: dict[str, Any] | None,
-    others: list[str],
-    outputs: set[Path],
-    overwrite: bool,
-) -> None:
-    """Raises UserError for what `make_plan` names."""
-    there = _images_in(directory)
-    if record is None and there:
-        raise UserError(f"{directory} has images ({listed(there)}), but no run.json that says what made them")
-    left_behind = [path for path in there if path not in outputs]
-    if others and left_behind:
-        raise UserError(
-            f"{directory} was made with other arguments ({'; '.join(others)}), "
-            f"and this run doesn't make all of its files again ({listed(left_behind)})"
-        )
-    if others and there and not overwrite:
-        raise UserError(
-            f"{directory} was made with other arguments ({'; '.join(others)}); "
-            "--overwrite makes its files again"
-        )
-    if plan.stale and not overwrite:
-        names = listed(plan.stale, lambda path: f"{path.relative_to(directory)}: {plan.stale[path]}")
-        raise UserError(f"{directory}: not the results of this run: {names}; --overwrite makes them again")
-
-
-def _images_in(directory: Path) -> list[Path]:
-    """The images of a directory of results and of those right below it."""
-    suffixes = readable_suffixes()
-    found = [*directory.glob("*"), *directory.glob("prompt*/*")] if directory.is_dir() else []
-    return sorted(path for path in found if path.suffix.lower() in suffixes and path.name[0] != ".")
 
 
 def listed(paths: Iterable[Path], text: Any = lambda path: path.name) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import re
 import signal
 import sys
@@ -56,17 +57,12 @@ USUAL = Options()
 def add_run_arguments(parser: argparse.ArgumentParser, batches: bool = True) -> None:
     """Adds --batch_size (where there are batches), --overwrite and --verify."""
     if batches:
-        parser.add_argument(
-            "--batch_size", type=positive_int, default=1, help="images of one size worked on together"
-        )
-    parser.add_argument(
-        "--overwrite",
-        action="store_true",
-        help="make files again that are there, but not as the result of these sources, settings and code",
-    )
-    parser.add_argument(
-        "--verify", action="store_true", help="read finished files, too, to see that they are as written"
-    )
+        text = "images of one size worked on together"
+        parser.add_argument("--batch_size", type=positive_int, default=1, help=text)
+    text = "make files again that are there, but not as the result of these sources, settings and code"
+    parser.add_argument("--overwrite", action="store_true", help=text)
+    text = "read finished files, too, to see that they are as written"
+    parser.add_argument("--verify", action="store_true", help=text)
 
 
 def find_images(directory: Path) -> list[Path]:
@@ -84,8 +80,7 @@ def find_images(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: no image files in it ({' '.join(sorted(readable_suffixes()))}){hint}")
     if folders:
         warn(f"{directory}: sub-directories are not searched: {', '.join(folders)}")
-    unread = [entry for entry in others if entry.is_file() and entry.suffix not in OWN_SUFFIXES]
-    if unread:
+    if unread := [entry for entry in others if entry.is_file() and entry.suffix not in OWN_SUFFIXES]:
         heic = any(entry.suffix.lower() in HEIF for entry in unread)
         hint = "; HEIC is read once pillow-heif is installed" if heic else ""
         warn(f"{directory}: {len(unread)} files of other kinds are left out ({records.listed(unread)}){hint}")
@@ -160,9 +155,8 @@ def make(
     outputs = [(item.output, item.source, item.prompt) for item in items]
 
     def look() -> records.Plan:
-        return records.make_plan(
-            directory, outputs, settings, prompts, overwrite=options.overwrite, verify=options.verify
-        )
+        how = {"overwrite": options.overwrite, "verify": options.verify}
+        return records.make_plan(directory, outputs, settings, prompts, **how)
 
     def begin() -> set[Path]:
         plan = look()  # again, now that nobody else can write
@@ -183,11 +177,9 @@ def make(
     try:
         lock.take(team)
         wanted = team.once(begin)
-        own = team.share(
-            batches(items, options.batch_size), lambda batch: not any(item.output in wanted for item in batch)
-        )
-        loop = _Loop(load, work, wanted, settings, manifest, options.debug)
-        summary = loop.run(own, unit, team)
+        cut = batches(items, options.batch_size)
+        own = team.share(cut, lambda batch: not any(item.output in wanted for item in batch))
+        summary = _Loop(load, work, wanted, settings, manifest, options.debug).run(own, unit, team)
         manifest.close()
         parts = team.all(summary)
         if team.is_first:
@@ -236,6 +228,7 @@ class _Loop:
         run. A file that can't be read drops out of its batch alone; an error in `work` fails the whole batch.
         Where memory doesn't suffice for a batch, it and the following are cut in halves.
         """
+        import torch
         from tqdm import tqdm
 
         stop = Stop()
@@ -247,14 +240,15 @@ class _Loop:
                     break
                 todo = self._load(batch, bar)
                 while todo:
+                    part = todo[:largest]
                     try:
-                        self._make(todo[:largest])
+                        self._make(part)
                     except Exception as error:  # a full disk...: the other batches may still do
-                        part = todo[:largest]
                         if out_of_memory(error) and len(part) > 1:
                             largest = (len(part) + 1) // 2
                             bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
-                            free_memory()
+                            gc.collect()
+                            torch.cuda.empty_cache()
                             continue
                         if self.debug:
                             raise
@@ -310,14 +304,3 @@ def out_of_memory(error: Exception) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and "allocate memory" in str(error)
-
-
-def free_memory() -> None:
-    """Gives back what a failed attempt still holds."""
-    import gc
-
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

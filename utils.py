@@ -51,7 +51,6 @@ edit_prompts: dict[int, str] = {
 
 LEVEL = 2 / 255  # one step of an 8-bit pixel, in the [-1, 1] range of the tensors
 USUAL_BUDGET = 0.3  # above it somebody has probably given 8-bit levels
-HIGHEST_BUDGET = 2.0  # the whole range
 
 
 class UserError(Exception):
@@ -63,10 +62,7 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps a script's docstring as it is written and shows every flag's default.
-
-    A default of None is not shown: the flag's own help says what holds then.
-    """
+    """Keeps a script's docstring as written, and shows every default but None, which the help explains."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         return action.help if action.default is None else super()._get_help_string(action)
@@ -113,7 +109,7 @@ def path(text: str) -> Path:
 def budget_size(text: str) -> float:
     """argparse type: an L-infinity budget in the [-1, 1] range that can change at least one 8-bit level."""
     value = positive_float(text)
-    if value > HIGHEST_BUDGET:
+    if value > 2:
         raise argparse.ArgumentTypeError(f"{text} is above 2, the whole range. {in_levels(value)}")
     if allowed_levels(value) < 1:
         raise argparse.ArgumentTypeError(
@@ -124,9 +120,8 @@ def budget_size(text: str) -> float:
 
 def in_levels(budget: float) -> str:
     """Says a budget in 8-bit levels, and what somebody would have to give who means levels."""
-    return (
-        f"{budget:g} in [-1, 1] is {budget / LEVEL:.4g}/255; for {budget:g}/255 give {budget * LEVEL:.3g}"
-    )
+    levels = f"{budget / LEVEL:.4g}/255"
+    return f"{budget:g} in [-1, 1] is {levels}; for {budget:g}/255 give {budget * LEVEL:.3g}"
 
 
 def allowed_levels(budget: float) -> int:
@@ -135,31 +130,22 @@ def allowed_levels(budget: float) -> int:
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a script's work and turns the errors a person can cause into one line and exit status 1.
-
-    With --debug everything is raised as it is.
-    """
+    """Runs a script's work -> exit status; an error becomes one line and 1, or, with --debug, is raised."""
     try:
         return run(args)
-    except UserError as error:
+    except (Exception, KeyboardInterrupt) as error:
         if args.debug:
             raise
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        print("stopped", file=sys.stderr)
-        return 130
-    except Exception as error:
-        if args.debug:
-            raise
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        name = type(error).__name__
-        place = f"{Path(where.filename).name}:{where.lineno}"
-        print(
-            f"error: {name} at {place}: {one_line(first_line(error))} (--debug shows all)", file=sys.stderr
-        )
-    return 1
+        if isinstance(error, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+            return 130
+        text = str(error)
+        if not isinstance(error, UserError):
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            place = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
+            text = f"{place}: {first_line(error)} (--debug shows all)"
+        print(f"error: {one_line(text)}", file=sys.stderr)
+        return 1
 
 
 def warn(text: str) -> None:
@@ -190,15 +176,15 @@ def csv_name(name: str) -> str:
 
 
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
-    """Gives the instructions to use by number: the paper's, or those of a text file, one a line.
+    """Gives the instructions to use by number: the paper's, or the lines of a text file, numbered from 0.
 
-    A file's instructions are numbered by their lines, from 0; a blank line keeps its number and is left out.
-    numbers: only these. Raises UserError: no such file or number, or nothing in the file.
+    A blank line keeps its number and is left out. numbers: only these. Raises UserError: no such file or
+    number, or nothing in the file.
     """
     prompts = edit_prompts
     if file is not None:
         try:
-            lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+            lines = file.read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError) as error:
             raise UserError(f"{file}: not a readable text file ({first_line(error)})") from None
         prompts = {place: line.strip() for place, line in enumerate(lines) if line.strip()}
@@ -206,8 +192,7 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
             raise UserError(f"{file}: no instructions in it")
     if numbers is None:
         return dict(prompts)
-    unknown = [str(number) for number in numbers if number not in prompts]
-    if unknown:
+    if unknown := [str(number) for number in numbers if number not in prompts]:
         known = f"{min(prompts)} to {max(prompts)}"
         if len(prompts) <= max(prompts):  # blank lines keep their numbers
             known = ", ".join(map(str, prompts))
@@ -229,10 +214,7 @@ def draw_seed(seed: int) -> int:
 
 
 def start_seed(seed: int, stem: str) -> int:
-    """Seeds one image's random start by a hash of (seed, file stem) and of nothing else.
-
-    So a portrait gets the same start whatever the batch size, the order or the number of processes.
-    """
+    """Seeds one image's random start by (seed, file stem) alone: no batch, order or process has a say."""
     digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
@@ -273,18 +255,6 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
-def memory_format(device: torch.device) -> torch.memory_format:
-    """Says how networks keep their weights: channels last, which convolutions of CUDA and CPUs like."""
-    import torch
-
-    return torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
-
-
-def on_cuda(device: torch.device) -> bool:
-    """Tells whether a device has a memory and a queue of its own that torch.cuda knows of."""
-    return device.type == "cuda"
-
-
 # ---------------------------------------------------------------------------------------------------------
 # whole-file writes
 
@@ -306,7 +276,7 @@ def write_file(path: Path, data: bytes) -> None:
             path.write_bytes(data)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
+        with aside.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())

@@ -38,7 +38,6 @@ from models.loading import quiet
 from models.sets import MODEL_SETS, choose
 
 if TYPE_CHECKING:
-    import numpy as np
     from torch import Tensor
 
     from protection import Protector
@@ -163,28 +162,21 @@ def scoring_time(job: str, args: argparse.Namespace, plain: bool) -> float:
     needs = [{need for metric in group for need in metric.needs} for group in groups]
     views = [load_views(of_group, chosen, utils.edit_prompts, {}) for of_group in needs]
 
-    def score(group: int, edits: np.ndarray, keys: Sequence[Key]) -> None:
-        seen: dict[str, Any] = {}
-        for view in views[group]:
-            seen |= view(edits, keys)
-        for metric in groups[group]:
-            metric.function(*(seen[need] for need in metric.needs))
-
-    def learn(group: int, names: Sequence[str]) -> None:
-        for view in views[group]:
-            for name in names:
-                view.add_source(name, sources[name])
-
     def work() -> None:
-        if not plain:
-            learn(0, list(sources))
-            for first in range(0, len(keys), SCORED_TOGETHER):
-                score(0, edits[first : first + SCORED_TOGETHER], keys[first : first + SCORED_TOGETHER])
-            return
-        for group in range(len(groups)):
-            for edit, key in zip(edits, keys, strict=True):
-                learn(group, [key.name])
-                score(group, edit[None], [key])
+        together = 1 if plain else SCORED_TOGETHER
+        for group, of_group in zip(groups, views, strict=True):
+            for view in () if plain else of_group:
+                for name, pixels in sources.items():
+                    view.add_source(name, pixels)
+            for first in range(0, len(keys), together):
+                part = slice(first, first + together)
+                seen: dict[str, Any] = {}
+                for view in of_group:
+                    if plain:
+                        view.add_source(keys[first].name, sources[keys[first].name])
+                    seen |= view(edits[part], keys[part])
+                for metric in group:
+                    metric.function(*(seen[need] for need in metric.needs))
 
     return bench.seconds(work, chosen.device)
 
@@ -196,7 +188,8 @@ def edit_time(args: argparse.Namespace, plain: bool) -> float:
     from PIL import Image
 
     mini = MODEL_SETS["mini"]
-    knobs = {name: mini.settings[name] for name in ("num_inference_steps", "guidance_scale")}
+    names = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+    knobs = {name: mini.settings[name] for name in names}
     quiet()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "in"
@@ -216,27 +209,22 @@ def edit_time(args: argparse.Namespace, plain: bool) -> float:
         pipeline.to(utils.pick_device(args.device)).set_progress_bar_config(disable=True)
         for path in sorted(folder.iterdir()):
             for number, prompt in utils.edit_prompts.items():
-                (edited,) = pipeline(
-                    prompt,
-                    Image.open(path),
-                    image_guidance_scale=mini.settings["image_guidance_scale"],
-                    generator=torch.Generator().manual_seed(0),
-                    **knobs,
-                ).images
+                seed = torch.Generator().manual_seed(0)
+                (edited,) = pipeline(prompt, Image.open(path), generator=seed, **knobs).images
                 edited.save(Path(name) / f"{number}_{path.name}")
         return time.perf_counter() - start
 
 
 def help_time(args: argparse.Namespace, plain: bool) -> float:
     """Seconds of --help, of the slowest script, and what it may take."""
-    return 1.0 if plain else max(one_help_time(script) for script in scripts())
-
-
-def one_help_time(script: Path) -> float:
-    """Measures a script's --help, from the shell's side."""
-    start = time.perf_counter()
-    subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
-    return time.perf_counter() - start
+    if plain:
+        return 1.0
+    took = []
+    for script in scripts():
+        start = time.perf_counter()
+        subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
+        took.append(time.perf_counter() - start)
+    return max(took)
 
 
 def scripts() -> list[Path]:
@@ -300,10 +288,8 @@ def run(args: argparse.Namespace) -> int:
         print("comparison     plain    project  ratio  target")
         for name in args.comparisons:
             measure, target = COMPARISONS[name]
-            pairs = [
-                [bench.in_a_process(measure, of_bench, plain) for plain in (True, False)]
-                for _ in range(args.repeats)
-            ]
+            both = [partial(bench.in_a_process, measure, of_bench, plain) for plain in (True, False)]
+            pairs = [[one() for one in both] for _ in range(args.repeats)]
             plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(a / b for a, b in pairs)
             found[name] = {"pairs": pairs, "plain": plain, "project": ours, "ratio": ratio, "target": target}

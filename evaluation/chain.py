@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,31 +26,22 @@ class Manifests:
     """What the manifests of directories of results say; each is read once."""
 
     def __init__(self) -> None:
-        self._entries: dict[Path, dict[str, dict[str, Any]]] = {}
-        self._sources: dict[Path, Path | None] = {}
-        self._files: dict[Path, dict[str, Path]] = {}
+        self._entries = cache(read_manifest)
+        self._sources = cache(_sources_of)
+        self._files = cache(_files_of)
 
     def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
         """Gives the line about a file, by its path in the directory; None if there is none."""
-        if directory not in self._entries:
-            self._entries[directory] = read_manifest(directory)
-        return self._entries[directory].get(output)
+        return self._entries(directory).get(output)
 
     def source(self, directory: Path, output: str) -> Path | None:
         """Finds the file that a result was made of, where it was; None if there is none now."""
-        if directory not in self._sources:
-            self._sources[directory] = _sources_of(directory)
-        folder = self._sources[directory]
+        folder = self._sources(directory)
         if folder is None:
             return None
         if re.fullmatch(r"prompt\d+", folder.name):  # cheats.py's: made of edits, prompt by prompt
             folder = folder.with_name(Path(output).parent.name)
-        if folder not in self._files:
-            try:
-                self._files[folder] = images_by_stem(folder)
-            except UserError:  # moved away, say
-                self._files[folder] = {}
-        return self._files[folder].get(Path(output).stem)
+        return self._files(folder).get(Path(output).stem)
 
     def origins(self, directory: Path, output: str) -> list[str]:
         """Lists the hashes of what a file was made of, of what that was made of, and so on."""
@@ -95,25 +87,20 @@ def check_edits(edits: Edits, manifests: Manifests) -> None:
                 changed.setdefault(key.name, source)
         if changed:
             where = next(iter(changed.values())).parent
-            raise UserError(
-                f"{row.directory} holds edits of other pictures than those that {where} holds now "
-                f"({listed(changed, str)})"
-            )
+            other = f"other pictures than those that {where} holds now ({listed(changed, str)})"
+            raise UserError(f"{row.directory} holds edits of {other}")
     if edits.clean and edits.sources:
         check_pair(edits, edits.clean, edits.sources, manifests)
     if unknown:
-        rows = listed(dict.fromkeys(unknown), lambda row: str(row.directory))
+        rows = listed(unknown, lambda row: str(row.directory))
         warn(f"nothing tells what these edits were made of, so that can't be checked: {rows}")
 
 
 def check_pair(edits: Edits, row: Row, files: dict[str, Path], manifests: Manifests, hint: str = "") -> None:
     """Refuses a row whose edits are recorded to be of other pictures than these. Raises UserError."""
     if foreign := list(dict.fromkeys(manifests.foreign(edits, row, files))):
-        folder = files[foreign[0]].parent
-        raise UserError(
-            f"{row.directory} holds edits of other pictures than those in {folder} "
-            f"({listed(foreign, str)}){hint}"
-        )
+        other = f"other pictures than those in {files[foreign[0]].parent} ({listed(foreign, str)})"
+        raise UserError(f"{row.directory} holds edits of {other}{hint}")
 
 
 def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manifests: Manifests) -> None:
@@ -131,10 +118,8 @@ def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manif
         elif digest(files[name]) not in ("", entry.get("sha256")):
             changed.append(name)
     if other:
-        where = edits.sources[other[0]].parent
-        raise UserError(
-            f"{directory} was made from other pictures than those in {where} ({listed(other, str)})"
-        )
+        pictures = f"other pictures than those in {edits.sources[other[0]].parent} ({listed(other, str)})"
+        raise UserError(f"{directory} was made from {pictures}")
     if changed:
         raise UserError(f"{directory}: not the files that main_defend.py wrote ({listed(changed, str)})")
     if all(next(manifests.foreign(edits, row, files), None) for row in edits.rows):
@@ -149,3 +134,11 @@ def _sources_of(directory: Path) -> Path | None:
     except UserError:  # somebody's own run.json, beside pictures that no script of ours made
         return None
     return Path(sources) if isinstance(sources, str) else None
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """The images of a directory by stem; none of one that is not there any more."""
+    try:
+        return images_by_stem(directory)
+    except UserError:
+        return {}

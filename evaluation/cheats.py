@@ -23,10 +23,11 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+import numpy as np
 from command import add_prompt_arguments
 from pairing import Edits, find_edits
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 import models.sets
 import runs
@@ -36,57 +37,25 @@ from main_edit import edit_directory
 from records import read_record
 from utils import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 GAMMA = 1.5
 COLOUR = 2.0  # 1 leaves it
 SIGMA = 2.0  # px
 SHIFT = 4  # px
 
 
-def mirrored(image: Image.Image, _: int) -> Image.Image:
-    """Exchanges left and right."""
-    from PIL import ImageOps
-
-    return ImageOps.mirror(image)
-
-
 def shifted(image: Image.Image, pixels: int) -> Image.Image:
     """Moves to the right and down; the border is repeated."""
-    import numpy as np
-    from PIL import Image
-
     padded = np.pad(np.asarray(image), ((pixels, 0), (pixels, 0), (0, 0)), mode="edge")
     return Image.fromarray(padded[: image.height, : image.width])
 
 
-def gamma(image: Image.Image, _: int) -> Image.Image:
-    """Brightens the middle tones."""
-    return image.point(lambda value: round(255 * (value / 255) ** (1 / GAMMA)))
-
-
-def saturated(image: Image.Image, _: int) -> Image.Image:
-    """Strengthens the colours."""
-    from PIL import ImageEnhance
-
-    return ImageEnhance.Color(image).enhance(COLOUR)
-
-
-def blurred(image: Image.Image, _: int) -> Image.Image:
-    """Blurs by a Gaussian."""
-    from PIL import ImageFilter
-
-    return image.filter(ImageFilter.GaussianBlur(SIGMA))
-
-
 # Of a picture and the px of `shifted`
 ALTERED: dict[str, Callable[[Image.Image, int], Image.Image]] = {
-    "mirrored": mirrored,
+    "mirrored": lambda image, _: ImageOps.mirror(image),
     "shifted": shifted,
-    "gamma": gamma,
-    "saturated": saturated,
-    "blurred": blurred,
+    "gamma": lambda image, _: image.point(lambda value: round(255 * (value / 255) ** (1 / GAMMA))),
+    "saturated": lambda image, _: ImageEnhance.Color(image).enhance(COLOUR),
+    "blurred": lambda image, _: image.filter(ImageFilter.GaussianBlur(SIGMA)),
     "source": lambda image, _: image,
 }
 NAMES = ("reseeded", *ALTERED)
@@ -156,7 +125,8 @@ def make_cheats(
     for cheat in [name for name in NAMES if name in cheats]:  # the one that needs an editor first
         directory = output_dir / cheat / f"seed{seed}"
         if cheat == "reseeded":
-            check_reseeding(row.directory / f"seed{seed}", chosen, texts, seed, other_seed)
+            edits.check_texts()
+            check_reseeding(row.directory / f"seed{seed}", chosen, seed, other_seed)
             src_dir = next(iter(edits.sources.values())).parent
             made = edit_directory(src_dir, directory, texts, other_seed, chosen, options)
         else:
@@ -165,13 +135,8 @@ def make_cheats(
     return status
 
 
-def check_reseeding(
-    clean: Path, chosen: models.sets.Chosen, texts: dict[int, str], seed: int, other_seed: int
-) -> None:
+def check_reseeding(clean: Path, chosen: models.sets.Chosen, seed: int, other_seed: int) -> None:
     """Refuses to edit anew in another way than the clean edits of a seed{S} were made. Raises UserError."""
-    unknown = [f"prompt{number}" for number, text in texts.items() if not text]
-    if unknown:
-        raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
     if other_seed == seed:
         raise UserError(f"--other_seed {other_seed}: that is the clean edits' own noise")
     before = (read_record(clean) or {}).get("arguments", {})
@@ -200,9 +165,6 @@ def alter(
     ]
 
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
-        import numpy as np
-        from PIL import Image
-
         for item, portrait in zip(batch, portraits, strict=True):
             save_png(item.output, np.asarray(ALTERED[cheat](Image.fromarray(portrait.pixels), shift)))
         return [{}] * len(batch)

@@ -26,36 +26,27 @@ def script(
 
     by: the metrics among which --by and --what choose. also: is measured with it, for the screen.
     """
-    parse = partial(_parse, metric, doc, by)
+    whats = next(iter(by.values())) if by else {metric.name: metric}  # the same of each of --by
+
+    def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+        parser = make_parser(doc, metric.name, list(whats.values()))
+        if by:
+            compared, measured = "whose embeddings are compared", "what is measured of them"
+            parser.add_argument("--by", choices=tuple(by), default=next(iter(by)), help=compared)
+            parser.add_argument("--what", choices=tuple(whats), default=next(iter(whats)), help=measured)
+        return parser.parse_args(argv)
 
     def main(argv: Sequence[str] | None = None) -> int:
-        args = parse(argv)
+        args = parse_args(argv)
         chosen = by[args.by][args.what] if by else metric
-        return utils.run_command(partial(_run, metrics=[chosen, *also]), args)
+        return utils.run_command(partial(_run, metric=chosen, also=also), args)
 
-    return parse, main
-
-
-def _parse(
-    metric: Metric,
-    doc: str,
-    by: dict[str, dict[str, Metric]] | None,
-    argv: Sequence[str] | None = None,
-) -> argparse.Namespace:
-    of_by = list(next(iter(by.values())).values()) if by else [metric]
-    parser = make_parser(doc, metric.name, of_by)
-    if by:
-        parser.add_argument(
-            "--by", choices=tuple(by), default=next(iter(by)), help="whose embeddings are compared"
-        )
-        whats = list(next(iter(by.values())))
-        parser.add_argument("--what", choices=whats, default=whats[0], help="what is measured of them")
-    return parser.parse_args(argv)
+    return parse_args, main
 
 
-def _run(args: argparse.Namespace, metrics: Sequence[Metric]) -> int:
+def _run(args: argparse.Namespace, metric: Metric, also: Sequence[Metric]) -> int:
     """Scores what the flags name by one metric, and those that go with it -> exit status."""
-    metric = metrics[0]
+    metrics = [metric, *also]
     output = args.output or Path(f"{metric.name}_metric.csv")
     outputs.check_outputs([output, args.per_image])
     edits = edits_of(args)
@@ -82,52 +73,31 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     needs = {need for metric in metrics for need in metric.needs}
     sources, clean = any(metric.is_of_source for metric in metrics), "clean" in needs
     parser = argparse.ArgumentParser(description=doc, formatter_class=utils.HelpFormatter)
+    add = parser.add_argument
     if sources:
-        parser.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
+        add("--src_dir", type=utils.path, required=True, help="the source images")
     row = ": the row 'clean'" if sources else ""
-    parser.add_argument(
-        "--clean_edit_dir", type=utils.path, required=clean, help=f"edits of the unprotected images{row}"
-    )
-    parser.add_argument(
-        "--defend_edit_dirs",
-        type=utils.path,
-        nargs="+",
-        required=True,
-        help="edits of protected images: each holds seed{S}/, or holds directories that do",
-    )
-    parser.add_argument(
-        "--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more"
-    )
+    add("--clean_edit_dir", type=utils.path, required=clean, help=f"edits of the unprotected images{row}")
+    protected = "edits of protected images: each holds seed{S}/, or holds directories that do"
+    add("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=protected)
+    add("--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more")
     add_prompt_arguments(parser)
-    parser.add_argument(
-        "--common", action="store_true", help="score the images that all directories have and name the rest"
-    )
-    parser.add_argument("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
-    parser.add_argument(
-        "--output",
-        type=utils.path,
-        help=f"where the table goes, a .csv (default: {name}_metric.csv in the working directory)",
-    )
-    parser.add_argument(
-        "--per_image", type=utils.path, metavar="FILE", help="a CSV with one line an edit, too"
-    )
-    parser.add_argument(
-        "--batch_size", type=utils.positive_int, default=16, help="images that are scored together"
-    )
+    add("--common", action="store_true", help="score the images that all directories have and name the rest")
+    add("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
+    table = f"where the table goes, a .csv (default: {name}_metric.csv in the working directory)"
+    add("--output", type=utils.path, help=table)
+    add("--per_image", type=utils.path, metavar="FILE", help="a CSV with one line an edit, too")
+    add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
     if "perceptual" in needs:
         models.sets.add_perceptual_argument(parser)
     if "clip_edits" in needs:
         models.sets.add_clip_argument(parser)
     if needs & FACES:
         models.sets.add_face_arguments(parser)
-        parser.add_argument(
-            "--gallery_dir",
-            type=utils.path,
-            help="portraits among which a person is looked for, beside the sources; one of an edit's stem is "
-            "the person's, too",
-        )
+        gallery = "portraits among which a person is looked for, beside the sources"
+        add("--gallery_dir", type=utils.path, help=f"{gallery}; one of an edit's stem is the person's, too")
     if is_plain(metrics):
-        parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        add("--debug", action="store_true", help="show the traceback of an error")
     else:
         models.sets.add_model_arguments(parser, dtype="fp32")  # a metric is not the place to save
     return parser
@@ -135,29 +105,15 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --prompts and --prompt_file, of whatever reads edits."""
-    parser.add_argument(
-        "--prompts",
-        type=utils.number_list,
-        metavar="I,J,...",
-        help="numbers of the instructions (default: all that were edited)",
-    )
-    parser.add_argument(
-        "--prompt_file",
-        type=utils.path,
-        help="the instructions' texts, one a line, numbered from 0 (default: as the run.json of the edits "
-        "has them, else the paper's)",
-    )
+    numbers = "numbers of the instructions (default: all that were edited)"
+    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=numbers)
+    default = "default: as the run.json of the edits has them, else the paper's"
+    texts = f"the instructions' texts, one a line, numbered from 0 ({default})"
+    parser.add_argument("--prompt_file", type=utils.path, help=texts)
 
 
 def edits_of(args: argparse.Namespace) -> Edits:
-    """Finds the edits that the flags of `make_parser` name. Raises UserError."""
-    return find_edits(
-        args.defend_edit_dirs,
-        args.seed,
-        clean_edit_dir=args.clean_edit_dir,
-        src_dir=vars(args).get("src_dir"),
-        prompts=args.prompts,
-        prompt_file=args.prompt_file,
-        common=args.common,
-        gallery_dir=vars(args).get("gallery_dir"),
-    )
+    """Finds the edits that a script's flags name. Raises UserError."""
+    flags = ("clean_edit_dir", "src_dir", "prompts", "prompt_file", "names", "common", "gallery_dir")
+    given = {flag: value for flag, value in vars(args).items() if flag in flags}
+    return find_edits(args.defend_edit_dirs, args.seed, **given)

@@ -47,12 +47,10 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
                 raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
             rows.setdefault(given.resolve().parent, Row(_method(given), given.resolve().parent))
             continue
-        found = _rows_below(given, SOUGHT)
-        if not found:
+        if not (found := _rows_below(given, SOUGHT)):
             raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
         for row in found:
-            missing = [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]
-            if missing:
+            if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
                 lacking.append(f"{row}: no {', '.join(missing)} (there are {', '.join(_seeds_in(row))})")
             else:
                 rows.setdefault(row.resolve(), Row(_method(row), row))

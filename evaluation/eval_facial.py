@@ -55,17 +55,12 @@ def identified(embeddings: Tensor, references: Tensor, gallery: Tensor, own: Ten
 def metrics_by(who: str, suffix: str, title: str) -> dict[str, Metric]:
     """Makes the three metrics of a recogniser: by --what."""
     faces = (f"{who}_edits", f"{who}_sources")
+    verified = (*faces, "undetected", f"{who}_threshold")
+    nearest = (*faces, f"{who}_gallery", "own")
     return {
         "similarity": Metric(f"facial{suffix}", f"FR{title} ↓", facial_similarity, faces),
-        "recognised": Metric(
-            f"recognised{suffix}",
-            f"recognised{title} ↓",
-            recognised,
-            (*faces, "undetected", f"{who}_threshold"),
-        ),
-        "identified": Metric(
-            f"identified{suffix}", f"identified{title} ↓", identified, (*faces, f"{who}_gallery", "own")
-        ),
+        "recognised": Metric(f"recognised{suffix}", f"recognised{title} ↓", recognised, verified),
+        "identified": Metric(f"identified{suffix}", f"identified{title} ↓", identified, nearest),
     }
 
 

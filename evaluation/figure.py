@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING
 
 import outputs
 from chain import Manifests, check_edits, check_pair
-from command import add_prompt_arguments
+from command import add_prompt_arguments, edits_of
 from directories import protected_rows
 from eval_all import METRICS
-from pairing import Edits, Key, find_edits
+from pairing import Edits, Key
 
 import utils
 from images import images_by_stem, load_image
@@ -40,6 +40,7 @@ MOST_LINES = 60  # of a grid that somebody could still look at
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
+FORMATS = (".png", ".pdf")
 NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 GRID = """A grid: columns are the source, its edit and, method by method, the protected image and its edit;
 a line is a portrait and an instruction. --protected_dirs and --defend_edit_dirs go in the same order.
@@ -51,44 +52,28 @@ The tables are those of eval_all.py or of one metric's script.
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    look = {"formatter_class": utils.HelpFormatter}
+    parser = argparse.ArgumentParser(description=__doc__, **look)
     kinds = parser.add_subparsers(required=True, metavar="grid|plot")
-    grid = kinds.add_parser(
-        "grid", help="portraits and their edits", description=GRID, formatter_class=utils.HelpFormatter
-    )
+    grid = kinds.add_parser("grid", help="portraits and their edits", description=GRID, **look)
     grid.set_defaults(run=run_grid)
     grid.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
     grid.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
-    grid.add_argument(
-        "--protected_dirs",
-        type=utils.path,
-        nargs="+",
-        required=True,
-        help="the protected images of each method",
-    )
-    grid.add_argument(
-        "--defend_edit_dirs",
-        type=utils.path,
-        nargs="+",
-        required=True,
-        help="edits of the protected images, each holding seed{S}/",
-    )
-    grid.add_argument(
-        "--titles", nargs="+", help="of the methods (default: their directories, if there are several)"
-    )
-    grid.add_argument("--seed", type=utils.known_seed, required=True, help="the S of seed{S}")
+    images = "the protected images of each method"
+    grid.add_argument("--protected_dirs", type=utils.path, nargs="+", required=True, help=images)
+    edits = "edits of the protected images, each holding seed{S}/"
+    grid.add_argument("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=edits)
+    titles = "of the methods (default: their directories, if there are several)"
+    grid.add_argument("--titles", nargs="+", help=titles)
+    grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
     add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
-    grid.add_argument(
-        "--difference", action="store_true", help=f"a column with the protection itself, x{AMPLIFY}"
-    )
-    plot = kinds.add_parser(
-        "plot", help="a metric's curve", description=PLOT, formatter_class=utils.HelpFormatter
-    )
+    added = f"a column with the protection itself, x{AMPLIFY}"
+    grid.add_argument("--difference", action="store_true", help=added)
+    plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)
     plot.set_defaults(run=run_plot)
-    plot.add_argument(
-        "--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files, each with its place"
-    )
+    files = "CSV files, each with its place"
+    plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help=files)
     plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
     plot.add_argument("--xlabel", help="default: budget, or nothing")
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
@@ -100,11 +85,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     return utils.run_command(args.run, args)
-
-
-def check_output(output: Path, inputs: Sequence[Path]) -> None:
-    """Refuses an output that is no .png or .pdf, an input, or not a figure of ours. Raises UserError."""
-    outputs.check_outputs([output], inputs, (".png", ".pdf"), is_figure)
 
 
 def is_figure(content: bytes) -> bool:
@@ -125,17 +105,8 @@ def save(figure: Figure, output: Path) -> None:
 
 def run_grid(args: argparse.Namespace) -> int:
     """Draws the grid that the flags name -> exit status."""
-    edits = find_edits(
-        args.defend_edit_dirs,
-        [args.seed],
-        clean_edit_dir=args.clean_edit_dir,
-        src_dir=args.src_dir,
-        prompts=args.prompts,
-        prompt_file=args.prompt_file,
-        names=args.names,
-    )
-    names = list(dict.fromkeys(args.names or edits.names))
-    make_grid(edits, args.protected_dirs, args.output, names, args.titles, args.difference)
+    edits = edits_of(args)
+    make_grid(edits, args.protected_dirs, args.output, args.names, args.titles, args.difference)
     return 0
 
 
@@ -154,11 +125,10 @@ def make_grid(
     protected = protected_rows(protected_dirs)
     titles = titles or ([row.method for row in edits.rows] if len(edits.rows) > 1 else [""])
     if not len(edits.rows) == len(protected) == len(titles):
-        raise UserError(
-            f"{len(protected)} directories of protected images, but {len(edits.rows)} of edits "
-            f"and {len(titles)} titles"
-        )
-    keys = [Key(edits.keys[0].seed, i, name) for name in names or edits.names for i in edits.prompts]
+        counts = f"{len(protected)} directories of protected images, but {len(edits.rows)} of edits"
+        raise UserError(f"{counts} and {len(titles)} titles")
+    names = dict.fromkeys(names or edits.names)
+    keys = [Key(edits.keys[0].seed, i, name) for name in names for i in edits.prompts]
     if len(keys) > MOST_LINES:
         raise UserError(f"a grid of {len(keys)} lines: choose some with --names or --prompts")
     manifests = Manifests()
@@ -171,21 +141,27 @@ def make_grid(
         check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
     shown = [edits.path(row, key) for row in edits.every_row for key in keys]
     shown += [*edits.sources.values(), *(path for found in files for path in found.values())]
-    check_output(output, shown)
+    outputs.check_outputs([output], shown, FORMATS, is_figure)
 
     cells = []
     for key in keys:
         source = load_image(edits.sources[key.name]).pixels
-        cells.append([source, load_image(edits.path(edits.clean, key)).pixels])
+        line = [source, load_image(edits.path(edits.clean, key)).pixels]
         for row, found in zip(edits.rows, files, strict=True):
             image = load_image(found[key.name]).pixels
             if image.shape != source.shape:
                 raise UserError(f"{found[key.name]}: has another size than its source")
-            cells[-1] += [image, *([difference(image, source)] if with_difference else [])]
-            cells[-1].append(load_image(edits.path(row, key)).pixels)
+            added = [difference(image, source)] if with_difference else []
+            line += [image, *added, load_image(edits.path(row, key)).pixels]
+        cells.append(line)
     labels = [f"{key.name}\n{edits.texts.get(key.prompt, f'prompt {key.prompt}')}" for key in keys]
-    save(draw(cells, labels, column_titles(titles, with_difference)), output)
-    print(utils.one_line(f"{output}: {len(keys)} lines, {len(cells[0])} columns"))
+    columns = ["source", "edit of source"]
+    for title in titles:
+        method = f"\n{title}" if title else ""
+        added = [f"difference x{AMPLIFY}"] if with_difference else []
+        columns += [f"protected{method}", *added, f"edit of protected{method}"]
+    save(draw(cells, labels, columns), output)
+    print(utils.one_line(f"{output}: {len(keys)} lines, {len(columns)} columns"))
 
 
 def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
@@ -193,19 +169,6 @@ def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     import numpy as np
 
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
-
-
-def column_titles(methods: Sequence[str], with_difference: bool) -> list[str]:
-    """Lists a title a column: source, its edit, then of each method protected, (difference), its edit.
-
-    A method may go without a name.
-    """
-    titles = ["source", "edit of source"]
-    for method in methods:
-        shown = f"\n{method}" if method else ""
-        titles += [f"protected{shown}", *([f"difference x{AMPLIFY}"] if with_difference else [])]
-        titles.append(f"edit of protected{shown}")
-    return titles
 
 
 def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence[str]) -> Figure:
@@ -218,8 +181,7 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
         for column, picture in enumerate(pictures):
             axis = axes[line, column]
             axis.imshow(picture, interpolation="nearest" if picture.shape[0] <= 256 else "antialiased")
-            axis.set_xticks([])
-            axis.set_yticks([])
+            axis.set(xticks=[], yticks=[])
             axis.spines[:].set_visible(False)
             if line == 0:
                 axis.set_title(columns[column], fontsize=8)
@@ -252,22 +214,20 @@ def make_plot(
 
     if len(files) > 1 and "" in files:
         raise UserError(f"--tables: {files['']} has no label: LABEL=FILE")
-    check_output(output, list(files.values()))
+    outputs.check_outputs([output], files.values(), FORMATS, is_figure)
     points = pd.concat([read_points(file, metric, label) for label, file in files.items()], ignore_index=True)
     twice = points[points.duplicated(["method", "place"])]
     if len(twice):
         method, place = twice.iloc[0][["method", "place"]]
-        where = f" at {place}" if place else ""
-        raise UserError(
-            f"--tables: {method}{where} has two values (a method is the last part of its directory)"
-        )
+        what = f"{method} at {place}" if place else method
+        raise UserError(f"--tables: {what} has two values (a method is the last part of its directory)")
     by_budget = list(files) == [""]
     if by_budget and not any(points["place"]):
         raise UserError(f"{files['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
     titles = {known.name: known.title for known in METRICS}
-    usual = "budget (L-infinity, [-1, 1])" if by_budget else ""
-    save(draw_plot(points, titles.get(metric, metric or "mean"), xlabel or usual), output)
-    n_places = points.loc[points["place"] != "", "place"].nunique()
+    xlabel = xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
+    save(draw_plot(points, titles.get(metric, metric or "mean"), xlabel), output)
+    n_places = len({*points["place"]} - {""})
     print(utils.one_line(f"{output}: {points['method'].nunique()} methods, {n_places} places"))
 
 
@@ -289,15 +249,14 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     points = points.dropna(subset="value").reset_index(drop=True)
-    places = []
+    points["place"] = label
     for at, name in points["method"].items():
         parts = [part for part in Path(name).parts if part != "/"]
         budgets = [part[7:] for part in parts if re.fullmatch(f"budget_{NUMBER}", part)]
         rest = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
         budget, method = (budgets or [""])[-1], rest[-1] if rest else name
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
-        places.append(label or budget)
-    points["place"] = places
+        points.loc[at, "place"] = label or budget
     return points
 
 
@@ -313,30 +272,22 @@ def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
     at = {place: float(place) if to_scale else number for number, place in enumerate(places)}
     figure = Figure(figsize=(6, 3.5), dpi=DPI)
     axis = figure.subplots()
+    points = points.assign(x=points["place"].map(at).astype(float))  # NaN without a place
     methods = points["method"].unique()
     for number, method in enumerate(methods):
-        own = points[points["method"] == method]
-        for value in own.loc[own["place"] == "", "value"]:
+        own = points[points["method"] == method].sort_values("x")
+        for value in own.loc[own["x"].isna(), "value"]:
             axis.axhline(value, linestyle="--", color="grey", label=method)
-        own = own[own["place"] != ""]
-        own = own.assign(x=own["place"].map(at).astype(float)).sort_values("x")
+        own = own.dropna(subset="x")
         if len(own):
             beside = 0 if to_scale else 0.5 * ((number + 0.5) / len(methods) - 0.5)
             ends = [(own["value"] - own["low"]).fillna(0), (own["high"] - own["value"]).fillna(0)]
-            axis.errorbar(
-                own["x"] + beside,
-                own["value"],
-                yerr=ends,
-                marker="o",
-                capsize=3,
-                linestyle="-" if to_scale else "",
-                label=method,
-            )
+            look = {"marker": "o", "capsize": 3, "linestyle": "-" if to_scale else ""}
+            axis.errorbar(own["x"] + beside, own["value"], yerr=ends, label=method, **look)
     axis.set_xticks(list(at.values()), list(at))
     if not to_scale:
         axis.tick_params(axis="x", rotation=30)
-    axis.set_xlabel(xlabel)
-    axis.set_ylabel(ylabel)
+    axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.tight_layout()
     return figure

@@ -66,9 +66,8 @@ def check_outputs(
         if path.exists() and any(path.samefile(other) for other in read):
             raise UserError(f"{path}: would overwrite what this run reads")
         if path.exists() and (content := _content(path)) and not is_ours(content):
-            raise UserError(
-                f"{path}: exists and was not made by this script; move it, or choose another name"
-            )
+            hint = "move it, or choose another name"
+            raise UserError(f"{path}: exists and was not made by this script; {hint}")
     if len({path.resolve() for path in given}) < len(given):
         raise UserError(f"one output would overwrite the other: {' '.join(map(str, given))}")
 

@@ -60,6 +60,11 @@ class Edits:
         """Gives the file of an edit."""
         return self.files[row, key.seed, key.prompt][key.name]
 
+    def check_texts(self) -> None:
+        """Refuses prompts whose instruction is not known. Raises UserError."""
+        if unknown := [f"prompt{number}" for number in self.prompts if number not in self.texts]:
+            raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
+
 
 def find_edits(
     edit_dirs: Sequence[Path],
@@ -82,12 +87,8 @@ def find_edits(
     rows = find_rows(edit_dirs, seeds, common)
     clean = clean_row(clean_edit_dir, seeds) if clean_edit_dir else None
     if clean:  # it may lie beside the others, in a directory given for all of them
-        given = {path.resolve() for path in edit_dirs}
-        rows = [
-            row
-            for row in rows
-            if row.directory.resolve() in given or row.directory.resolve() != clean.directory.resolve()
-        ]
+        hidden = {clean.directory.resolve()} - {path.resolve() for path in edit_dirs}
+        rows = [row for row in rows if row.directory.resolve() not in hidden]
     if not rows:
         raise UserError(f"{edit_dirs[0]}: no edits in it but the clean ones")
     every_row = [clean, *rows] if clean else rows
@@ -98,26 +99,27 @@ def find_edits(
         for seed in seeds
         for prompt in numbers
     }
-    files = {place: images_by_stem(folder) for place, folder in folders.items()}
-    sources = images_by_stem(src_dir) if src_dir else {}
-    there = {folders[place]: set(found) for place, found in files.items()}
-    there |= {src_dir: set(sources)} if src_dir else {}
+    there = {folder: images_by_stem(folder) for folder in folders.values()}
+    there |= {src_dir: images_by_stem(src_dir)} if src_dir else {}
     shared = shared_names(there, common, names)
+    files = {place: there[folder] for place, folder in folders.items()}
     keys = [Key(seed, prompt, name) for seed in seeds for prompt in numbers for name in shared]
     texts = texts_of(every_row, seeds, numbers, prompt_file)
-    sources = {name: sources[name] for name in shared} if src_dir else {}
+    sources = {name: there[src_dir][name] for name in shared} if src_dir else {}
     sizes = sizes_of(every_row, files, keys)
     gallery = images_by_stem(gallery_dir) if gallery_dir else {}
     return Edits(rows, clean, files, keys, sizes, sources, texts, gallery)
 
 
-def shared_names(there: dict[Path, set[str]], common: bool, wanted: Sequence[str] | None = None) -> list[str]:
+def shared_names(
+    there: dict[Path, dict[str, Path]], common: bool, wanted: Sequence[str] | None
+) -> list[str]:
     """Lists the stems that all directories have, sorted; only the wanted ones, if any are named.
 
     Raises UserError naming what some lack, unless `common`: then it is named on stderr.
     """
-    shared = set.intersection(*there.values())
-    union = set(wanted) if wanted else set.union(*there.values())
+    shared = set.intersection(*map(set, there.values()))
+    union = set(wanted) if wanted else set().union(*there.values())
     lacking = {
         name: [str(directory) for directory, names in there.items() if name not in names]
         for name in sorted(union - shared)

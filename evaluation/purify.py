@@ -30,6 +30,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import directories  # noqa: F401 (finds the project's modules)
+import numpy as np
+from PIL import Image
 
 import models.sets
 import runs
@@ -40,15 +42,13 @@ from models.loading import shown
 from utils import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
+
+BICUBIC = Image.Resampling.BICUBIC
 
 
 def jpeg(pixels: np.ndarray, generator: torch.Generator, quality: int) -> np.ndarray:
     """Compresses with a quality and Pillow's other settings."""
-    import numpy as np
-    from PIL import Image
-
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
     return np.array(Image.open(buffer, formats=["JPEG"]))
@@ -65,34 +65,25 @@ def blur(pixels: np.ndarray, generator: torch.Generator, side: int, sigma: float
 
 def rotate(pixels: np.ndarray, generator: torch.Generator, most: float) -> np.ndarray:
     """Rotates by an angle drawn from [-most, most] degrees, bicubic, by Pillow."""
-    import numpy as np
     import torch
-    from PIL import Image
 
     angle = most * (2 * torch.rand((), generator=generator).item() - 1)
-    return np.array(Image.fromarray(pixels).rotate(angle, Image.Resampling.BICUBIC))
+    return np.array(Image.fromarray(pixels).rotate(angle, BICUBIC))
 
 
 def resize(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
     """Brings each side down to a share and back up, bicubic, by Pillow."""
-    import numpy as np
-    from PIL import Image
-
-    height, width = pixels.shape[:2]
-    small = max(1, round(width * share)), max(1, round(height * share))
-    image = Image.fromarray(pixels).resize(small, Image.Resampling.BICUBIC)
-    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    image = Image.fromarray(pixels)
+    small = [max(1, round(side * share)) for side in image.size]
+    return np.array(image.resize(small, BICUBIC).resize(image.size, BICUBIC))
 
 
 def crop(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
     """Brings the middle share of each side back up to the whole size, bicubic, by Pillow."""
-    import numpy as np
-    from PIL import Image
-
     height, width = pixels.shape[:2]
     x, y = round(width * (1 - share) / 2), round(height * (1 - share) / 2)
-    image = Image.fromarray(pixels).crop((x, y, max(x + 1, width - x), max(y + 1, height - y)))
-    return np.array(image.resize((width, height), Image.Resampling.BICUBIC))
+    middle = Image.fromarray(pixels).crop((x, y, max(x + 1, width - x), max(y + 1, height - y)))
+    return np.array(middle.resize((width, height), BICUBIC))
 
 
 def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.ndarray:
@@ -100,8 +91,7 @@ def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.n
     import torch
 
     images = to_tensor(pixels)
-    drawn = torch.randn(images.shape, generator=generator)
-    return to_uint8(images + drawn * levels * utils.LEVEL)[0]
+    return to_uint8(images + torch.randn(images.shape, generator=generator) * levels * utils.LEVEL)[0]
 
 
 def through_vae(chosen: models.sets.Chosen) -> Callable[..., np.ndarray]:
@@ -139,9 +129,8 @@ def between(low: float, high: float) -> Callable[[str], Any]:
     return utils.number(float, low, high, f"a number from {low:g} to {high:g}")
 
 
-quality = utils.number(int, 1, 95, "a whole number from 1 to 95")
 KINDS = {
-    "jpeg": Kind(jpeg, "jpeg:Q", (quality,)),
+    "jpeg": Kind(jpeg, "jpeg:Q", (utils.number(int, 1, 95, "a whole number from 1 to 95"),)),
     "blur": Kind(blur, "blur:K:S", (odd, between(0.1, 100))),
     "rotate": Kind(rotate, "rotate:A", (between(0.01, 180),)),
     "resize": Kind(resize, "resize:F", (between(0.001, 0.999),)),
@@ -182,8 +171,7 @@ def purify(
 
     for place, (name, numbers) in enumerate(steps):
         generator = torch.Generator().manual_seed(utils.start_seed(seed, f"{place}:{stem}"))
-        purifier = KINDS[name].purifier or vae_trip
-        pixels = purifier(pixels, generator, *numbers)
+        pixels = (KINDS[name].purifier or vae_trip)(pixels, generator, *numbers)
     return pixels
 
 
@@ -205,17 +193,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Purifies the directory that the flags name -> exit status."""
-    with_vae = needs_vae(args.method)
+    with_vae = ("vae", ()) in args.method
     if not with_vae and (args.model_id or args.resolution):
         raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
     chosen = models.sets.choose(args) if with_vae else None
     options = runs.Options.of(args)
     return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, chosen, options)
-
-
-def needs_vae(steps: Sequence[Step]) -> bool:
-    """Tells whether any step takes a model."""
-    return any(name == "vae" for name, _ in steps)
 
 
 def purify_directory(
@@ -234,14 +217,18 @@ def purify_directory(
     if output_dir.resolve() == input_dir.resolve():
         raise UserError(f"{output_dir}: would overwrite the inputs")
     utils.check_directory(output_dir)
+    with_vae = ("vae", ()) in steps
     method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
     settings = {"seed": seed, "method": method}
-    if needs_vae(steps):
+    if with_vae:
         settings |= {"dtype": chosen.dtype_name, "model_id": shown(chosen.model_id)}
         settings |= {"resolution": chosen.resolution}
 
+    def prepare() -> Callable[..., np.ndarray] | None:
+        return through_vae(chosen) if with_vae else None
+
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
-        vae_trip = through_vae(chosen) if needs_vae(steps) else None
+        vae_trip = prepare()
         for item, portrait in zip(batch, portraits, strict=True):
             save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, vae_trip))
         return [{}] * len(batch)
@@ -253,7 +240,7 @@ def purify_directory(
         output_dir,
         settings,
         options=options,
-        prepare=(lambda: through_vae(chosen)) if needs_vae(steps) else lambda: None,
+        prepare=prepare,
     )
 
 

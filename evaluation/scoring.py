@@ -35,9 +35,9 @@ class Scores:
 
     def report(self, what: str = "edits") -> int:
         """Says what could not be measured -> exit status: 1 if there is anything. what: is scored."""
-        for metric in self.metrics:
-            of_metric = self.values[self.values["metric"] == metric.name] if metric.counts else ()
-            for row, found in of_metric.groupby("method", observed=True)["value"] if len(of_metric) else ():
+        for metric in (metric for metric in self.metrics if metric.counts):
+            of_metric = self.values[self.values["metric"] == metric.name]
+            for row, found in of_metric.groupby("method", observed=True)["value"]:
                 if count := int(found.sum()):
                     print(utils.one_line(f"{row}: {metric.counts} {count} of {len(found)} edits"))
         for line in (*self.problems, *(f"damaged: {line}" for line in self.damaged)):
@@ -53,10 +53,7 @@ def rows_of(edits: Edits, metrics: Sequence[Metric]) -> list[Row]:
 
 
 def score(
-    edits: Edits,
-    metrics: Sequence[Metric],
-    chosen: Chosen | None = None,
-    batch_size: int = 16,
+    edits: Edits, metrics: Sequence[Metric], chosen: Chosen | None = None, batch_size: int = 16
 ) -> Scores:
     """Reads each file once and gives it to all metrics; images are not kept.
 
@@ -67,7 +64,9 @@ def score(
     from tqdm import tqdm
 
     needs = {need for metric in metrics for need in metric.needs}
-    _check_needs(edits, metrics, needs)
+    _check_sizes(edits, max(metric.smallest for metric in metrics))
+    if "clip_texts" in needs:
+        edits.check_texts()
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
     views, rows, damaged = load_views(needs, chosen, texts, edits.gallery), rows_of(edits, metrics), []
     keys = _learn_sources(edits, views, damaged)
@@ -108,32 +107,27 @@ def _long(
     def category(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
         return pd.Categorical.from_codes(codes, pd.Index(texts, dtype=object))
 
-    names = {name: number for number, name in enumerate(sorted({key.name for key in keys}))}
-    row, key, metric = (codes.ravel() for codes in np.indices(values.shape, dtype=np.int32))
-    there = ~np.isnan(values.ravel())
-    row, key, metric = row[there], key[there], metric[there]
+    there = ~np.isnan(values)
+    row, key, metric = np.nonzero(there)
+    name, names = pd.factorize(np.array([key.name for key in keys], dtype=object), sort=True)
     return pd.DataFrame(
         {
             "method": category(methods, row),
             "seed": np.array([key.seed for key in keys])[key],
             "prompt": np.array([key.prompt for key in keys], dtype=np.int32)[key],
-            "name": category(list(names), np.array([names[key.name] for key in keys])[key]),
+            "name": category(names, name[key]),
             "metric": category(metrics, metric),
-            "value": values.ravel()[there],
+            "value": values[there],
         }
     )
 
 
-def _check_needs(edits: Edits, metrics: Sequence[Metric], needs: set[str]) -> None:
-    """Raises UserError for images too small for a metric and for instructions that are not known."""
-    smallest = max(metric.smallest for metric in metrics)
+def _check_sizes(edits: Edits, smallest: int) -> None:
+    """Raises UserError for images too small for a metric."""
     for key, size in edits.sizes.items():
         if size and min(size) < smallest:
             path = edits.path(edits.rows[0], key)
             raise UserError(f"{path} is {size[1]}x{size[0]}; sides of at least {smallest} px are needed")
-    unknown = [f"prompt{number}" for number in edits.prompts if number not in edits.texts]
-    if "clip_texts" in needs and unknown:
-        raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
 
 
 def _learn_sources(edits: Edits, views: Sequence[View], damaged: list[str]) -> list[Key]:
@@ -176,7 +170,7 @@ def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> tuple[list[
     """Reads the edits of a batch -> keys that can be read in every row, and each row's (B, H, W, 3)."""
     import numpy as np
 
-    keys, images = [], {row: [] for row in edits.every_row}
+    read: dict[Key, dict[Row, np.ndarray]] = {}
     for key in batch:
         found = {}
         for row in edits.every_row:
@@ -189,7 +183,6 @@ def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> tuple[list[
             except UserError as error:
                 damaged.append(str(error))
         if len(found) == len(edits.every_row):
-            keys.append(key)
-            for row, pixels in found.items():
-                images[row].append(pixels)
-    return keys, {row: np.stack(pixels) for row, pixels in images.items() if pixels}
+            read[key] = found
+    rows = edits.every_row if read else []
+    return list(read), {row: np.stack([found[row] for found in read.values()]) for row in rows}

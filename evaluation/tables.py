@@ -58,9 +58,8 @@ def means(values: pd.DataFrame) -> pd.DataFrame:
     table["mean"] = grouped.mean()
     table["n"] = grouped.size().reindex(table.index, fill_value=0)
     ends = {place: interval(samples.tolist()) for place, samples in grouped}
-    table["low"], table["high"] = zip(
-        *(ends.get(place, (math.nan, math.nan)) for place in table.index), strict=True
-    )
+    for number, end in enumerate(("low", "high")):
+        table[end] = [ends[place][number] if place in ends else math.nan for place in table.index]
     return table[["mean", "low", "high", "n", "n_inf"]]
 
 
@@ -175,14 +174,12 @@ def for_screen(table: pd.DataFrame, metric: str, baseline: str | None) -> str:
     if "n_inf" in table:
         text["inf"] = table["n_inf"].map(str)
     if baseline is not None:
+        pairs = table[["diff", "diff_low", "diff_high"]].itertuples(index=False)
         text[f"minus {baseline}"] = [
-            ""
-            if pd.isna(n)
-            else f"{shown(value, 3, '+')} ({shown_interval(low, high, 3, '+', '{} to {}') or '-'})"
-            for value, low, high, n in table[["diff", "diff_low", "diff_high", "diff_n"]].itertuples(
-                index=False
-            )
+            f"{shown(mean, 3, '+')} ({shown_interval(*ends, 3, '+', '{} to {}') or '-'})"
+            for mean, *ends in pairs
         ]
+        text.loc[table["diff_n"].isna(), f"minus {baseline}"] = ""
     note = about_intervals(table["n"])
     return as_text(text, "plain") + (f"\n({note})" if note else "")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from pairing import Key, Size
 
@@ -48,16 +48,17 @@ class Metric:
         return "clean" not in self.needs
 
 
-class View(Protocol):
+class View:
     """A way of seeing edits and their sources; the sources' embeddings are kept."""
 
-    problems: list[str]  # why some edits can't be measured
+    problems: Sequence[str] = ()  # why some edits can't be measured
 
     def add_source(self, name: str, pixels: np.ndarray) -> None:
         """Sees a source (H, W, 3) uint8 at the size of its edits."""
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Sees edits (B, H, W, 3) uint8 -> by name what metrics may need, (B, ...) each."""
+        raise NotImplementedError
 
 
 def load_views(
@@ -73,22 +74,22 @@ def load_views(
         views.append(ClipView(load_clip(chosen.clip, chosen.device, chosen.dtype), texts))
     if "perceptual" in needs:
         views.append(PerceptualView(load_perceptual(chosen.perceptual, chosen.device, chosen.dtype)))
-    names = [name for name in RECOGNIZERS if f"{name}_edits" in needs]
-    if names:
-        recognizers = {
-            name: load_recognizer(getattr(chosen, name), chosen.device, chosen.dtype) for name in names
-        }
+    recognizers = {
+        name: load_recognizer(getattr(chosen, name), chosen.device, chosen.dtype)
+        for name in RECOGNIZERS
+        if f"{name}_edits" in needs
+    }
+    if recognizers:
         detector = FaceDetector(chosen.detect_faces, chosen.device)
         views.append(FaceView(recognizers, detector, chosen.device, gallery))
     return views
 
 
-class ClipView:
+class ClipView(View):
     """Gives CLIP's embeddings of edits, sources and instructions, (B, D), not normalised."""
 
     def __init__(self, clip: Clip, texts: dict[int, str]) -> None:
         self.clip = clip
-        self.problems: list[str] = []
         self.texts = dict(zip(texts, clip.embed_texts(list(texts.values())), strict=True))
         self.sources: dict[tuple[str, Size], Tensor] = {}
 
@@ -107,22 +108,18 @@ class ClipView:
         }
 
 
-class PerceptualView:
+class PerceptualView(View):
     """Gives the LPIPS network itself, which sees pairs."""
 
     def __init__(self, network: Any) -> None:
         self.network = network
-        self.problems: list[str] = []
-
-    def add_source(self, name: str, pixels: np.ndarray) -> None:
-        """Has no use for sources."""
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Gives the network."""
         return {"perceptual": self.network}
 
 
-class FaceView:
+class FaceView(View):
     """Gives embeddings of the largest face of edits and sources, (B, D) of unit length.
 
     The faces are looked for once, whatever the number of recognisers. Where an edit shows none, its source's
@@ -141,37 +138,38 @@ class FaceView:
         self.recognizers = recognizers
         self.detector = detector
         self.device = device
-        self.boxes: dict[tuple[str, Size], Box | None] = {}
+        self.boxes: dict[tuple[str, Size], Box | None] = {}  # of the sources
         self.sources: dict[tuple[str, str, Size], Tensor] = {}
-        self.faceless: set[str] = set()
         self.stems: list[str] = []  # of the gallery
         self.gallery: dict[str, list[Tensor]] = {name: [] for name in recognizers}
         for stem, path in (gallery or {}).items():
-            pixels = load_image(path).pixels
-            self._enter(stem, pixels, next(iter(self.detector(pixels)), None))
+            self._enter(stem, load_image(path).pixels)
 
     @property
     def problems(self) -> list[str]:
         """Which sources show no face."""
-        names = ", ".join(sorted(self.faceless))
+        names = ", ".join(sorted({name for (name, _), box in self.boxes.items() if box is None}))
         return [f"no face found in the source, FR not measured: {names}"] if names else []
 
     def add_source(self, name: str, pixels: np.ndarray) -> None:
         """Finds a source's face and embeds it."""
         size = pixels.shape[:2]
-        box = self.boxes[name, size] = next(iter(self.detector(pixels)), None)
-        if box is None:
-            self.faceless.add(name)
-        for recognizer, embedding in self._enter(name, pixels, box).items():
-            self.sources[recognizer, name, size] = embedding
+        self.boxes[name, size] = box = self._enter(name, pixels)
+        if box:
+            for recognizer, portraits in self.gallery.items():
+                self.sources[recognizer, name, size] = portraits[-1]
 
-    def _enter(self, stem: str, pixels: np.ndarray, box: Box | None) -> dict[str, Tensor]:
-        """Puts a portrait with a face into the gallery -> its embeddings (D,) by recogniser."""
-        found = self._embed(pixels[None], [box]) if box else {}
-        self.stems += [stem] if found else []
-        for recognizer, embedding in found.items():
-            self.gallery[recognizer].append(embedding[0])
-        return {recognizer: embedding[0] for recognizer, embedding in found.items()}
+    def _enter(self, stem: str, pixels: np.ndarray) -> Box | None:
+        """Puts a portrait that shows a face into the gallery -> the face's box."""
+        box = self._largest(pixels)
+        if box:
+            self.stems.append(stem)
+            for recognizer, embeddings in self._embed(pixels[None], [box]).items():
+                self.gallery[recognizer].append(embeddings[0])
+        return box
+
+    def _largest(self, pixels: np.ndarray) -> Box | None:
+        return next(iter(self.detector(pixels)), None)
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Finds the edits' faces and embeds them."""
@@ -179,7 +177,7 @@ class FaceView:
 
         size = images.shape[1:3]
         of_sources = [self.boxes[key.name, size] for key in keys]
-        found = [next(iter(self.detector(image)), None) for image in images]
+        found = [self._largest(image) for image in images]
         whole = (0, 0, size[1], size[0])  # stands in where there is no value to be had
         boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
         measured = torch.tensor([source is not None for source in of_sources])

@@ -119,26 +119,34 @@ def _warn_if_cut(pipeline: Any, prompt: str) -> None:
 def _load_pipeline(
     editor: type[Editor], model_id: str, scheduler: str | None, device: torch.device, dtype: torch.dtype
 ) -> Any:
-    """An editor's pipeline, each network straight to its place; diffusers' device_map knows no "cuda:1"."""
+    """An editor's pipeline of frozen networks, with the scheduler asked for."""
     import diffusers
-    import transformers
 
     with loading("the editor", model_id):
         name, where = from_hub(model_id)
-        variant = fp16_only(name, where)
-        parts: dict[str, Any] = dict.fromkeys(editor.unused)
-        for part, class_name in editor.networks.items():
-            network = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
-            loaded = network.from_pretrained(
-                name, subfolder=part, dtype=dtype, device_map={"": device}, **variant.get(part, {}), **where
-            )
-            parts[part] = frozen(loaded, device, dtype)
+        parts = dict.fromkeys(editor.unused) | _load_networks(editor.networks, name, where, device, dtype)
         pipeline = getattr(diffusers, editor.pipeline_class).from_pretrained(
             name, requires_safety_checker=False, **parts, **where
         )
         if scheduler is not None:
             pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     return pipeline
+
+
+def _load_networks(
+    classes: dict[str, str], name: str, where: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Parts of a pipeline, each straight to its place; the pipeline's own device_map knows no "cuda:1"."""
+    import diffusers
+    import transformers
+
+    variant, how = fp16_only(name, where), {"dtype": dtype, "device_map": {"": device}, **where}
+    networks = {}
+    for part, class_name in classes.items():
+        network = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
+        loaded = network.from_pretrained(name, subfolder=part, **variant.get(part, {}), **how)
+        networks[part] = frozen(loaded, device, dtype)
+    return networks
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -181,19 +189,9 @@ def load_vae(
 
     checkpointing: a gradient computes activations again instead of keeping them. compile: with torch.compile.
     """
-    import diffusers
-
     with loading("the VAE of", model_id):
-        name, where = from_hub(model_id)
-        vae = getattr(diffusers, editor.networks["vae"]).from_pretrained(
-            name,
-            subfolder="vae",
-            dtype=dtype,
-            device_map={"": device},
-            **fp16_only(name, where).get("vae", {}),
-            **where,
-        )
-    vae = frozen(vae, device, dtype)
+        networks = _load_networks({"vae": editor.networks["vae"]}, *from_hub(model_id), device, dtype)
+        vae = networks["vae"]
     if checkpointing:
         _checkpoint(vae)
     if compile:

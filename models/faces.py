@@ -55,12 +55,11 @@ class Recognizer:
         import torch
         import torch.nn.functional as F
 
-        crops = []
+        crops, size = [], (self.size, self.size)
         for image, faces in zip(images, boxes, strict=True):
             for x0, y0, x1, y1 in faces:
                 crop = image[None, :, y0:y1, x0:x1]
-                if crop.shape[-2:] != (self.size, self.size):
-                    size = (self.size, self.size)
+                if crop.shape[-2:] != size:
                     crop = F.interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)
                 crops.append(crop)
         batch = torch.cat(crops)  # (N, 3, size, size)

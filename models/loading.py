@@ -12,20 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, first_line, memory_format, pick_device, pick_dtype
+from utils import UserError, first_line
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def set_up(device: str, dtype: str) -> tuple[torch.device, torch.dtype]:
-    """Quiets the model libraries and picks where the networks run and in what. Raises UserError."""
-    quiet()
-    picked = pick_device(device)
-    return picked, pick_dtype(dtype, picked)
 
 
 def quiet() -> None:
@@ -62,10 +55,8 @@ def loading(what: str, member: str) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # OSError, HTTP errors, KeyError of a wrong state dict, unpickling errors...
-        raise UserError(
-            f"{what} '{shown(member)}' can't be loaded ({_reason(error)}); "
-            "the bundled --models mini work offline"
-        ) from None
+        text = f"{what} '{shown(member)}' can't be loaded ({_reason(error)})"
+        raise UserError(f"{text}; the bundled --models mini work offline") from None
 
 
 def _reason(error: Exception) -> str:
@@ -84,9 +75,8 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
     five retries; without a network, what an earlier run has downloaded is used.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
-    from huggingface_hub.file_download import repo_folder_name
 
     if Path(member).is_dir():
         return member, {"local_files_only": True}
@@ -99,26 +89,29 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # a gated one is among them
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
-        if not (Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")).exists():
+        if not _cache_of(name).exists():
             reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
             raise ConnectionError(reason) from None
         fixed["local_files_only"] = True
     return name, fixed
 
 
-def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Gives `from_pretrained`'s keyword for each part of a model that is there as its fp16 variant alone.
-
-    name, where: as `from_hub` gives them.
-    """
-    from huggingface_hub import HfApi, constants
+def _cache_of(name: str) -> Path:
+    """Where the hub's library keeps a model."""
+    from huggingface_hub import constants
     from huggingface_hub.file_download import repo_folder_name
+
+    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
+
+
+def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Gives `from_pretrained`'s keyword for a `from_hub` model's parts that are there in fp16 alone."""
+    from huggingface_hub import HfApi
 
     if Path(name).is_dir():
         files = Path(name).glob("*/*")
     elif "local_files_only" in where:
-        cache = Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-        files = cache.glob("snapshots/*/*/*")
+        files = _cache_of(name).glob("snapshots/*/*/*")
     else:
         files = map(Path, HfApi().list_repo_files(name, revision=where.get("revision")))
     is_variant: dict[str, list[bool]] = {}
@@ -130,7 +123,11 @@ def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Readies a network for inference: no dropout, no gradients for its parameters."""
-    network = network.to(device=device, dtype=dtype, memory_format=memory_format(device))
+    import torch
+
+    # channels last, which convolutions of CUDA and CPUs like
+    layout = torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
+    network = network.to(device=device, dtype=dtype, memory_format=layout)
     return network.eval().requires_grad_(False)
 
 

@@ -88,7 +88,5 @@ def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
     import torchvision
 
     url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
-    state = torch.hub.load_state_dict_from_url(
-        url, map_location="cpu", weights_only=True, check_hash=True
-    )
+    state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
     return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}

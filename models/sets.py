@@ -11,22 +11,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+import utils
 from models.editors import EDITORS, Editor
 from models.faces import FACENET_URLS
-from models.loading import ROOT, set_up, shown
+from models.loading import ROOT, quiet, shown
 from models.perceptual import LPIPS_TRUNKS
-from utils import (
-    DEVICE_HELP,
-    DTYPE_HELP,
-    DTYPE_NAMES,
-    UserError,
-    at_least_one,
-    edit_prompts,
-    non_negative_float,
-    positive_int,
-    share,
-    warn,
-)
+from utils import UserError, warn
 
 if TYPE_CHECKING:
     import torch
@@ -123,15 +113,14 @@ class Chosen:
 
     def warn_of(self, sizes: Iterable[Sequence[int] | None], texts: Iterable[str] = ()) -> None:
         """Warns of image sizes (H, W) and instructions that the set's models were not made for."""
-        side = self.only_size
-        if side is None:
+        if (side := self.only_size) is None:
             return
         for height, width in sorted({tuple(size) for size in sizes if size} - {(side, side)}):
             warn(
                 f"the {self.models} models were made for {side}x{side} synthetic portraits, not for a "
                 f"{width}x{height} image: the result says nothing about how well a real photo is protected"
             )
-        if unknown := [text for text in texts if text not in edit_prompts.values()]:
+        if unknown := [text for text in texts if text not in utils.edit_prompts.values()]:
             warn(f"the {self.models} editor knows the 25 instructions of the paper, not {unknown[0]!r}")
 
 
@@ -159,7 +148,8 @@ def choose(args: argparse.Namespace) -> Chosen:
     editor.check(settings)
     flags = {"recognizer": "recognizer", "judge": "judge", "perceptual": "lpips", "clip": "clip"}
     members = {member: given.get(flag) or getattr(models, member) for member, flag in flags.items()}
-    device, dtype = set_up(args.device, args.dtype)
+    quiet()
+    device = utils.pick_device(args.device)
     return Chosen(
         models=args.models,
         kind=kind,
@@ -169,7 +159,7 @@ def choose(args: argparse.Namespace) -> Chosen:
         detect_faces=models.detect_faces,
         only_size=models.only_size,
         device=device,
-        dtype=dtype,
+        dtype=utils.pick_dtype(args.dtype, device),
     )
 
 
@@ -177,53 +167,37 @@ def choose(args: argparse.Namespace) -> Chosen:
 # flags
 
 EDIT_KNOBS = {  # flag -> type and what it is; a class of editors reads some of them
-    "num_inference_steps": (positive_int, "denoising steps"),
+    "num_inference_steps": (utils.positive_int, "denoising steps"),
     # diffusers would silently turn all guidance off below 1
-    "image_guidance_scale": (at_least_one, "how closely the edit keeps to the image, at least 1"),
+    "image_guidance_scale": (utils.at_least_one, "how closely the edit keeps to the image, at least 1"),
     "guidance_scale": (
-        non_negative_float,
+        utils.non_negative_float,
         "how strongly the instruction is followed; up to 1, both guidances are off",
     ),
-    "strength": (share, "share of the denoising that img2img does"),
+    "strength": (utils.share, "share of the denoising that img2img does"),
 }
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
     """Adds --models, --device, --dtype and --debug: what every script that loads a model has."""
-    parser.add_argument(
-        "--models",
-        choices=tuple(MODEL_SETS),
-        default="full",
-        help="full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits",
-    )
-    parser.add_argument("--device", default="auto", help=DEVICE_HELP)
-    parser.add_argument("--dtype", choices=DTYPE_NAMES, default=dtype, help=DTYPE_HELP)
+    text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
+    parser.add_argument("--models", choices=tuple(MODEL_SETS), default="full", help=text)
+    parser.add_argument("--device", default="auto", help=utils.DEVICE_HELP)
+    parser.add_argument("--dtype", choices=utils.DTYPE_NAMES, default=dtype, help=utils.DTYPE_HELP)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
-    kinds = tuple(EDITORS)
-    parser.add_argument(
-        "--model",
-        "--target_model",
-        dest="model",
-        choices=kinds,
-        default=kinds[0],
-        help="kind of editor: instruct-pix2pix, or stable-diffusion's img2img",
-    )
+    kinds, names = tuple(EDITORS), ("--model", "--target_model")
+    text = "kind of editor: instruct-pix2pix, or stable-diffusion's img2img"
+    parser.add_argument(*names, dest="model", choices=kinds, default=kinds[0], help=text)
     ids = "; ".join(
-        f"{name}: {', '.join(shown(model_id) for model_id in models.editors.values())}"
-        for name, models in MODEL_SETS.items()
+        f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
     )
     parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
-    parser.add_argument(
-        "--resolution",
-        type=positive_int,
-        help=setting_help(
-            "long side in px at which the editor works; larger images are reduced", "resolution"
-        ),
-    )
+    text = setting_help("long side in px at which the editor works; larger images are reduced", "resolution")
+    parser.add_argument("--resolution", type=utils.positive_int, help=text)
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -236,37 +210,30 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --recognizer and --judge."""
+    kinds = f"{', '.join(FACENET_URLS)}, a facenet-pytorch state dict, or a local transformers directory"
     for member, what in (("recognizer", "that the attack sees"), ("judge", "that no attack sees")):
-        parser.add_argument(
-            f"--{member}",
-            help=f"face recogniser {what}: {', '.join(FACENET_URLS)}, a facenet-pytorch state dict, "
-            f"or a local transformers directory (default: {_of_each_set(member)})",
-        )
+        text = f"face recogniser {what}: {kinds} (default: {_of_each_set(member)})"
+        parser.add_argument(f"--{member}", help=text)
 
 
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --lpips."""
-    parser.add_argument(
-        "--lpips",
-        help=f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory "
-        f"(default: {_of_each_set('perceptual')})",
-    )
+    kinds = f"{', '.join(LPIPS_TRUNKS)}, or a local directory"
+    text = f"perceptual distance: {kinds} (default: {_of_each_set('perceptual')})"
+    parser.add_argument("--lpips", help=text)
 
 
 def add_clip_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --clip_id."""
-    parser.add_argument(
-        "--clip_id", dest="clip", help=f"{HUB_HELP} of a transformers CLIP (default: {_of_each_set('clip')})"
-    )
+    text = f"{HUB_HELP} of a transformers CLIP (default: {_of_each_set('clip')})"
+    parser.add_argument("--clip_id", dest="clip", help=text)
 
 
 def setting_help(text: str, name: str) -> str:
     """Writes a flag's help with the value that each set has for it, in place of the default None."""
     editor = next((one for one in EDITORS.values() if name in one.knobs), Editor)
     own = editor.knobs.get(name, getattr(editor, name, None))
-    values = ", ".join(
-        f"{models}: {MODEL_SETS[models].settings.get(name, own)}" for models in MODEL_SETS
-    )
+    values = ", ".join(f"{key}: {models.settings.get(name, own)}" for key, models in MODEL_SETS.items())
     kinds = [kind for kind, one in EDITORS.items() if name in one.knobs]
     only = f", {' and '.join(kinds)} only" if 0 < len(kinds) < len(EDITORS) else ""
     return f"{text}{only} (default: {values})"
