@@ -319,6 +319,7 @@ def test_a_face_can_be_given_by_numbers_and_by_clicks(open_page):
     page.get_by_text(SAVED).wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_two_visitors_wait_for_each_other_and_see_only_their_own(open_page, server, tmp_path):
     first, second = open_page(), open_page()

@@ -299,6 +299,7 @@ def test_the_baseline_is_compared_in_pairs(world, capsys):
     assert f"{expected:+.3f}" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_table_is_the_same_in_every_process(world):
     """Whatever order sets of names have there."""
     for number, name in enumerate("abcdefgh"):
