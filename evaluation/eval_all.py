@@ -8,10 +8,10 @@
 
 Writes all_metric.csv and, with the same name, .md: rows are the unprotected edits and each method, columns
 CLIP-S, PSNR, SSIM, LPIPS, CLIP-I, and by the recogniser and by the judge FR, recognised and identified, each
-with a 95 % interval, and the share of edits in which no face was found. An arrow shows which way a defender wants it. With --baseline,
-paired differences, too (..._minus_baseline.csv); with --protected_dirs, how visible each protection is
-(..._protected.csv). Either file of an earlier run is removed where this one has nothing for it. Which
-metric can be trusted for what: docs/results.md.
+with a 95 % interval, and the share of edits in which no face was found. An arrow shows which way a defender
+wants it. With --baseline, paired differences, too (..._minus_baseline.csv); with --protected_dirs, how
+visible each protection is (..._protected.csv). Either file of an earlier run is removed where this one has
+nothing for it. Which metric can be trusted for what: docs/results.md.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
 SPLITS = {
     "validation": portraits.VALIDATION,
-    # Below are the demo's, the people whom earlier weights were measured on, and the experiment of docs/results.md.
+    # Below are the demo's, the people whom earlier weights were measured on, and those of docs/results.md.
     "test": range(portraits.TEST_FROM + 3_000, portraits.TEST_FROM + 4_000),
 }
 PEOPLE = 20  # of the edits and of the defenses
