@@ -1,0 +1,201 @@
+"""What a metric is, and what it sees of images: each goes through each network once, for all metrics."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pairing import Key, Size
+
+from images import load_image, to_tensor
+from models.clip import Clip, load_clip
+from models.faces import Box, FaceDetector, Recognizer, load_recognizer
+from models.perceptual import load_perceptual
+from models.sets import Chosen
+
+if TYPE_CHECKING:
+    import numpy as np
+    import torch
+    from torch import Tensor
+
+RECOGNIZERS = ("recognizer", "judge")  # members of a model set
+PIXELS = {"edits", "clean"}  # needs that no network gives: (B, 3, H, W) in [-1, 1]
+FACES = {f"{name}_edits" for name in RECOGNIZERS}
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A metric: a function of batches, what it is given, and how its values are shown.
+
+    needs: `edits` and `clean`, the edits of the unprotected images, (B, 3, H, W) in [-1, 1]; or what
+    `load_views` names.
+    """
+
+    name: str  # its column, and of its CSV file
+    title: str  # with an arrow for the way that a defender wants it
+    function: Callable[..., Any]  # of what it needs, in that order -> (B,); NaN where it can't be measured
+    needs: tuple[str, ...]
+    digits: int = 3
+    smallest: int = 1  # px, of an image's sides
+    infinite: bool = False  # for identical images; these are counted and left out of the mean
+    counts: str = ""  # said before the sum of its values, of a metric that is 0 or 1
+
+    @property
+    def is_of_source(self) -> bool:
+        """Whether it compares an edit with its source, so that the clean edits are a row, too."""
+        return "clean" not in self.needs
+
+
+class View:
+    """A way of seeing edits and their sources; the sources' embeddings are kept."""
+
+    problems: Sequence[str] = ()  # why some edits can't be measured
+
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        """Sees a source (H, W, 3) uint8 at the size of its edits."""
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
+        """Sees edits (B, H, W, 3) uint8 -> by name what metrics may need, (B, ...) each."""
+        raise NotImplementedError
+
+
+def load_views(
+    needs: set[str], chosen: Chosen | None, texts: dict[int, str], gallery: dict[str, Path]
+) -> list[View]:
+    """Loads what gives the things needed: clip_edits, clip_sources, clip_texts, perceptual, undetected, own,
+    and for recognizer and judge _edits, _sources, _threshold, _gallery. Raises UserError.
+
+    gallery: portraits by stem among which a person is looked for, beside the sources.
+    """
+    views: list[View] = []
+    if needs & {"clip_edits", "clip_sources", "clip_texts"}:
+        views.append(ClipView(load_clip(chosen.clip, chosen.device, chosen.dtype), texts))
+    if "perceptual" in needs:
+        views.append(PerceptualView(load_perceptual(chosen.perceptual, chosen.device, chosen.dtype)))
+    recognizers = {
+        name: load_recognizer(getattr(chosen, name), chosen.device, chosen.dtype)
+        for name in RECOGNIZERS
+        if f"{name}_edits" in needs
+    }
+    if recognizers:
+        views.append(FaceView(recognizers, FaceDetector(chosen.device), chosen.device, gallery))
+    return views
+
+
+class ClipView(View):
+    """Gives CLIP's embeddings of edits, sources and instructions, (B, D), not normalised."""
+
+    def __init__(self, clip: Clip, texts: dict[int, str]) -> None:
+        self.clip = clip
+        self.texts = dict(zip(texts, clip.embed_texts(list(texts.values())), strict=True))
+        self.sources: dict[tuple[str, Size], Tensor] = {}
+
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        """Embeds a source."""
+        (self.sources[name, pixels.shape[:2]],) = self.clip.embed_images(pixels[None])
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
+        """Embeds edits."""
+        import torch
+
+        return {
+            "clip_edits": self.clip.embed_images(images),
+            "clip_sources": torch.stack([self.sources[key.name, images.shape[1:3]] for key in keys]),
+            "clip_texts": torch.stack([self.texts[key.prompt] for key in keys]),
+        }
+
+
+class PerceptualView(View):
+    """Gives the LPIPS network itself, which sees pairs."""
+
+    def __init__(self, network: Any) -> None:
+        self.network = network
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
+        """Gives the network."""
+        return {"perceptual": self.network}
+
+
+class FaceView(View):
+    """Gives embeddings of the largest face of edits and sources, (B, D) of unit length.
+
+    The faces are looked for once, whatever the number of recognisers. Where an edit shows none, its source's
+    box is used and `undetected` is 1 instead of 0. A source without a face is named among the problems, and
+    everything about its edits is NaN. The gallery holds the sources and `gallery`; `own` says which of its
+    portraits have an edit's stem.
+    """
+
+    def __init__(
+        self,
+        recognizers: dict[str, Recognizer],
+        detector: FaceDetector,
+        device: torch.device,
+        gallery: dict[str, Path] | None = None,
+    ) -> None:
+        self.recognizers = recognizers
+        self.detector = detector
+        self.device = device
+        self.boxes: dict[tuple[str, Size], Box | None] = {}  # of the sources
+        self.sources: dict[tuple[str, str, Size], Tensor] = {}
+        self.stems: list[str] = []  # of the gallery
+        self.gallery: dict[str, list[Tensor]] = {name: [] for name in recognizers}
+        for stem, path in (gallery or {}).items():
+            self._enter(stem, load_image(path).pixels)
+
+    @property
+    def problems(self) -> list[str]:
+        """Which sources show no face."""
+        names = ", ".join(sorted({name for (name, _), box in self.boxes.items() if box is None}))
+        return [f"no face found in the source, FR not measured: {names}"] if names else []
+
+    def add_source(self, name: str, pixels: np.ndarray) -> None:
+        """Finds a source's face and embeds it."""
+        size = pixels.shape[:2]
+        self.boxes[name, size] = box = self._enter(name, pixels)
+        if box:
+            for recognizer, portraits in self.gallery.items():
+                self.sources[recognizer, name, size] = portraits[-1]
+
+    def _enter(self, stem: str, pixels: np.ndarray) -> Box | None:
+        """Puts a portrait that shows a face into the gallery -> the face's box."""
+        box = next(iter(self.detector(pixels)), None)
+        if box:
+            self.stems.append(stem)
+            for recognizer, embeddings in self._embed(pixels[None], [box]).items():
+                self.gallery[recognizer].append(embeddings[0])
+        return box
+
+    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
+        """Finds the edits' faces and embeds them."""
+        import torch
+
+        size = images.shape[1:3]
+        of_sources = [self.boxes[key.name, size] for key in keys]
+        found = [next(iter(boxes), None) for boxes in self.detector.find(images)]
+        whole = (0, 0, size[1], size[0])  # stands in where there is no value to be had
+        boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
+        measured = torch.tensor([source is not None for source in of_sources])
+        undetected = torch.tensor([float(box is None) for box in found])
+        stems = self.stems or [""]  # where no source has a face, nothing is measured
+        own = torch.tensor([[stem == key.name for stem in stems] for key in keys])  # (B, G)
+        seen = {"undetected": torch.where(measured, undetected, torch.nan), "own": own}
+        for recognizer, embeddings in self._embed(images, boxes).items():
+            unknown = torch.full_like(embeddings[0], torch.nan)
+            references = [self.sources.get((recognizer, key.name, size), unknown) for key in keys]
+            seen |= {f"{recognizer}_edits": embeddings, f"{recognizer}_sources": torch.stack(references)}
+            seen[f"{recognizer}_threshold"] = self.recognizers[recognizer].threshold
+            seen[f"{recognizer}_gallery"] = torch.stack(self.gallery[recognizer] or [unknown])  # (G, D)
+        return seen
+
+    def _embed(self, images: np.ndarray, boxes: Sequence[Box]) -> dict[str, Tensor]:
+        """One face of each image, by each recogniser."""
+        import torch
+
+        tensor = to_tensor(images).to(self.device)
+        with torch.no_grad():
+            return {
+                name: recognizer.embed(tensor, [[box] for box in boxes]).cpu()
+                for name, recognizer in self.recognizers.items()
+            }

@@ -1,0 +1,238 @@
+"""Which networks belong together, their flags, and what the flags come to.
+
+A member is a hub id, a name that its library knows, or a local directory or file. Nothing is downloaded but
+what the set or a flag names.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import utils
+from models.editors import EDITORS, Editor
+from models.faces import FACENET_URLS
+from models.loading import ROOT, quiet, shown
+from models.perceptual import LPIPS_TRUNKS
+from utils import UserError, warn
+
+if TYPE_CHECKING:
+    import torch
+
+MINI = ROOT / "assets" / "mini"
+HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
+
+
+@dataclass(frozen=True)
+class ModelSet:
+    """The members that belong together, and the settings that their editor was made for."""
+
+    editors: dict[str, str]  # one of EDITORS -> model id
+    recognizer: str  # what the attack sees
+    judge: str  # a recogniser that no attack ever sees
+    perceptual: str
+    clip: str
+    settings: dict[str, Any] = field(default_factory=dict)  # instead of the editor's own
+    only_size: int | None = None  # px; the one portrait size that the models were made for
+
+
+MODEL_SETS = {
+    "full": ModelSet(
+        editors={
+            "instruct-pix2pix": "timbrooks/instruct-pix2pix",
+            "stable-diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+        },
+        recognizer="vggface2",
+        judge="casia-webface",
+        perceptual="vgg",
+        clip="openai/clip-vit-base-patch32",
+    ),
+    "mini": ModelSet(
+        editors={"instruct-pix2pix": str(MINI / "editor")},
+        recognizer=str(MINI / "recognizer"),
+        judge=str(MINI / "judge"),
+        perceptual=str(MINI / "perceptual"),
+        clip=str(MINI / "clip"),
+        settings={
+            "num_inference_steps": 20,
+            "guidance_scale": 1.0,
+            "image_guidance_scale": 1.0,
+            "resolution": 128,
+            "scheduler": None,
+        },
+        only_size=128,
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What the flags of one script came to: members, settings, and where the networks run."""
+
+    models: str  # one of MODEL_SETS
+    kind: str  # of editor, one of EDITORS
+    model_id: str
+    settings: dict[str, Any]  # of the editor: its knobs, resolution, scheduler
+    recognizer: str
+    judge: str
+    perceptual: str
+    clip: str
+    only_size: int | None
+    device: torch.device
+    dtype: torch.dtype
+
+    @property
+    def editor(self) -> type[Editor]:
+        """The class of the editor."""
+        return EDITORS[self.kind]
+
+    @property
+    def resolution(self) -> int:
+        """The long side in px at which the editor works."""
+        return self.settings["resolution"]
+
+    @property
+    def dtype_name(self) -> str:
+        """As run.json has it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def load_editor(self, progress: bool = False) -> Editor:
+        """Loads the editing pipeline, or takes it from an earlier call. Raises UserError."""
+        return self.editor(self.model_id, self.settings, self.device, self.dtype, progress)
+
+    def edit_settings(self) -> dict[str, Any]:
+        """Gives all that decides about an edit's pixels beside image, instruction and seed, for run.json."""
+        id_ = shown(self.model_id)
+        return {"model": self.kind, "model_id": id_, "dtype": self.dtype_name, **self.settings}
+
+    def warn_of(self, sizes: Iterable[Sequence[int] | None], texts: Iterable[str] = ()) -> None:
+        """Warns of image sizes (H, W) and instructions that the set's models were not made for."""
+        if (side := self.only_size) is None:
+            return
+        for height, width in sorted({tuple(size) for size in sizes if size} - {(side, side)}):
+            warn(
+                f"the {self.models} models were made for {side}x{side} synthetic portraits, not for a "
+                f"{width}x{height} image: the result says nothing about how well a real photo is protected"
+            )
+        if unknown := [text for text in texts if text not in utils.edit_prompts.values()]:
+            warn(f"the {self.models} editor knows the 25 instructions of the paper, not {unknown[0]!r}")
+
+
+def choose(args: argparse.Namespace) -> Chosen:
+    """Puts the flags' values in place of the set's and the editor's own, and picks device and dtype.
+
+    A knob that the editor hasn't is ignored with a warning. Raises UserError if the set has no editor of the
+    kind asked for, or can't work with the settings.
+    """
+    models, given = MODEL_SETS[args.models], vars(args)
+    kind = given.get("model") or next(iter(EDITORS))
+    editor = EDITORS[kind]
+    if given.get("model_id") is None and kind not in models.editors:
+        raise UserError(f"the {args.models} models have no {kind} editor; it comes with --models full")
+    for flag in ("model_id", "recognizer", "judge", "lpips", "clip"):
+        if given.get(flag) == "":
+            raise UserError(f"--{flag}: an empty name")
+    own = {**editor.knobs, "resolution": editor.resolution, "scheduler": editor.scheduler}
+    settings = own | {name: value for name, value in models.settings.items() if name in own}
+    for name in sorted({*own, *EDIT_KNOBS}):
+        if given.get(name) is not None and name in own:
+            settings[name] = given[name]
+        elif given.get(name) is not None:
+            warn(f"--{name} is ignored: {kind} has no such knob")
+    editor.check(settings)
+    flags = {"recognizer": "recognizer", "judge": "judge", "perceptual": "lpips", "clip": "clip"}
+    members = {member: given.get(flag) or getattr(models, member) for member, flag in flags.items()}
+    quiet()
+    device = utils.pick_device(args.device)
+    return Chosen(
+        models=args.models,
+        kind=kind,
+        model_id=given.get("model_id") or models.editors[kind],
+        settings=settings,
+        **members,
+        only_size=models.only_size,
+        device=device,
+        dtype=utils.pick_dtype(args.dtype, device),
+    )
+
+
+# ---------------------------------------------------------------------------------------------------------
+# flags
+
+EDIT_KNOBS = {  # flag -> type and what it is; a class of editors reads some of them
+    "num_inference_steps": (utils.positive_int, "denoising steps"),
+    # diffusers would silently turn all guidance off below 1
+    "image_guidance_scale": (utils.at_least_one, "how closely the edit keeps to the image, at least 1"),
+    "guidance_scale": (
+        utils.non_negative_float,
+        "how strongly the instruction is followed; up to 1, both guidances are off",
+    ),
+    "strength": (utils.share, "share of the denoising that img2img does"),
+}
+
+
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+    """Adds --models, --device, --dtype and --debug: what every script that loads a model has."""
+    text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
+    parser.add_argument("--models", choices=tuple(MODEL_SETS), default="full", help=text)
+    parser.add_argument("--device", default="auto", help=utils.DEVICE_HELP)
+    parser.add_argument("--dtype", choices=utils.DTYPE_NAMES, default=dtype, help=utils.DTYPE_HELP)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+
+
+def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
+    kinds, names = tuple(EDITORS), ("--model", "--target_model")
+    text = "kind of editor: instruct-pix2pix, or stable-diffusion's img2img"
+    parser.add_argument(*names, dest="model", choices=kinds, default=kinds[0], help=text)
+    ids = "; ".join(
+        f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
+    )
+    parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
+    text = setting_help("long side in px at which the editor works; larger images are reduced", "resolution")
+    parser.add_argument("--resolution", type=utils.positive_int, help=text)
+
+
+def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds every flag but the seed that decides how an image is edited."""
+    for name, (kind, text) in EDIT_KNOBS.items():
+        parser.add_argument(f"--{name}", type=kind, help=setting_help(text, name))
+    add_editor_arguments(parser)
+    add_model_arguments(parser)
+
+
+def add_face_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --recognizer and --judge."""
+    kinds = f"{', '.join(FACENET_URLS)}, a facenet-pytorch state dict, or a local transformers directory"
+    for member, what in (("recognizer", "that the attack sees"), ("judge", "that no attack sees")):
+        text = f"face recogniser {what}: {kinds} (default: {_of_each_set(member)})"
+        parser.add_argument(f"--{member}", help=text)
+
+
+def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --lpips."""
+    kinds = f"{', '.join(LPIPS_TRUNKS)}, or a local directory"
+    text = f"perceptual distance: {kinds} (default: {_of_each_set('perceptual')})"
+    parser.add_argument("--lpips", help=text)
+
+
+def add_clip_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --clip_id."""
+    text = f"{HUB_HELP} of a transformers CLIP (default: {_of_each_set('clip')})"
+    parser.add_argument("--clip_id", dest="clip", help=text)
+
+
+def setting_help(text: str, name: str) -> str:
+    """Writes a flag's help with the value that each set has for it, in place of the default None."""
+    editor = next((one for one in EDITORS.values() if name in one.knobs), Editor)
+    own = editor.knobs.get(name, getattr(editor, name, None))
+    values = ", ".join(f"{key}: {models.settings.get(name, own)}" for key, models in MODEL_SETS.items())
+    kinds = [kind for kind, one in EDITORS.items() if name in one.knobs]
+    only = f", {' and '.join(kinds)} only" if 0 < len(kinds) < len(EDITORS) else ""
+    return f"{text}{only} (default: {values})"
+
+
+def _of_each_set(member: str) -> str:
+    return ", ".join(f"{name}: {shown(getattr(models, member))}" for name, models in MODEL_SETS.items())

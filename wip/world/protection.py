@@ -1,0 +1,302 @@
+"""The one way of a portrait, for one and for thousands: read, find faces, protect, save, measure.
+
+    args = defend.parse_args(["--input_path=portrait.png", "--models=mini"])
+    protector = Protector(args)
+    subject = protector.load(args.input_path)
+    (report,) = protector.save([subject], [Path("protected.png")])
+    print(report)
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import models.sets
+from images import (
+    Portrait,
+    linf,
+    load_image,
+    load_portrait,
+    save_png,
+    to_tensor,
+    to_uint8_within,
+    to_working,
+    working_size,
+)
+from methods import METHODS, NEED, GradientError, Run, random_start
+from models.editors import WorkingVAE, load_vae
+from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
+from models.loading import shown
+from models.perceptual import load_perceptual, perceptual_distance_to
+from records import code_of, hash_of
+from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from models.faces import Recognizer
+
+
+def readers(name: str) -> str:
+    """Lists the methods that read a flag."""
+    return ", ".join(key for key, method in METHODS.items() if name in (*method.reads, *method.parameters))
+
+
+@dataclass
+class Subject:
+    """A portrait with the faces found in it, in pixels of its working size."""
+
+    portrait: Portrait
+    boxes: list[Box]
+
+
+@dataclass
+class Report:
+    """What a saved file measures."""
+
+    path: Path
+    method: str
+    budget: float
+    linf: float
+    psnr: float  # dB
+    # By recogniser and judge: cos(f(D(E(.))), f(source)) of the source and of the protected file
+    similarity: dict[str, tuple[float, float] | None] = field(default_factory=dict)
+    faceless: bool = False  # no face was found, so that there is nothing to compare
+
+    def __str__(self) -> str:
+        size = f"L-infinity {self.linf:.4f} (budget {self.budget:g})"
+        text = f"{one_line(str(self.path))}: {size}, PSNR {self.psnr:.1f} dB"
+        why = " (no face found)" if self.faceless else ""
+        values = [
+            f"{name} {pair[0]:.2f} -> {pair[1]:.2f}" if pair else f"{name} not measured{why}"
+            for name, pair in self.similarity.items()
+        ]
+        if values:
+            text += f"\n  face similarity after a VAE round trip, source -> protected: {', '.join(values)}"
+        return text
+
+    def facts(self) -> dict[str, Any]:
+        """Gives its numbers, for a table."""
+        found = {"method": self.method, "budget": self.budget, "linf": self.linf, "psnr": self.psnr}
+        for name, pair in self.similarity.items():
+            found |= {f"{name}_before": pair[0], f"{name}_after": pair[1]} if pair else {}
+        return found
+
+
+class Protector:
+    """A method with its settings and networks, each of which is loaded when it is first asked for.
+
+    Raises UserError for flags that don't go together; warns of one that the method doesn't read.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.name = args.defend_method
+        self.method = METHODS[args.defend_method]
+        self.seed, self.faces = args.seed, args.faces
+        self.checkpointing, self.compile = args.checkpointing, args.compile
+        if args.compile and args.checkpointing:
+            raise UserError("--compile and --checkpointing don't go together")
+        parameters = self.method.parameters
+        self.needs = [name for name, default in parameters.items() if default is NEED]
+        self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
+        self.looks_at_faces = args.check or "face_similarity" in self.needs  # the method, or its report
+        for knob in ("targeted", "c", "lr"):
+            if getattr(args, knob) is None:
+                continue
+            if knob in self.knobs:
+                self.knobs[knob] = getattr(args, knob)
+            elif knob not in self.method.reads:
+                flag = "untargeted" if args.targeted is False and knob == "targeted" else knob
+                warn(f"--{flag} is ignored: {self.name} has no such knob ({readers(knob)} has)")
+        if args.clamp_min is not None or args.clamp_max is not None:
+            warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
+        if args.attack_budget > USUAL_BUDGET:
+            warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
+        self.run = Run(args.attack_budget, args.step_size, args.num_iters, args.lr or Run.lr)
+        chosen = models.sets.choose(args)
+        if self.method.fp32:
+            if args.dtype not in ("auto", "fp32"):
+                warn(f"{self.name} runs in fp32, whatever --dtype says")
+            chosen = dataclasses.replace(chosen, dtype=pick_dtype("fp32", chosen.device))
+        self.chosen, self.device, self.resolution = chosen, chosen.device, chosen.resolution
+        self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
+
+    def settings(self) -> dict[str, Any]:
+        """Gives all that decides about pixels, for run.json: a run with others makes other files."""
+        found = {
+            "seed": self.seed,
+            "defend_method": self.name,
+            "attack_budget": self.run.budget,
+            **{name: getattr(self.run, name) for name in self.method.reads},
+            **self.knobs,
+            "code": hash_of([code_of(self.method.objective), code_of(self.method.loop)]),
+        }
+        chosen = self.chosen
+        if self.needs:  # noise sees no network
+            found |= {"model": chosen.kind, "model_id": shown(chosen.model_id)}
+            found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
+        if "face_similarity" in self.needs:
+            found |= {"faces": self.faces, "recognizer": shown(chosen.recognizer)}
+        if "perceptual_distance" in self.needs:
+            found["lpips"] = shown(chosen.perceptual)
+        return found
+
+    # -----------------------------------------------------------------------------------------------------
+    # networks
+
+    @cached_property
+    def vae(self) -> WorkingVAE:
+        """The editor's autoencoder."""
+        chosen, how = self.chosen, (self.checkpointing, self.compile)
+        return load_vae(chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype, *how)
+
+    @cached_property
+    def recognizer(self) -> Recognizer:
+        """What the attack sees."""
+        return load_recognizer(self.chosen.recognizer, self.device, self.chosen.dtype, self.compile)
+
+    @cached_property
+    def judge(self) -> Recognizer:
+        """What no attack sees."""
+        return load_recognizer(self.chosen.judge, self.device, self.chosen.dtype)
+
+    @cached_property
+    def perceptual(self) -> Any:
+        """The LPIPS network."""
+        return load_perceptual(self.chosen.perceptual, self.device, self.chosen.dtype, self.compile)
+
+    @cached_property
+    def detector(self) -> FaceDetector:
+        """What finds faces."""
+        return FaceDetector(self.device)
+
+    def preload(self) -> None:
+        """Loads what the method can't do without, before anything is written. Raises UserError."""
+        members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
+        for need in self.needs:
+            getattr(self, members[need])
+
+    def _if_there(self, member: str) -> Any:
+        """A member for a report, or None if it can't be had, which is said and tried once."""
+        if member in self.unavailable:
+            return None
+        try:
+            return getattr(self, member)
+        except UserError as error:
+            self.unavailable.add(member)
+            warn(f"{member} not measured: {error}")
+            return None
+
+    # -----------------------------------------------------------------------------------------------------
+    # the way of a portrait
+
+    def load(self, path: Path, box: Box | None = None) -> Subject:
+        """Reads a portrait and, if something needs them, finds its faces, once, on the clean image.
+
+        box: a face given by hand, in the portrait's pixels. Raises UserError naming the file: not readable,
+        too small, or no face where the method needs one.
+        """
+        portrait = load_portrait(path, self.resolution)
+        if not self.looks_at_faces:
+            return Subject(portrait, [])
+        if box is None:
+            found = self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
+        elif inside := clip_box(box, portrait.size):
+            found = [inside]
+        else:
+            height, width = portrait.size
+            raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
+        working = working_size(portrait.size, self.resolution)
+        boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
+        if not boxes and "face_similarity" in self.needs:
+            raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
+        return Subject(portrait, boxes)
+
+    def protect(
+        self,
+        images: Tensor,
+        boxes: Sequence[Sequence[Box]],
+        seeds: Sequence[int],
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Tensor:
+        """Protects images (B, 3, H, W) in [-1, 1]; returns the same.
+
+        The one way from a script to `METHODS`. boxes: the faces of each image at the working size; seeds: of
+        the random starts. Raises UserError if a gradient is not finite.
+        """
+        working = to_working(images, self.resolution, self.chosen.editor.multiple)
+        offers: dict[str, Callable[[], Any]] = {
+            "vae": lambda: self.vae,
+            "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
+            "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
+        }
+        needs = {need: offers[need]() for need in self.needs}
+        start = random_start(images, self.run.budget, seeds)
+        run = dataclasses.replace(self.run, start=start, callback=callback)
+        try:
+            return self.method.protect(images, run, **needs, **self.knobs)
+        except GradientError as error:
+            dtype = self.chosen.dtype_name
+            hint = "" if dtype == "float32" else "; try --dtype fp32"
+            raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
+
+    def save(
+        self,
+        subjects: Sequence[Subject],
+        outputs: Sequence[Path | None],
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> list[Report]:
+        """Protects portraits of one size, saves and measures those with an output path. Raises UserError."""
+        import numpy as np
+
+        sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
+        seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
+        boxes = [subject.boxes for subject in subjects]
+        protected = self.protect(to_tensor(sources).to(self.device), boxes, seeds, callback)
+        pixels = to_uint8_within(protected, sources, self.run.budget)
+        reports = []
+        for subject, output, result in zip(subjects, outputs, pixels, strict=True):
+            if output is not None:
+                save_png(output, result, subject.portrait.alpha)
+                reports.append(self.measure(subject, output))
+        return reports
+
+    def measure(self, subject: Subject, output: Path) -> Report:
+        """Reads a protected file back, which is what counts. Raises UserError if it leaves the budget."""
+        from skimage.metrics import peak_signal_noise_ratio
+
+        source = subject.portrait.pixels
+        saved = load_image(output).pixels
+        size = linf(saved, source)
+        if size > self.run.budget + 1e-9:
+            raise UserError(f"{output}: differs by {size:.4f} from its source, over the budget")
+        psnr = peak_signal_noise_ratio(source, saved, data_range=255)
+        report = Report(output, self.name, self.run.budget, size, psnr, faceless=not subject.boxes)
+        if self.looks_at_faces:
+            report.similarity = self._round_trip(subject, saved)
+        return report
+
+    def _round_trip(self, subject: Subject, saved: Any) -> dict[str, tuple[float, float] | None]:
+        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recogniser and judge."""
+        import numpy as np
+        import torch
+
+        found: dict[str, tuple[float, float] | None] = {"recognizer": None, "judge": None}
+        vae = self._if_there("vae") if subject.boxes else None
+        if vae is None:
+            return found
+        pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
+        with torch.no_grad():
+            working = to_working(pair[:1], self.resolution, self.chosen.editor.multiple)
+            trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
+            for name in found:
+                if recognizer := self._if_there(name):
+                    similarity = face_similarity_to(recognizer, working, [subject.boxes])
+                    found[name] = tuple(similarity(trip[None]).item() for trip in trips)
+        return found
