@@ -900,6 +900,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
 # as a command
 
 
+@pytest.mark.slow
 def test_the_scripts_run_in_their_folder_and_above_it(world):
     edits = world / "edits"
     tables = []

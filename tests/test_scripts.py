@@ -908,6 +908,7 @@ def test_defend_as_a_command_from_another_directory(face, defend_flags, call, tm
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr  # of the libraries'
 
 
+@pytest.mark.slow
 def test_bad_input_as_a_command(tmp_path, edit_flags):
     done = run("edit.py", edit_flags, "--input_path", tmp_path / "none.png", "--prompt", "x")
     assert done.returncode == 1
