@@ -113,7 +113,7 @@ def peak_memory(device: torch.device) -> float:
     """Reads the peak so far of the device's memory, or of the process's, in GB."""
     import torch
 
-    if device.type == "cuda":
+    if utils.on_cuda(device):
         return torch.cuda.max_memory_allocated(device) / 1e9
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak would begin with that of the process that started this one
@@ -129,7 +129,7 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
 
     start = time.perf_counter()
     work()
-    if device.type == "cuda":
+    if utils.on_cuda(device):
         torch.cuda.synchronize(device)
     return time.perf_counter() - start
 
@@ -300,7 +300,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = choose(args)
     args.input_side = args.input_side or (chosen.resolution, chosen.resolution)
     height, width = args.input_side
-    on_gpu = chosen.device.type == "cuda"
+    on_gpu = utils.on_cuda(chosen.device)
     on = torch.cuda.get_device_name(chosen.device) if on_gpu else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
     about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "

@@ -255,6 +255,18 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
+def memory_format(device: torch.device) -> torch.memory_format:
+    """Says how networks keep their weights: channels last, which convolutions of CUDA and CPUs like."""
+    import torch
+
+    return torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
+
+
+def on_cuda(device: torch.device) -> bool:
+    """Tells whether a device has a memory and a queue of its own that torch.cuda knows of."""
+    return device.type == "cuda"
+
+
 # ---------------------------------------------------------------------------------------------------------
 # whole-file writes
 

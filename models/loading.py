@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, first_line
+from utils import UserError, first_line, memory_format
 
 if TYPE_CHECKING:
     import torch
@@ -123,11 +123,7 @@ def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
 
 def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Readies a network for inference: no dropout, no gradients for its parameters."""
-    import torch
-
-    # channels last, which convolutions of CUDA and CPUs like
-    layout = torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
-    network = network.to(device=device, dtype=dtype, memory_format=layout)
+    network = network.to(device=device, dtype=dtype, memory_format=memory_format(device))
     return network.eval().requires_grad_(False)
 
 
