@@ -15,11 +15,11 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from images import readable_suffixes
 from utils import UserError, first_line, warn, write_file
@@ -83,10 +83,6 @@ def hash_of(thing: Any) -> str:
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# run.json
-
-
 def read_record(directory: Path) -> dict[str, Any] | None:
     """Reads run.json of a directory, None if there is none. Raises UserError if it is damaged."""
     path = directory / "run.json"
@@ -111,11 +107,8 @@ def differences(old: dict[str, Any] | None, settings: dict[str, Any], prompts: d
     before = {"seed": old.get("seed"), **old["arguments"]}
     before |= {f"prompt {number}": text for number, text in old.get("prompts", {}).items()}
     now = settings | {f"prompt {number}": text for number, text in prompts.items()}
-    return [
-        f"{key}: {before[key]!r} there, {value!r} now"
-        for key, value in sorted(now.items())
-        if key in before and before[key] != value
-    ]
+    other = sorted(key for key in now if key in before and before[key] != now[key])
+    return [f"{key}: {before[key]!r} there, {now[key]!r} now" for key in other]
 
 
 def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, str], sources: Path) -> None:
@@ -131,8 +124,7 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
     texts = {str(number): text for number, text in prompts.items()}
     if old is not None and not differences(old, settings, prompts):
         texts = {**old.get("prompts", {}), **texts}
-        before = old.get("versions", now)
-        later = old.get("later_versions", [])
+        before, later = old.get("versions", now), old.get("later_versions", [])
         if now not in [before, *later]:
             changed = [name for name in now if before.get(name) != now[name]]
             words = "; ".join(f"{name} {before.get(name)}, now {now[name]}" for name in changed)
@@ -144,24 +136,15 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
     write_file(directory / "run.json", (json.dumps(record, indent=2) + "\n").encode())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the manifest
-
-
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """Reads the last line on each file of a directory, by its path there; half-written lines are left out."""
     found: dict[str, dict[str, Any]] = {}
     for path in _parts(directory):
-        try:
-            lines = path.read_bytes().split(b"\n")
-        except OSError:
-            continue
-        for line in lines:
-            try:
-                entry = json.loads(line)
-                found[entry["output"]] = entry
-            except (ValueError, KeyError, TypeError):
-                continue
+        with contextlib.suppress(OSError):
+            for line in path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, KeyError, TypeError):
+                    entry = json.loads(line)
+                    found[entry["output"]] = entry
     return found
 
 
@@ -173,46 +156,26 @@ def _parts(directory: Path) -> list[Path]:
 def gather_manifest(directory: Path) -> None:
     """Makes one file of the manifest's parts. Raises UserError."""
     whole, *parts = _parts(directory)
-    if not parts:
-        return
-    lines = [json.dumps(entry) + "\n" for entry in read_manifest(directory).values()]
-    write_file(whole, "".join(lines).encode())
+    if parts:
+        lines = [json.dumps(entry) + "\n" for entry in read_manifest(directory).values()]
+        write_file(whole, "".join(lines).encode())
     for part in parts:
         part.unlink(missing_ok=True)
 
 
-class Manifest:
-    """One process's part of a directory's manifest: whole lines, each on the disk before the next file."""
+def note(directory: Path, rank: int, output: Path, source: str, settings: str, **facts: Any) -> None:
+    """Adds a line on a file to one process's part of a directory's manifest.
 
-    def __init__(self, directory: Path, rank: int) -> None:
-        self.directory = directory
-        self.path = directory / f"manifest.{rank}.jsonl"
-        self.file: TextIO | None = None
-
-    def begin(self, output: Path, source: str, settings: str) -> None:
-        """Notes that a file is in the making: until `done`, nobody takes it for finished."""
-        self._write(output, source=source, settings=settings)
-
-    def done(self, output: Path, source: str, settings: str, facts: dict[str, Any]) -> None:
-        """Notes a finished file: its source's hash and its own, its settings', and facts about it."""
-        made = {"sha256": digest(output), "bytes": output.stat().st_size}
-        self._write(output, source=source, settings=settings, **made, **facts)
-
-    def close(self) -> None:
-        """Closes the file, if anything was noted."""
-        if self.file:
-            with contextlib.suppress(OSError):  # on a full disk, closing fails once more
-                self.file.close()
-
-    def _write(self, output: Path, **facts: Any) -> None:
-        if self.file is None:
-            self.file = open(self.path, "a")  # noqa: SIM115 (open as long as the run goes on)
-        self.file.write(json.dumps({"output": str(output.relative_to(self.directory)), **facts}) + "\n")
-        self.file.flush()
+    source, settings: their hashes. Without the facts of `made`, nobody takes the file for finished.
+    """
+    line = {"output": str(output.relative_to(directory)), "source": source, "settings": settings, **facts}
+    with open(directory / f"manifest.{rank}.jsonl", "a") as file:
+        file.write(json.dumps(line) + "\n")
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what of a directory is still true
+def made(output: Path) -> dict[str, Any]:
+    """Gives the facts that say of a file that it is finished."""
+    return {"sha256": digest(output), "bytes": output.stat().st_size}
 
 
 @dataclass
@@ -226,7 +189,7 @@ class Plan:
 
 def make_plan(
     directory: Path,
-    outputs: Iterable[tuple[Path, Path, str | None]],
+    outputs: Sequence[tuple[Path, Path, str | None]],
     settings: dict[str, Any],
     prompts: dict[int, str],
     *,
@@ -242,21 +205,19 @@ def make_plan(
     """
     record, entries = read_record(directory), read_manifest(directory)
     others = differences(record, settings, prompts)
-    plan, mine = Plan(), set()
+    plan = Plan()
     for output, source, prompt in outputs:
-        mine.add(output)
+        entry = entries.get(str(output.relative_to(directory)))
         if not output.exists():
             plan.wanted.add(output)
-            continue
-        if not output.is_file():
+        elif not output.is_file():
             plan.stale[output] = "not a file"
-            continue
-        entry = entries.get(str(output.relative_to(directory)))
-        if entry is None:
-            if output.stat().st_size == 0 or others:
-                plan.stale[output] = "other settings" if others else "empty"
-            else:
-                plan.unknown.append(output)
+        elif entry is None and others:
+            plan.stale[output] = "other settings"
+        elif entry is None and output.stat().st_size == 0:
+            plan.stale[output] = "empty"
+        elif entry is None:
+            plan.unknown.append(output)
         elif "sha256" not in entry:
             plan.wanted.add(output)  # the one in flight when a run was killed
         elif entry["settings"] != item_key(settings, prompt):
@@ -270,9 +231,9 @@ def make_plan(
     if record is None and there:
         raise UserError(f"{directory} has images ({listed(there)}), but no run.json that says what made them")
     made_otherwise = f"{directory} was made with other arguments ({'; '.join(others)})"
-    if others and (left_behind := [path for path in there if path not in mine]):
-        left = listed(left_behind)
-        raise UserError(f"{made_otherwise}, and this run doesn't make all of its files again ({left})")
+    if others and (left := [path for path in there if path not in {output for output, _, _ in outputs}]):
+        why = f"and this run doesn't make all of its files again ({listed(left)})"
+        raise UserError(f"{made_otherwise}, {why}")
     if others and there and not overwrite:
         raise UserError(f"{made_otherwise}; --overwrite makes its files again")
     if plan.stale and not overwrite:

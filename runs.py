@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +21,10 @@ import records
 from images import HEIF, images_by_stem, readable_suffixes
 from processes import Lock, Stop, Team
 from utils import UserError, first_line, one_line, positive_int, warn
+
+T = TypeVar("T")
+Loaded = TypeVar("Loaded")
+Facts = list[dict[str, Any]]  # of each file that was made, for the manifest
 
 ALONE = Team()
 OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of what the scripts write beside images
@@ -87,29 +92,19 @@ def find_images(directory: Path) -> list[Path]:
     return images
 
 
-def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
+def batches(items: Sequence[T], batch_size: int, size: Callable[[T], Any]) -> list[list[T]]:
     """Cuts items into batches of one image size, in order of their first item.
 
     It is the full list that is cut, whatever is finished already: so a resumed run computes the same batches.
-    An item whose size is not known is alone.
     """
-    groups: dict[Any, list[Item]] = {}
+    cut: list[list[T]] = []
+    last: dict[Any, list[T]] = {}  # batch of each size
     for item in items:
-        groups.setdefault(item.size or item.output, []).append(item)
-    cut = [
-        group[first : first + batch_size]
-        for group in groups.values()
-        for first in range(0, len(group), batch_size)
-    ]
-    order = {item.output: place for place, item in enumerate(items)}
-    return sorted(cut, key=lambda batch: order[batch[0].output])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the loop
-
-Loaded = TypeVar("Loaded")
-Facts = list[dict[str, Any]]  # of each file that was made, for the manifest
+        if len(last.get(size(item), ())) in (0, batch_size):
+            last[size(item)] = []
+            cut.append(last[size(item)])
+        last[size(item)].append(item)
+    return cut
 
 
 @dataclass
@@ -153,10 +148,8 @@ def make(
     """
     prompts = prompts or {}
     outputs = [(item.output, item.source, item.prompt) for item in items]
-
-    def look() -> records.Plan:
-        how = {"overwrite": options.overwrite, "verify": options.verify}
-        return records.make_plan(directory, outputs, settings, prompts, **how)
+    how = {"overwrite": options.overwrite, "verify": options.verify}
+    look = partial(records.make_plan, directory, outputs, settings, prompts, **how)
 
     def begin() -> set[Path]:
         plan = look()  # again, now that nobody else can write
@@ -166,34 +159,26 @@ def make(
         clean_up(directory)
         records.gather_manifest(directory)
         for output in plan.stale:  # or, if this run is killed, the next one would find them beside its record
-            manifest.begin(output, "", "")
+            records.note(directory, team.rank, output, "", "")
         records.write_record(directory, settings, prompts, items[0].source.parent)
         return plan.wanted
 
     if team.once(lambda: bool(look().wanted)):
         prepare()
     lock = Lock(directory)
-    manifest = records.Manifest(directory, team.rank)
     try:
         lock.take(team)
         wanted = team.once(begin)
-        cut = batches(items, options.batch_size)
+        cut = batches(items, options.batch_size, lambda item: item.size or item.output)
         own = team.share(cut, lambda batch: not any(item.output in wanted for item in batch))
-        summary = _Loop(load, work, wanted, settings, manifest, options.debug).run(own, unit, team)
-        manifest.close()
-        parts = team.all(summary)
+        parts = team.all(go_through(own, load, work, wanted, directory, settings, options.debug, unit, team))
         if team.is_first:
             with contextlib.suppress(UserError):  # on a full disk, the next run does it
                 records.gather_manifest(directory)
     finally:
-        manifest.close()
         lock.release()
-    whole = Summary(
-        sum(part.made for part in parts),
-        sum(part.skipped for part in parts),
-        [line for part in parts for line in part.failed],
-        max(part.signal for part in parts),
-    )
+    made, skipped, failed, signals = zip(*(vars(part).values() for part in parts), strict=True)
+    whole = Summary(sum(made), sum(skipped), [line for part in failed for line in part], max(signals))
     if team.is_first:
         print(one_line(f"{directory}: {whole}"), flush=True)
         for line in whole.failed:
@@ -208,93 +193,83 @@ def clean_up(directory: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-@dataclass
-class _Loop:
-    """One process's way through its batches."""
+def go_through(
+    own: Sequence[list[Item]],
+    load: Callable[[Item], Loaded],
+    work: Callable[[list[Item], list[Loaded], list[bool]], Facts],
+    wanted: set[Path],
+    directory: Path,
+    settings: dict[str, Any],
+    debug: bool,
+    unit: str,
+    team: Team,
+) -> Summary:
+    """Goes through one process's batches for `make`, carries on past what fails, and counts.
 
-    load: Callable[[Item], Any]
-    work: Callable[[list[Item], list[Any], list[bool]], Facts]
-    wanted: set[Path]
-    settings: dict[str, Any]
-    manifest: records.Manifest
-    debug: bool
-    sources: dict[Path, str] = field(default_factory=dict)  # output -> hash of its source, before it is read
-    summary: Summary = field(default_factory=Summary)
+    A batch of which any file is wanted is computed whole, so its arithmetic is that of an undisturbed run. A
+    file that can't be read drops out of its batch alone; an error in `work` fails the whole batch. Where
+    memory doesn't suffice for a batch, it and the following are cut in halves.
+    """
+    import torch
+    from tqdm import tqdm
 
-    def run(self, own: Sequence[list[Item]], unit: str, team: Team) -> Summary:
-        """Goes through batches, carries on past what fails, and counts.
+    summary, stop, note = Summary(), Stop(), partial(records.note, directory, team.rank)
 
-        A batch of which any file is wanted is computed whole, so its arithmetic is that of an undisturbed
-        run. A file that can't be read drops out of its batch alone; an error in `work` fails the whole batch.
-        Where memory doesn't suffice for a batch, it and the following are cut in halves.
-        """
-        import torch
-        from tqdm import tqdm
+    def fail(item: Item, error: Exception) -> None:
+        if debug:
+            raise error
+        if item.output in wanted:
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            text = name + first_line(error)
+            line = one_line(text if str(item.source) in text else f"{item.label}: {text}")
+            summary.failed.append(line)
+            bar.write(f"failed: {line}", file=sys.stderr)
 
-        stop = Stop()
-        largest = max(map(len, own), default=1)
-        with tqdm(total=sum(map(len, own)), unit=unit, disable=not team.is_first) as bar, stop.listening():
-            for batch in own:
-                if stop.signal or team.is_orphan:
-                    self.summary.signal = stop.signal or signal.SIGTERM
-                    break
-                todo = self._load(batch, bar)
-                while todo:
-                    part = todo[:largest]
-                    try:
-                        self._make(part)
-                    except Exception as error:  # a full disk...: the other batches may still do
-                        if out_of_memory(error) and len(part) > 1:
-                            largest = (len(part) + 1) // 2
-                            bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
-                            gc.collect()
-                            torch.cuda.empty_cache()
-                            continue
-                        if self.debug:
-                            raise
-                        for item, _ in part:
-                            self._fail(item, error, bar)
-                    todo = todo[largest:]
-                bar.update(len(batch))
-        return self.summary
+    def finish(part: list[tuple[Item, str, Loaded]]) -> None:
+        """Makes items that are loaded, with their lines in the manifest."""
+        mine = [
+            (item.output, source, records.item_key(settings, item.prompt))
+            for item, source, _ in part
+            if item.output in wanted
+        ]
+        for line in mine:
+            note(*line)
+        items, _, loaded = map(list, zip(*part, strict=True))
+        facts = work(items, loaded, [item.output in wanted for item in items]) if mine else []
+        for line, of_item in zip(mine, facts, strict=True):
+            note(*line, **records.made(line[0]), **of_item)
+        summary.made += len(mine)
 
-    def _load(self, batch: list[Item], bar: Any) -> list[tuple[Item, Any]]:
-        """The items of a batch that can be read; none if none of its files is wanted."""
-        n_wanted = sum(item.output in self.wanted for item in batch)
-        self.summary.skipped += len(batch) - n_wanted
-        todo = []
-        for item in batch if n_wanted else ():
-            try:
-                self.sources[item.output] = records.digest(item.source)
-                todo.append((item, self.load(item)))
-            except Exception as error:  # a bad file, or a detector out of memory: the others may still do
-                if self.debug:
-                    raise
-                self._fail(item, error, bar)
-        return todo
-
-    def _make(self, part: list[tuple[Item, Any]]) -> None:
-        """Makes one part of a batch, with its lines in the manifest."""
-        mine = [item for item, _ in part if item.output in self.wanted]
-        if not mine:
-            return
-        key = {item.output: records.item_key(self.settings, item.prompt) for item in mine}
-        for item in mine:
-            self.manifest.begin(item.output, self.sources[item.output], key[item.output])
-        items, loaded = map(list, zip(*part, strict=True))
-        facts = self.work(items, loaded, [item.output in self.wanted for item in items])
-        for item, of_item in zip(mine, facts, strict=True):
-            self.manifest.done(item.output, self.sources[item.output], key[item.output], of_item)
-        self.summary.made += len(mine)
-
-    def _fail(self, item: Item, error: Exception, bar: Any) -> None:
-        if item.output not in self.wanted:
-            return
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = name + first_line(error)
-        line = one_line(text if str(item.source) in text else f"{item.label}: {text}")
-        self.summary.failed.append(line)
-        bar.write(f"failed: {line}", file=sys.stderr)
+    largest = max(map(len, own), default=1)
+    with tqdm(total=sum(map(len, own)), unit=unit, disable=not team.is_first) as bar, stop.listening():
+        for batch in own:
+            if stop.signal or team.is_orphan:
+                summary.signal = stop.signal or signal.SIGTERM
+                break
+            n_wanted = sum(item.output in wanted for item in batch)
+            summary.skipped += len(batch) - n_wanted
+            todo = []
+            for item in batch if n_wanted else ():
+                try:  # the source's hash is of before it is read
+                    todo.append((item, records.digest(item.source), load(item)))
+                except Exception as error:  # a bad file, or a detector out of memory: the others may still do
+                    fail(item, error)
+            while todo:
+                part = todo[:largest]
+                try:
+                    finish(part)
+                except Exception as error:  # a full disk...: the other batches may still do
+                    if out_of_memory(error) and len(part) > 1:
+                        largest = (len(part) + 1) // 2
+                        bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
+                        gc.collect()
+                        torch.cuda.empty_cache()
+                        continue
+                    for item, _, _ in part:
+                        fail(item, error)
+                todo = todo[largest:]
+            bar.update(len(batch))
+    return summary
 
 
 def out_of_memory(error: Exception) -> bool:

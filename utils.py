@@ -57,10 +57,6 @@ class UserError(Exception):
     """Something the person at the keyboard can put right; shown as one line, without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# command line
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps a script's docstring as written, and shows every default but None, which the help explains."""
 
@@ -120,8 +116,7 @@ def budget_size(text: str) -> float:
 
 def in_levels(budget: float) -> str:
     """Says a budget in 8-bit levels, and what somebody would have to give who means levels."""
-    levels = f"{budget / LEVEL:.4g}/255"
-    return f"{budget:g} in [-1, 1] is {levels}; for {budget:g}/255 give {budget * LEVEL:.3g}"
+    return f"{budget:g} in [-1, 1] is {budget / LEVEL:.4g}/255; for {budget:g}/255 give {budget * LEVEL:.3g}"
 
 
 def allowed_levels(budget: float) -> int:
@@ -171,10 +166,6 @@ def csv_name(name: str) -> str:
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
-# ---------------------------------------------------------------------------------------------------------
-# prompts
-
-
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
     """Gives the instructions to use by number: the paper's, or the lines of a text file, numbered from 0.
 
@@ -200,10 +191,6 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     return {number: prompts[number] for number in sorted(set(numbers))}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# seeds
-
-
 def draw_seed(seed: int) -> int:
     """Gives the seed itself, or, for -1, one drawn at random and printed, so that the run can be repeated."""
     if seed >= 0:
@@ -219,9 +206,7 @@ def start_seed(seed: int, stem: str) -> int:
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
-# ---------------------------------------------------------------------------------------------------------
-# device and dtype: the one place that names them
-
+# Device and dtype, from here to `on_cuda`: nothing else names them
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
 DTYPE_HELP = "of the networks; auto is fp16 on CUDA, fp32 elsewhere. The optimised image is always fp32"
@@ -265,10 +250,6 @@ def memory_format(device: torch.device) -> torch.memory_format:
 def on_cuda(device: torch.device) -> bool:
     """Tells whether a device has a memory and a queue of its own that torch.cuda knows of."""
     return device.type == "cuda"
-
-
-# ---------------------------------------------------------------------------------------------------------
-# whole-file writes
 
 
 def temporary_name(path: Path) -> Path:

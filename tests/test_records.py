@@ -116,18 +116,14 @@ def entry(name: str, **more) -> str:
 
 
 def test_a_file_in_the_making_and_a_finished_one(tmp_path):
-    manifest = records.Manifest(tmp_path, rank=2)
-    manifest.close()
-    assert os.listdir(tmp_path) == []  # nothing was noted
     output = tmp_path / "prompt0" / "a.png"
-    manifest.begin(output, "source's", "settings'")
+    records.note(tmp_path, 2, output, "source's", "settings'")
     assert records.read_manifest(tmp_path) == {
         "prompt0/a.png": {"output": "prompt0/a.png", "source": "source's", "settings": "settings'"}
     }
     output.parent.mkdir()
     output.write_bytes(b"data")
-    manifest.done(output, "source's", "settings'", {"psnr": 30.0})
-    manifest.close()
+    records.note(tmp_path, 2, output, "source's", "settings'", **records.made(output), psnr=30.0)
     (found,) = records.read_manifest(tmp_path).values()
     assert found == {
         "output": "prompt0/a.png",
@@ -168,10 +164,8 @@ def test_the_parts_of_several_processes_are_gathered(tmp_path):
 
 
 def test_names_that_are_no_text_are_noted(tmp_path):
-    manifest = records.Manifest(tmp_path, rank=0)
     name = os.fsdecode(b"latin\xe9\n.png")
-    manifest.begin(tmp_path / name, "", "")
-    manifest.close()
+    records.note(tmp_path, 0, tmp_path / name, "", "")
     assert list(records.read_manifest(tmp_path)) == [name]
 
 
@@ -207,14 +201,13 @@ class Results:
 
     def make(self, *names: str) -> None:
         records.write_record(self.directory, self.settings, self.prompts, self.sources)
-        manifest = records.Manifest(self.directory, 0)
         for output, source, prompt in self.items:
             if output.stem in names:
                 output.parent.mkdir(exist_ok=True)
                 output.write_text(f"result of {source.read_text()}")
                 key = records.item_key(self.settings, prompt)
-                manifest.done(output, records.digest(source), key, {})
-        manifest.close()
+                made = records.made(output)
+                records.note(self.directory, 0, output, records.digest(source), key, **made)
 
     def look(self, **flags: bool) -> records.Plan:
         flags = {"overwrite": False, "verify": False} | flags
@@ -325,10 +318,8 @@ def test_an_instruction_that_changed(results):
 
 def test_the_file_in_flight_is_made_again(results):
     results.make("a", "b")
-    manifest = records.Manifest(results.directory, 0)
     for name in "bc":
-        manifest.begin(results.directory / f"{name}.png", "", "")
-    manifest.close()
+        records.note(results.directory, 0, results.directory / f"{name}.png", "", "")
     (results.directory / "c.png").write_text("whole, but nobody said so")
     assert results.wanted() == "bc"
 
