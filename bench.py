@@ -31,6 +31,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+from PIL import Image
+
+sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
+
+import eval_all
+from pairing import Key
+from views import Metric, View, load_views
+
 import defend
 import utils
 from images import load_image, to_tensor, working_size
@@ -40,7 +49,6 @@ from models.sets import MINI, add_model_arguments, choose, setting_help
 from protection import Protector
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 METRICS = {  # job -> of eval_all.py, those that share networks together
@@ -118,7 +126,7 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak would begin with that of the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
-    import resource
+    import resource  # which Windows hasn't
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # of macOS, in bytes
 
@@ -154,9 +162,6 @@ def operations(work: Callable[[], Any], args: argparse.Namespace) -> float:
 
 def portraits(n: int, size: tuple[int, int]) -> np.ndarray:
     """Gives n of the bundled portraits, brought to a size (H, W) -> (n, H, W, 3) uint8."""
-    import numpy as np
-    from PIL import Image
-
     paths = sorted((ROOT / "assets" / "portraits" / "mini").glob("*.png"))
     found = [Image.fromarray(load_image(paths[number % len(paths)]).pixels) for number in range(n)]
     return np.stack([np.array(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in found])
@@ -171,60 +176,59 @@ class Row(NamedTuple):
     operations: float  # 10^12: of one iteration and image of a defense, else of one image
 
 
+Job = tuple[list[Callable[[], Any]], Callable[..., tuple[float, float]]]  # works; costs -> iteration, image
+
+
 def run_job(job: str, args: argparse.Namespace) -> Row:
     """Measures one row of the table, in this process. Raises UserError."""
     import_libraries()
-    if job in METHODS:
-        return run_defense(job, args)
-    return run_edit(args) if job == "edit" else run_metric(job, args)
+    device = choose(args).device
+    before = peak_memory(device)
+    load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics
+    works, cost = load(job, args)
+    iteration, image = cost(*(typical(work, device, args) for work in works))
+    peak = peak_memory(device) - before  # operations are counted later: that keeps tensors alive
+    of_iteration, of_image = cost(*(operations(work, args) for work in works))
+    return Row(iteration, image, peak, of_iteration / args.batch_size if job in METHODS else of_image)
 
 
-def protector_of(method: str, args: argparse.Namespace) -> Protector:
-    """Makes what defend.py makes of such flags. Raises UserError."""
-    line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={args.iterations}"]
+def protector_of(method: str, args: argparse.Namespace, iterations: int | None = None) -> Protector:
+    """Makes what defend.py makes of such flags, or with other iterations. Raises UserError."""
+    line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={iterations or args.iterations}"]
     line += [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
     flags = ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips")
     line += [f"--{flag}={value}" for flag in flags if (value := getattr(args, flag, None)) is not None]
     return Protector(defend.parse_args(line))
 
 
-def run_defense(method: str, args: argparse.Namespace) -> Row:
-    """Measures a defense as the scripts run it; an image costs what Run.num_iters iterations do."""
+def load_defense(method: str, args: argparse.Namespace) -> Job:
+    """Loads a defense as the scripts run it; an image costs what Run.num_iters iterations do."""
     protector = protector_of(method, args)
-    before = peak_memory(protector.device)
     protector.preload()
     images = to_tensor(portraits(args.batch_size, args.input_side)).to(protector.device)
     height, width = working_size(args.input_side, protector.resolution)
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
-
-    def work() -> None:
-        protector.protect(images, boxes, range(len(images)))
-
+    work = partial(protector.protect, images, boxes, range(len(images)))
     measured, whole = (args.iterations, Run.num_iters) if "num_iters" in protector.method.reads else (1, 1)
-    iteration = typical(work, protector.device, args) / measured
-    peak = peak_memory(protector.device) - before  # operations are counted later: that keeps tensors alive
-    flops = operations(work, args) / measured / len(images)
-    return Row(iteration, iteration * whole / len(images), peak, flops)
+    return [work], lambda spent: (spent / measured, spent / measured * whole / len(images))
 
 
-def run_edit(args: argparse.Namespace) -> Row:
-    """Measures an edit with the set's own steps and guidance, by one of one step and one of three."""
+def load_edit(_: str, args: argparse.Namespace) -> Job:
+    """Loads the editor with the set's own steps and guidance, to edit in one step and in three."""
     chosen = choose(args)
-    before = peak_memory(chosen.device)
     editor = chosen.load_editor()
     steps = editor.knobs["num_inference_steps"]
     images = to_tensor(portraits(args.batch_size, args.input_side)).to(chosen.device)
     prompts = [utils.edit_prompts[number % len(utils.edit_prompts)] for number in range(len(images))]
 
-    def edit(few: int) -> None:
+    def work(few: int) -> None:
         editor.knobs["num_inference_steps"] = few
         editor(images, prompts, 0)
 
-    works = [partial(edit, few) for few in (1, 3)]
-    short, long = (typical(work, chosen.device, args) for work in works)
-    peak = peak_memory(chosen.device) - before
-    flops = of_all_steps(*(operations(work, args) for work in works), steps) / len(images)
-    return Row((long - short) / 2, of_all_steps(short, long, steps) / len(images), peak, flops)
+    def cost(one: float, three: float) -> tuple[float, float]:
+        return (three - one) / 2, of_all_steps(one, three, steps) / len(images)
+
+    return [partial(work, few) for few in (1, 3)], cost
 
 
 def of_all_steps(of_one: float, of_three: float, steps: int) -> float:
@@ -232,18 +236,9 @@ def of_all_steps(of_one: float, of_three: float, steps: int) -> float:
     return of_one + (steps - 1) * (of_three - of_one) / 2
 
 
-def run_metric(job: str, args: argparse.Namespace) -> Row:
-    """Measures metrics of an edit whose source is known already; in float32 by default, as the scripts do."""
-    sys.path.insert(0, str(ROOT / "evaluation"))  # its scripts are run from there
-    import eval_all
-    from pairing import Key
-    from views import load_views
-
-    dtype = "fp32" if args.dtype == "auto" else args.dtype
-    chosen = choose(argparse.Namespace(**{**vars(args), "dtype": dtype}))
-    before = peak_memory(chosen.device)
-    metrics = [metric for metric in eval_all.METRICS if metric.name in METRICS[job]]
-    views = load_views({need for metric in metrics for need in metric.needs}, chosen, utils.edit_prompts, {})
+def load_metrics(job: str, args: argparse.Namespace) -> Job:
+    """Loads metrics, for edits whose sources are known already; in float32 by default, as the scripts do."""
+    metrics, views = metrics_and_views(METRICS[job], args)
     sources = portraits(args.batch_size, args.input_side)
     edits, keys = sources[..., ::-1].copy(), [Key(0, 0, str(number)) for number in range(len(sources))]
     for view in views:
@@ -257,9 +252,16 @@ def run_metric(job: str, args: argparse.Namespace) -> Row:
         for metric in metrics:
             metric.function(*(seen[need] for need in metric.needs))
 
-    image = typical(work, chosen.device, args) / len(sources)
-    peak = peak_memory(chosen.device) - before
-    return Row(math.nan, image, peak, operations(work, args) / len(sources))
+    return [work], lambda spent: (math.nan, spent / len(sources))
+
+
+def metrics_and_views(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Metric], list[View]]:
+    """Loads metrics by name, with the networks that they need together. Raises UserError."""
+    dtype = "fp32" if args.dtype == "auto" else args.dtype
+    metrics = [metric for metric in eval_all.METRICS if metric.name in names]
+    needs = {need for metric in metrics for need in metric.needs}
+    chosen = choose(argparse.Namespace(**vars(args) | {"dtype": dtype}))
+    return metrics, load_views(needs, chosen, utils.edit_prompts, {})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -300,8 +302,8 @@ def run(args: argparse.Namespace) -> int:
     chosen = choose(args)
     args.input_side = args.input_side or (chosen.resolution, chosen.resolution)
     height, width = args.input_side
-    on_gpu = utils.on_cuda(chosen.device)
-    on = torch.cuda.get_device_name(chosen.device) if on_gpu else platform.machine()
+    cuda = utils.on_cuda(chosen.device)
+    on = torch.cuda.get_device_name(chosen.device) if cuda else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
     about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "
     about += f"--dtype {args.dtype}; {on}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
