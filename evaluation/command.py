@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import outputs
 import tables
@@ -17,6 +17,11 @@ from views import FACES, PIXELS, Metric
 
 import models.sets
 import utils
+
+if TYPE_CHECKING:
+    from torch import Tensor
+else:
+    Tensor = "torch.Tensor"  # for the metrics' annotations: torch itself takes seconds to import
 
 
 def script(
@@ -36,31 +41,28 @@ def script(
             parser.add_argument("--what", choices=tuple(whats), default=next(iter(whats)), help=measured)
         return parser.parse_args(argv)
 
-    def main(argv: Sequence[str] | None = None) -> int:
-        args = parse_args(argv)
+    def run(args: argparse.Namespace) -> int:
         chosen = by[args.by][args.what] if by else metric
-        return utils.run_command(partial(_run, metric=chosen, also=also), args)
+        metrics, output = [chosen, *also], args.output or Path(f"{chosen.name}_metric.csv")
+        outputs.check_outputs([output, args.per_image])
+        edits = edits_of(args)
+        baseline = find_row(rows_of(edits, metrics), args.baseline).method if args.baseline else None
+        check_edits(edits, Manifests())
+        networks = None if is_plain(metrics) else models.sets.choose(args)
+        scores = score(edits, metrics, networks, args.batch_size)
+        values = scores.values[scores.values["metric"] == chosen.name]
+        frame = tables.one_metric(values, baseline, chosen.infinite)
+        outputs.write_csv(output, frame)
+        if args.per_image:
+            outputs.write_csv(args.per_image, values.drop(columns="metric"))
+        print(tables.for_screen(frame, chosen.name, baseline))
+        print(utils.one_line(f"{output}: {len(edits.prompts)} prompts, {len(frame)} rows"))
+        return scores.report()
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        return utils.run_command(run, parse_args(argv))
 
     return parse_args, main
-
-
-def _run(args: argparse.Namespace, metric: Metric, also: Sequence[Metric]) -> int:
-    """Scores what the flags name by one metric, and those that go with it -> exit status."""
-    metrics = [metric, *also]
-    output = args.output or Path(f"{metric.name}_metric.csv")
-    outputs.check_outputs([output, args.per_image])
-    edits = edits_of(args)
-    baseline = find_row(rows_of(edits, metrics), args.baseline).method if args.baseline else None
-    check_edits(edits, Manifests())
-    scores = score(edits, metrics, None if is_plain(metrics) else models.sets.choose(args), args.batch_size)
-    values = scores.values[scores.values["metric"] == metric.name]
-    frame = tables.one_metric(values, baseline, metric.infinite)
-    outputs.write_csv(output, frame)
-    if args.per_image:
-        outputs.write_csv(args.per_image, values.drop(columns="metric"))
-    print(tables.for_screen(frame, metric.name, baseline))
-    print(utils.one_line(f"{output}: {len(edits.prompts)} prompts, {len(frame)} rows"))
-    return scores.report()
 
 
 def is_plain(metrics: Sequence[Metric]) -> bool:

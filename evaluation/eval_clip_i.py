@@ -11,12 +11,8 @@ others.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from command import Metric, Tensor, script
 
 
 def clip_i(edits: Tensor, sources: Tensor) -> Tensor:

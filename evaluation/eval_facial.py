@@ -19,12 +19,8 @@ from __future__ import annotations
 
 import math
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from command import Metric, Tensor, script
 
 
 def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:

@@ -12,12 +12,9 @@ eval_facial.py for that. --models mini: the bundled stand-in, whose values compa
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from command import Metric, Tensor, script
 
 SMALLEST = 32  # px; from here on each trunk's last layer has pixels left
 

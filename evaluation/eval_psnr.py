@@ -11,12 +11,8 @@ says that they differ, not that the person is gone: see eval_facial.py for that.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from command import Metric, Tensor, script
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:

@@ -11,12 +11,8 @@ that they differ, not that the person is gone: see eval_facial.py for that.
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from command import Metric, Tensor, script
 
 WINDOW = 11  # px, the side of the Gaussian window of sigma 1.5: scikit-image cuts it off at 3.5 sigma
 

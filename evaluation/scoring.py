@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 from directories import Row
 from pairing import Edits, Key
-from views import PIXELS, Metric, View, load_views
+from PIL import Image
+from views import Metric, View, load_views
 
 import utils
 from images import load_image, to_tensor
 from models.sets import Chosen
+from runs import batches
 from utils import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
 
 
@@ -60,11 +62,14 @@ def score(
     An image that can't be read is left out of every row alike. Raises UserError for edits too small for a
     metric, instructions that are not known, and if nothing can be scored.
     """
-    import numpy as np
     from tqdm import tqdm
 
     needs = {need for metric in metrics for need in metric.needs}
-    _check_sizes(edits, max(metric.smallest for metric in metrics))
+    smallest = max(metric.smallest for metric in metrics)
+    for key, size in edits.sizes.items():
+        if size and min(size) < smallest:
+            path = edits.path(edits.rows[0], key)
+            raise UserError(f"{path} is {size[1]}x{size[0]}; sides of at least {smallest} px are needed")
     if "clip_texts" in needs:
         edits.check_texts()
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
@@ -74,18 +79,20 @@ def score(
     values = np.full((len(rows), len(edits.keys), len(metrics)), np.nan)
     n_scored = 0
     with tqdm(total=len(keys), unit="edit", leave=False) as bar:
-        for batch in _batches(edits, keys, batch_size):
-            loaded, images = _read(edits, batch, damaged)
+        for batch in batches(keys, batch_size, edits.sizes.get):
+            loaded = _read(edits, batch, damaged)
             bar.update(len(batch))
             n_scored += len(loaded)
             if not loaded:
                 continue
             at = [place[key] for key in loaded]
+            of_rows = zip(edits.every_row, map(np.stack, zip(*loaded.values(), strict=True)), strict=True)
+            images = dict(of_rows)  # (B, H, W, 3) each
             clean = to_tensor(images[edits.clean]) if "clean" in needs else None
             for number, row in enumerate(rows):
-                seen = {"edits": to_tensor(images[row]), "clean": clean} if needs & PIXELS else {}
+                seen = {"edits": to_tensor(images[row]), "clean": clean}
                 for view in views:
-                    seen |= view(images[row], loaded)
+                    seen |= view(images[row], list(loaded))
                 for column, metric in enumerate(metrics):
                     if metric.is_of_source or row != edits.clean:
                         found = metric.function(*(seen[need] for need in metric.needs))
@@ -101,39 +108,27 @@ def _long(
     values: np.ndarray, methods: Sequence[str], keys: Sequence[Key], metrics: Sequence[str]
 ) -> pd.DataFrame:
     """(rows, edits, metrics) -> a line a value; categories, in this order, which cost a byte or two each."""
-    import numpy as np
     import pandas as pd
 
     def category(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
         return pd.Categorical.from_codes(codes, pd.Index(texts, dtype=object))
 
-    there = ~np.isnan(values)
-    row, key, metric = np.nonzero(there)
-    name, names = pd.factorize(np.array([key.name for key in keys], dtype=object), sort=True)
-    return pd.DataFrame(
-        {
-            "method": category(methods, row),
-            "seed": np.array([key.seed for key in keys])[key],
-            "prompt": np.array([key.prompt for key in keys], dtype=np.int32)[key],
-            "name": category(names, name[key]),
-            "metric": category(metrics, metric),
-            "value": values[there],
-        }
-    )
-
-
-def _check_sizes(edits: Edits, smallest: int) -> None:
-    """Raises UserError for images too small for a metric."""
-    for key, size in edits.sizes.items():
-        if size and min(size) < smallest:
-            path = edits.path(edits.rows[0], key)
-            raise UserError(f"{path} is {size[1]}x{size[0]}; sides of at least {smallest} px are needed")
+    row, key, metric = np.nonzero(~np.isnan(values))
+    seeds, prompts, names = zip(*keys, strict=True)
+    code, names = pd.factorize(np.array(names, dtype=object), sort=True)
+    columns = {
+        "method": category(methods, row),
+        "seed": np.array(seeds)[key],
+        "prompt": np.array(prompts, dtype=np.int32)[key],
+        "name": category(names, code[key]),
+        "metric": category(metrics, metric),
+        "value": values[row, key, metric],
+    }
+    return pd.DataFrame(columns)
 
 
 def _learn_sources(edits: Edits, views: Sequence[View], damaged: list[str]) -> list[Key]:
     """Shows every source to the views, at the sizes of its edits -> the keys whose source can be read."""
-    import numpy as np
-    from PIL import Image
     from tqdm import tqdm
 
     wanted = defaultdict(set)
@@ -142,47 +137,32 @@ def _learn_sources(edits: Edits, views: Sequence[View], damaged: list[str]) -> l
     unread = set()
     for name, path in tqdm(edits.sources.items(), unit="source", leave=False, disable=not edits.sources):
         try:
-            pixels = load_image(path).pixels
+            source = Image.fromarray(load_image(path).pixels)
         except UserError as error:
             damaged.append(str(error))
             unread.add(name)
             continue
-        for size in sorted(wanted[name] - {None}):
-            at_size = pixels
-            if size != pixels.shape[:2]:
-                at_size = Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BICUBIC)
+        for height, width in sorted(wanted[name] - {None}):
+            at_size = source.resize((width, height), Image.Resampling.BICUBIC)  # none, if it has that size
             for view in views:
                 view.add_source(name, np.array(at_size))
     return [key for key in edits.keys if key.name not in unread]
 
 
-def _batches(edits: Edits, keys: Sequence[Key], batch_size: int) -> Iterator[list[Key]]:
-    """Cuts keys into batches of edits of one size."""
-    groups = defaultdict(list)
-    for key in keys:
-        groups[edits.sizes[key]].append(key)
-    for group in groups.values():
-        for first in range(0, len(group), batch_size):
-            yield group[first : first + batch_size]
-
-
-def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> tuple[list[Key], dict[Row, np.ndarray]]:
-    """Reads the edits of a batch -> keys that can be read in every row, and each row's (B, H, W, 3)."""
-    import numpy as np
-
-    read: dict[Key, dict[Row, np.ndarray]] = {}
+def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> dict[Key, list[np.ndarray]]:
+    """Reads the edits of a batch -> those that can be read in every row: (H, W, 3) of each row."""
+    read = {}
     for key in batch:
-        found = {}
+        found = []
         for row in edits.every_row:
             path = edits.path(row, key)
             try:
                 pixels = load_image(path).pixels
                 if pixels.shape[:2] != edits.sizes[key]:
                     raise UserError(f"{path}: its size is not what its header says")
-                found[row] = pixels
+                found.append(pixels)
             except UserError as error:
                 damaged.append(str(error))
         if len(found) == len(edits.every_row):
             read[key] = found
-    rows = edits.every_row if read else []
-    return list(read), {row: np.stack([found[row] for found in read.values()]) for row in rows}
+    return read

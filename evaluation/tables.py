@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import directories  # noqa: F401 (finds the project's modules)
+import numpy as np
 
 import utils
 
@@ -24,15 +25,10 @@ FEWEST = 5  # images; below this there is no interval
 FEW_IMAGES = 30  # below this a bootstrap interval is only a hint
 
 
-# ---------------------------------------------------------------------------------------------------------
-# statistics
-
-
 def image_means(values: pd.DataFrame, groups: Sequence[str]) -> pd.Series:
     """Averages each image's finite values in each group; summed in order, since pandas' own sums differ in
     their last bits, on which ties of the bootstrap's resamples depend.
     """
-    import numpy as np
     import pandas as pd
 
     finite = values[np.isfinite(values["value"])]
@@ -48,25 +44,19 @@ def means(values: pd.DataFrame) -> pd.DataFrame:
     Returns mean, low, high, n (images), n_inf (values left out because they are infinite), by method and
     metric in the order in which they come.
     """
-    import numpy as np
-
     groups = ["method", "metric"]
-    infinite = np.isinf(values["value"])
-    table = infinite.groupby([values[group] for group in groups], observed=True, sort=False).sum()
-    table = table.to_frame("n_inf")
+    infinite = values.assign(n_inf=np.isinf(values["value"]))
+    table = infinite.groupby(groups, observed=True, sort=False)[["n_inf"]].sum()
     grouped = image_means(values, groups).groupby(groups, observed=True)
     table["mean"] = grouped.mean()
     table["n"] = grouped.size().reindex(table.index, fill_value=0)
     ends = {place: interval(samples.tolist()) for place, samples in grouped}
-    for number, end in enumerate(("low", "high")):
-        table[end] = [ends[place][number] if place in ends else math.nan for place in table.index]
+    table[["low", "high"]] = np.reshape([ends.get(place, (np.nan, np.nan)) for place in table.index], (-1, 2))
     return table[["mean", "low", "high", "n", "n_inf"]]
 
 
 def differences(values: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Averages paired differences to a row, edit by edit, where both are finite; otherwise as `means`."""
-    import numpy as np
-
     edit = ["seed", "prompt", "name", "metric"]
     of_baseline = values.loc[values["method"] == baseline, [*edit, "value"]]
     pairs = values[values["method"] != baseline].merge(of_baseline, on=edit, suffixes=("", "_baseline"))
@@ -81,21 +71,13 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
 
     Equal up to rounding, that is: the interval of rounding errors would say nothing.
     """
-    import numpy as np
     from scipy import stats
 
     if len(samples) < FEWEST or max(samples) - min(samples) <= 1e-6 * max(map(abs, samples)):
         return math.nan, math.nan
-    found = stats.bootstrap(
-        (np.asarray(samples),),
-        np.mean,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        batch=AT_ONCE,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    how = {"confidence_level": CONFIDENCE, "n_resamples": RESAMPLES, "batch": AT_ONCE, "method": "BCa"}
+    found = stats.bootstrap((np.asarray(samples),), np.mean, **how, rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def about_intervals(counts: Iterable[int]) -> str:
@@ -106,10 +88,6 @@ def about_intervals(counts: Iterable[int]) -> str:
     few = f"fewer than {FEWEST} images, no intervals" if min(counts) < FEWEST else ""
     some = f"fewer than {FEW_IMAGES} images, the intervals are approximate" if max(counts) >= FEWEST else ""
     return "; ".join(filter(None, (few, some)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# for the eye
 
 
 def shown(value: float, digits: int = 3, sign: str = "") -> str:
@@ -133,13 +111,8 @@ def harmless(name: str) -> str:
 def as_text(frame: pd.DataFrame, form: str) -> str:
     """Writes a table of texts, by tabulate, in one of its forms: the first column left, others right."""
     sides = ("left", *("right" for _ in frame.columns[1:]))
-    cells = frame.astype(object).map(harmless)
-    cells.columns = map(harmless, frame.columns)
+    cells = frame.astype(object).map(harmless).rename(columns=harmless)
     return cells.to_markdown(index=False, tablefmt=form, disable_numparse=True, colalign=sides)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the tables
 
 
 def one_metric(values: pd.DataFrame, baseline: str | None, infinite: bool) -> pd.DataFrame:
@@ -147,11 +120,11 @@ def one_metric(values: pd.DataFrame, baseline: str | None, infinite: bool) -> pd
 
     infinite: whether n_inf is told.
     """
-    of_prompts = image_means(values, ["method", "prompt"])
-    of_prompts = of_prompts.groupby(["method", "prompt"], observed=True).mean().unstack("prompt")
+    place = ["method", "prompt"]
+    of_prompts = image_means(values, place).groupby(place, observed=True).mean().unstack("prompt")
     found = means(values).droplevel("metric")
     table = of_prompts.reindex(index=found.index, columns=sorted(values["prompt"].unique()))
-    table.columns = [f"prompt{number}" for number in table.columns]
+    table = table.add_prefix("prompt")
     table[["mean", "ci_low", "ci_high", "n"]] = found[["mean", "low", "high", "n"]]
     if infinite:
         table["n_inf"] = found["n_inf"]
@@ -166,20 +139,18 @@ def for_screen(table: pd.DataFrame, metric: str, baseline: str | None) -> str:
     """Writes the table of one metric as a person reads it: mean, interval, n, difference to the baseline."""
     import pandas as pd
 
-    text = pd.DataFrame({"method": table["method"].astype(object)})
+    text, form = pd.DataFrame({"method": table["method"].astype(object)}), "{} to {}"
     text[metric] = table["mean"].map(shown)
     ends = zip(table["ci_low"], table["ci_high"], strict=True)
-    text[f"{CONFIDENCE:.0%} interval"] = [shown_interval(*pair, 3, "", "{} to {}") or "-" for pair in ends]
+    text[f"{CONFIDENCE:.0%} interval"] = [shown_interval(*pair, 3, "", form) or "-" for pair in ends]
     text["n"] = table["n"].map(str)
     if "n_inf" in table:
         text["inf"] = table["n_inf"].map(str)
     if baseline is not None:
-        pairs = table[["diff", "diff_low", "diff_high"]].itertuples(index=False)
         text[f"minus {baseline}"] = [
-            f"{shown(mean, 3, '+')} ({shown_interval(*ends, 3, '+', '{} to {}') or '-'})"
-            for mean, *ends in pairs
+            "" if pd.isna(n) else f"{shown(mean, 3, '+')} ({shown_interval(*ends, 3, '+', form) or '-'})"
+            for mean, *ends, n in table[["diff", "diff_low", "diff_high", "diff_n"]].itertuples(index=False)
         ]
-        text.loc[table["diff_n"].isna(), f"minus {baseline}"] = ""
     note = about_intervals(table["n"])
     return as_text(text, "plain") + (f"\n({note})" if note else "")
 
