@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -26,9 +27,7 @@ class Manifests:
     """What the manifests of directories of results say; each is read once."""
 
     def __init__(self) -> None:
-        self._entries = cache(read_manifest)
-        self._sources = cache(_sources_of)
-        self._files = cache(_files_of)
+        self._entries, self._sources, self._files = map(cache, (read_manifest, _sources_of, _files_of))
 
     def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
         """Gives the line about a file, by its path in the directory; None if there is none."""
@@ -37,11 +36,9 @@ class Manifests:
     def source(self, directory: Path, output: str) -> Path | None:
         """Finds the file that a result was made of, where it was; None if there is none now."""
         folder = self._sources(directory)
-        if folder is None:
-            return None
-        if re.fullmatch(r"prompt\d+", folder.name):  # cheats.py's: made of edits, prompt by prompt
+        if folder and re.fullmatch(r"prompt\d+", folder.name):  # cheats.py's: made of edits, prompt by prompt
             folder = folder.with_name(Path(output).parent.name)
-        return self._files(folder).get(Path(output).stem)
+        return self._files(folder).get(Path(output).stem) if folder else None
 
     def origins(self, directory: Path, output: str) -> list[str]:
         """Lists the hashes of what a file was made of, of what that was made of, and so on."""
@@ -50,8 +47,7 @@ class Manifests:
             if found and entry.get("sha256") != found[-1]:  # another file has taken its place since
                 break
             found.append(entry.get("source", ""))
-            source = self.source(directory, output)
-            if source is None:
+            if (source := self.source(directory, output)) is None:
                 break
             directory, output = source.parent, source.name
         return found
@@ -62,6 +58,20 @@ class Manifests:
             origins = self.origins(*place(edits, row, key))
             if origins and digest(files[key.name]) not in ("", *origins):  # "": who reads it will say so
                 yield key.name
+
+
+def _sources_of(directory: Path) -> Path | None:
+    """Where a directory's sources were, as run.json says; that may be somebody's own."""
+    with suppress(UserError):
+        sources = (read_record(directory) or {}).get("sources")
+        return Path(sources) if isinstance(sources, str) else None
+
+
+def _files_of(directory: Path) -> dict[str, Path]:
+    """The images of a directory by stem; none of one that is not there any more."""
+    with suppress(UserError):
+        return images_by_stem(directory)
+    return {}
 
 
 def place(edits: Edits, row: Row, key: Key) -> tuple[Path, str]:
@@ -75,15 +85,15 @@ def check_edits(edits: Edits, manifests: Manifests) -> None:
 
     Rows of which nothing is recorded are warned of in one line. Raises UserError.
     """
-    unknown = []
+    unknown = {}
     for row in edits.every_row:
-        places = {key: place(edits, row, key) for key in edits.keys}
-        if any(manifests.entry(*found) is None for found in places.values()):
-            unknown.append(row)
         changed: dict[str, Path] = {}
-        for key, found in places.items():
+        for key in edits.keys:
+            found = place(edits, row, key)
             entry, source = manifests.entry(*found), manifests.source(*found)
-            if entry and source and digest(source) not in ("", entry.get("source")):
+            if entry is None:
+                unknown[row] = str(row.directory)
+            elif source and digest(source) not in ("", entry.get("source")):
                 changed.setdefault(key.name, source)
         if changed:
             where = next(iter(changed.values())).parent
@@ -92,7 +102,7 @@ def check_edits(edits: Edits, manifests: Manifests) -> None:
     if edits.clean and edits.sources:
         check_pair(edits, edits.clean, edits.sources, manifests)
     if unknown:
-        rows = listed(unknown, lambda row: str(row.directory))
+        rows = listed(unknown.values(), str)
         warn(f"nothing tells what these edits were made of, so that can't be checked: {rows}")
 
 
@@ -125,20 +135,3 @@ def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manif
     if all(next(manifests.foreign(edits, row, files), None) for row in edits.rows):
         closest = min(edits.rows, key=lambda row: len(list(manifests.foreign(edits, row, files))))
         check_pair(edits, closest, files, manifests, ", and so do all other rows")
-
-
-def _sources_of(directory: Path) -> Path | None:
-    """Where a directory's sources were, as run.json says."""
-    try:
-        sources = (read_record(directory) or {}).get("sources")
-    except UserError:  # somebody's own run.json, beside pictures that no script of ours made
-        return None
-    return Path(sources) if isinstance(sources, str) else None
-
-
-def _files_of(directory: Path) -> dict[str, Path]:
-    """The images of a directory by stem; none of one that is not there any more."""
-    try:
-        return images_by_stem(directory)
-    except UserError:
-        return {}

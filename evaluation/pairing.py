@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
@@ -93,17 +94,13 @@ def find_edits(
         raise UserError(f"{edit_dirs[0]}: no edits in it but the clean ones")
     every_row = [clean, *rows] if clean else rows
     numbers = prompts_of(every_row, seeds, prompts)
-    folders = {
-        (row, seed, prompt): row.directory / f"seed{seed}" / f"prompt{prompt}"
-        for row in every_row
-        for seed in seeds
-        for prompt in numbers
-    }
-    there = {folder: images_by_stem(folder) for folder in folders.values()}
+    files, there = {}, {}
+    for row, seed, prompt in product(every_row, seeds, numbers):
+        folder = row.directory / f"seed{seed}" / f"prompt{prompt}"
+        files[row, seed, prompt] = there[folder] = images_by_stem(folder)
     there |= {src_dir: images_by_stem(src_dir)} if src_dir else {}
     shared = shared_names(there, common, names)
-    files = {place: there[folder] for place, folder in folders.items()}
-    keys = [Key(seed, prompt, name) for seed in seeds for prompt in numbers for name in shared]
+    keys = [Key(*key) for key in product(seeds, numbers, shared)]
     texts = texts_of(every_row, seeds, numbers, prompt_file)
     sources = {name: there[src_dir][name] for name in shared} if src_dir else {}
     sizes = sizes_of(every_row, files, keys)
@@ -120,18 +117,15 @@ def shared_names(
     """
     shared = set.intersection(*map(set, there.values()))
     union = set(wanted) if wanted else set().union(*there.values())
-    lacking = {
-        name: [str(directory) for directory, names in there.items() if name not in names]
-        for name in sorted(union - shared)
-    }
+    lacking = []
+    for name in sorted(union - shared):
+        places = [str(directory) for directory, names in there.items() if name not in names]
+        more = f" and {len(places) - 3} more" if places[3:] else ""
+        lacking.append(f"{name} in {', '.join(places[:3])}{more}")
+    if lacking and not common:
+        raise UserError(f"images are missing: {'; '.join(lacking)} (--common scores those that all have)")
     if lacking:
-        text = "; ".join(
-            f"{name} in {', '.join(places[:3])}" + (f" and {len(places) - 3} more" if places[3:] else "")
-            for name, places in lacking.items()
-        )
-        if not common:
-            raise UserError(f"images are missing: {text} (--common scores those that all have)")
-        print(utils.one_line(f"left out, not in every directory: {text}"), file=sys.stderr)
+        print(utils.one_line(f"left out, not in every directory: {'; '.join(lacking)}"), file=sys.stderr)
     if not shared & union:
         raise UserError("no image is in every directory")
     return sorted(shared & union)
@@ -162,8 +156,7 @@ def texts_of(
     """
     texts = utils.choose_prompts(None, file) if file else {}
     origin = dict.fromkeys(texts, file)
-    settings: dict[str, tuple[object, Path]] = {}
-    differing: dict[str, str] = {}
+    settings, differing = {}, {}
     for directory in [row.directory / f"seed{seed}" for row in rows for seed in seeds]:
         record = read_record(directory) or {}
         for number, text in ((int(key), text) for key, text in record.get("prompts", {}).items()):
