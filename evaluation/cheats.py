@@ -66,17 +66,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
     parser.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
     parser.add_argument("--output_dir", type=utils.path, required=True, help="where CHEAT/seed{S}/ are made")
-    parser.add_argument(
-        "--cheats", nargs="+", choices=NAMES, default=list(NAMES), metavar="CHEAT", help=", ".join(NAMES)
-    )
+    names = {"choices": NAMES, "default": list(NAMES), "help": ", ".join(NAMES)}
+    parser.add_argument("--cheats", nargs="+", metavar="CHEAT", **names)
     add_prompt_arguments(parser)
     parser.add_argument("--shift", type=utils.positive_int, default=SHIFT, help="px")
-    parser.add_argument(
-        "--seed", type=utils.known_seed, required=True, help="the S of the clean edits' seed{S}"
-    )
-    parser.add_argument(
-        "--other_seed", type=utils.known_seed, help="the noise of 'reseeded' (default: --seed + 1)"
-    )
+    seed, other = "the S of the clean edits' seed{S}", "the noise of 'reseeded' (default: --seed + 1)"
+    parser.add_argument("--seed", type=utils.known_seed, required=True, help=seed)
+    parser.add_argument("--other_seed", type=utils.known_seed, help=other)
     models.sets.add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
@@ -88,13 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the cheats that the flags name -> exit status."""
-    edits = find_edits(
-        [args.clean_edit_dir],
-        [args.seed],
-        src_dir=args.src_dir,
-        prompts=args.prompts,
-        prompt_file=args.prompt_file,
-    )
+    given = {flag: getattr(args, flag) for flag in ("src_dir", "prompts", "prompt_file")}
+    edits = find_edits([args.clean_edit_dir], [args.seed], **given)
     other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
     chosen = models.sets.choose(args) if "reseeded" in args.cheats else None
     options = runs.Options.of(args)
@@ -143,7 +134,7 @@ def check_reseeding(clean: Path, chosen: models.sets.Chosen, seed: int, other_se
     differing = [
         f"--{flag} {before[flag]}, not {value}"
         for flag, value in chosen.edit_settings().items()
-        if flag in before and before[flag] != value
+        if before.get(flag, value) != value
     ]
     if differing:
         raise UserError(f"{clean}: the clean edits were made with {'; '.join(differing)}")
@@ -153,32 +144,24 @@ def alter(
     cheat: str, edits: Edits, directory: Path, texts: dict[int, str], shift: int, options: runs.Options
 ) -> int:
     """Changes the clean edits' pixels, or takes the source's -> exit status. Raises UserError."""
-    items = [
-        runs.Item(
-            edits.sources[key.name] if cheat == "source" else edits.path(edits.rows[0], key),
-            directory / f"prompt{key.prompt}" / f"{key.name}.png",
-            None,
-            label=f"{cheat}/prompt{key.prompt}/{key.name}",
-            prompt=texts[key.prompt],
-        )
-        for key in edits.keys
-    ]
+    items = []
+    for key in edits.keys:
+        source = edits.sources[key.name] if cheat == "source" else edits.path(edits.rows[0], key)
+        name = f"prompt{key.prompt}/{key.name}"
+        output = directory / f"{name}.png"
+        items.append(runs.Item(source, output, None, f"{cheat}/{name}", texts[key.prompt]))
+
+    def load(item: runs.Item) -> Portrait:
+        return load_image(item.source)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
         for item, portrait in zip(batch, portraits, strict=True):
             save_png(item.output, np.asarray(ALTERED[cheat](Image.fromarray(portrait.pixels), shift)))
         return [{}] * len(batch)
 
-    return runs.make(
-        items,
-        lambda item: load_image(item.source),
-        work,
-        directory,
-        {"seed": edits.keys[0].seed, "cheat": cheat, **({"shift": shift} if cheat == "shifted" else {})},
-        options=options,
-        prompts={number: text for number, text in texts.items() if text},
-        unit="picture",
-    )
+    settings = {"seed": edits.keys[0].seed, "cheat": cheat} | ({"shift": shift} if cheat == "shifted" else {})
+    how = {"options": options, "prompts": {number: text for number, text in texts.items() if text}}
+    return runs.make(items, load, work, directory, settings, unit="picture", **how)
 
 
 if __name__ == "__main__":

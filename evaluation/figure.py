@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import outputs
 from chain import Manifests, check_edits, check_pair
 from command import add_prompt_arguments, edits_of
@@ -32,7 +33,6 @@ from images import images_by_stem, load_image
 from utils import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -99,14 +99,10 @@ def save(figure: Figure, output: Path) -> None:
     utils.write_file(output, buffer.getvalue())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the grid
-
-
 def run_grid(args: argparse.Namespace) -> int:
     """Draws the grid that the flags name -> exit status."""
-    edits = edits_of(args)
-    make_grid(edits, args.protected_dirs, args.output, args.names, args.titles, args.difference)
+    shown = args.names, args.titles, args.difference
+    make_grid(edits_of(args), args.protected_dirs, args.output, *shown)
     return 0
 
 
@@ -135,13 +131,12 @@ def make_grid(
     check_edits(edits, manifests)
     files = [images_by_stem(directory) for directory in protected]
     for row, directory, found in zip(edits.rows, protected, files, strict=True):
-        lacking = [name for name in edits.names if name not in found]
-        if lacking:
+        if lacking := [name for name in edits.names if name not in found]:
             raise UserError(f"{directory}: no image {', '.join(lacking)}")
         check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
-    shown = [edits.path(row, key) for row in edits.every_row for key in keys]
-    shown += [*edits.sources.values(), *(path for found in files for path in found.values())]
-    outputs.check_outputs([output], shown, FORMATS, is_figure)
+    read = [edits.path(row, key) for row in edits.every_row for key in keys]
+    read += [*edits.sources.values(), *(path for found in files for path in found.values())]
+    outputs.check_outputs([output], read, FORMATS, is_figure)
 
     cells = []
     for key in keys:
@@ -151,13 +146,12 @@ def make_grid(
             image = load_image(found[key.name]).pixels
             if image.shape != source.shape:
                 raise UserError(f"{found[key.name]}: has another size than its source")
-            added = [difference(image, source)] if with_difference else []
-            line += [image, *added, load_image(edits.path(row, key)).pixels]
+            line += [image, *([difference(image, source)] if with_difference else [])]
+            line.append(load_image(edits.path(row, key)).pixels)
         cells.append(line)
     labels = [f"{key.name}\n{edits.texts.get(key.prompt, f'prompt {key.prompt}')}" for key in keys]
     columns = ["source", "edit of source"]
-    for title in titles:
-        method = f"\n{title}" if title else ""
+    for method in (f"\n{title}" if title else "" for title in titles):
         added = [f"difference x{AMPLIFY}"] if with_difference else []
         columns += [f"protected{method}", *added, f"edit of protected{method}"]
     save(draw(cells, labels, columns), output)
@@ -166,8 +160,6 @@ def make_grid(
 
 def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Shows what was added to the source, AMPLIFY times, around grey: (H, W, 3) uint8."""
-    import numpy as np
-
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
 
 
@@ -177,21 +169,16 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
 
     figure = Figure(figsize=(CELL * (len(columns) + 1), CELL * len(cells) + 0.5), dpi=DPI)
     axes = figure.subplots(len(cells), len(columns), squeeze=False)
-    for line, (pictures, label) in enumerate(zip(cells, labels, strict=True)):
-        for column, picture in enumerate(pictures):
-            axis = axes[line, column]
-            axis.imshow(picture, interpolation="nearest" if picture.shape[0] <= 256 else "antialiased")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if line == 0:
-                axis.set_title(columns[column], fontsize=8)
-        axes[line, 0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
+    for axis, picture in zip(axes.flat, [picture for line in cells for picture in line], strict=True):
+        axis.imshow(picture, interpolation="nearest" if picture.shape[0] <= 256 else "antialiased")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
     figure.tight_layout(pad=0.3)
     return figure
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the plot
 
 
 def run_plot(args: argparse.Namespace) -> int:
@@ -248,23 +235,19 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
         points = points.astype({"value": float, "low": float, "high": float})
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    points = points.dropna(subset="value").reset_index(drop=True)
-    points["place"] = label
+    points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
     for at, name in points["method"].items():
         parts = [part for part in Path(name).parts if part != "/"]
-        budgets = [part[7:] for part in parts if re.fullmatch(f"budget_{NUMBER}", part)]
+        budget = next((part[7:] for part in parts[::-1] if re.fullmatch(f"budget_{NUMBER}", part)), "")
         rest = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
-        budget, method = (budgets or [""])[-1], rest[-1] if rest else name
+        method = rest[-1] if rest else name
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
         points.loc[at, "place"] = label or budget
     return points
 
 
 def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
-    """Draws a line a method over numbers, to scale, or points beside each other over names.
-
-    A row without a place is a dashed line.
-    """
+    """Draws a line a method over numbers, to scale, or points over names; a row without a place is dashed."""
     from matplotlib.figure import Figure
 
     places = [place for place in points["place"].unique() if place]

@@ -47,7 +47,7 @@ def check_outputs(
     outputs: Iterable[Path | None],
     inputs: Iterable[Path | None] = (),
     suffixes: Sequence[str] = (".csv",),
-    is_ours: Callable[[bytes], bool] = is_table,
+    is_ours: Callable[[bytes], object] = is_table,
 ) -> None:
     """Refuses outputs that can't be written, would destroy something or overwrite each other.
 

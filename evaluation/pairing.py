@@ -108,9 +108,7 @@ def find_edits(
     return Edits(rows, clean, files, keys, sizes, sources, texts, gallery)
 
 
-def shared_names(
-    there: dict[Path, dict[str, Path]], common: bool, wanted: Sequence[str] | None
-) -> list[str]:
+def shared_names(there: dict[Path, dict[str, Path]], common: bool, wanted: Sequence[str] | None) -> list[str]:
     """Lists the stems that all directories have, sorted; only the wanted ones, if any are named.
 
     Raises UserError naming what some lack, unless `common`: then it is named on stderr.
