@@ -4,8 +4,6 @@ run.json holds the settings that decide about pixels. The manifest has a line a 
 own, and a hash of the settings. So "there already" can mean: the result of this source and these settings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import hashlib
@@ -16,7 +14,6 @@ import platform
 import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -34,12 +31,10 @@ NAMED = 5  # files that a message names before it counts the rest
 
 def versions() -> dict[str, str]:
     """Reads the versions of Python and of what decides about pixels."""
-    found = {"python": platform.python_version()}
+    found = {"python": platform.python_version(), **dict.fromkeys(PACKAGES, "not installed")}
     for package in PACKAGES:
-        try:
+        with contextlib.suppress(metadata.PackageNotFoundError):
             found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            found[package] = "not installed"
     return found
 
 
@@ -59,16 +54,11 @@ def _digest(path: Path, *_: int) -> str:
 
 
 def code_of(function: Callable[..., Any]) -> str:
-    """Gives the code of a function and of all that it names in its own module, without comments.
-
-    A result is stale if a constant or a helper of its method changed, not if a docstring was reworded.
-    """
+    """Gives a function's code and of all that it names in its module, without comments and docstrings."""
     module, found, waiting = inspect.getmodule(function), {}, [function.__name__]
     while waiting:
         name = waiting.pop()
-        value = getattr(module, name, None)
-        if name in found:
-            continue
+        value = None if name in found else getattr(module, name, None)
         if isinstance(value, int | float | str | tuple):
             found[name] = f"{name} = {value!r}"
         elif inspect.isfunction(value) and value.__module__ == module.__name__:
@@ -112,10 +102,9 @@ def differences(old: dict[str, Any] | None, settings: dict[str, Any], prompts: d
 
 
 def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, str], sources: Path) -> None:
-    """Writes run.json: the settings, prompts and versions, and where the sources were, which isn't compared.
+    """Writes run.json: settings, prompts and versions, and where the sources were, which isn't compared.
 
-    What an earlier run of the same settings recorded stays: its prompts, and its versions as a first entry.
-    Raises UserError.
+    What a run of the same settings recorded stays, its versions as a first entry. Raises UserError.
     """
     old, now = read_record(directory), versions()
     arguments = {key: value for key, value in settings.items() if key != "seed"}
@@ -139,7 +128,7 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     """Reads the last line on each file of a directory, by its path there; half-written lines are left out."""
     found: dict[str, dict[str, Any]] = {}
-    for path in _parts(directory):
+    for path in [directory / MANIFEST, *sorted(directory.glob("manifest.*.jsonl"))]:
         with contextlib.suppress(OSError):
             for line in path.read_bytes().split(b"\n"):
                 with contextlib.suppress(ValueError, KeyError, TypeError):
@@ -148,26 +137,17 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _parts(directory: Path) -> list[Path]:
-    """The manifest, and what the processes of a run have added since."""
-    return [directory / MANIFEST, *sorted(directory.glob("manifest.*.jsonl"))]
-
-
 def gather_manifest(directory: Path) -> None:
-    """Makes one file of the manifest's parts. Raises UserError."""
-    whole, *parts = _parts(directory)
-    if parts:
+    """Makes one file of the manifest and what the processes of a run have added. Raises UserError."""
+    if parts := sorted(directory.glob("manifest.*.jsonl")):
         lines = [json.dumps(entry) + "\n" for entry in read_manifest(directory).values()]
-        write_file(whole, "".join(lines).encode())
+        write_file(directory / MANIFEST, "".join(lines).encode())
     for part in parts:
         part.unlink(missing_ok=True)
 
 
 def note(directory: Path, rank: int, output: Path, source: str, settings: str, **facts: Any) -> None:
-    """Adds a line on a file to one process's part of a directory's manifest.
-
-    source, settings: their hashes. Without the facts of `made`, nobody takes the file for finished.
-    """
+    """Adds a line to one process's part of a manifest; without the facts of `made`, a file isn't finished."""
     line = {"output": str(output.relative_to(directory)), "source": source, "settings": settings, **facts}
     with open(directory / f"manifest.{rank}.jsonl", "a") as file:
         file.write(json.dumps(line) + "\n")
@@ -178,15 +158,6 @@ def made(output: Path) -> dict[str, Any]:
     return {"sha256": digest(output), "bytes": output.stat().st_size}
 
 
-@dataclass
-class Plan:
-    """What a run finds in its directory."""
-
-    wanted: set[Path] = field(default_factory=set)  # outputs to be made
-    stale: dict[Path, str] = field(default_factory=dict)  # there, but not this run's results; and why
-    unknown: list[Path] = field(default_factory=list)  # there, with nothing that says what made them
-
-
 def make_plan(
     directory: Path,
     outputs: Sequence[tuple[Path, Path, str | None]],
@@ -195,57 +166,51 @@ def make_plan(
     *,
     overwrite: bool,
     verify: bool,
-) -> Plan:
+) -> tuple[dict[Path, str], list[Path]]:
     """Compares a directory with what a run would make: (output, source, instruction) of each file.
 
-    An output is there already if its settings, its source's bytes and its own are those of its line in the
-    manifest (its size, with `verify` its hash). With `overwrite` all others are made again. Raises UserError
-    listing the others, for images without a run.json, and for files that would stay behind under other
-    settings.
+    An output is there already if settings, source and bytes (size; with `verify` its hash) are those in the
+    manifest. Returns what is to be made, with the reason if it is there, and what is there unexplained.
+    Raises UserError: without `overwrite`, for reasons and other settings; for images without a run.json, and
+    for files that would stay behind under other settings.
     """
     record, entries = read_record(directory), read_manifest(directory)
     others = differences(record, settings, prompts)
-    plan = Plan()
+    wanted, unknown = {}, []
     for output, source, prompt in outputs:
         entry = entries.get(str(output.relative_to(directory)))
         if not output.exists():
-            plan.wanted.add(output)
+            wanted[output] = ""
         elif not output.is_file():
-            plan.stale[output] = "not a file"
+            wanted[output] = "not a file"
         elif entry is None and others:
-            plan.stale[output] = "other settings"
+            wanted[output] = "other settings"
         elif entry is None and output.stat().st_size == 0:
-            plan.stale[output] = "empty"
+            wanted[output] = "empty"
         elif entry is None:
-            plan.unknown.append(output)
+            unknown.append(output)
         elif "sha256" not in entry:
-            plan.wanted.add(output)  # the one in flight when a run was killed
-        elif entry["settings"] != item_key(settings, prompt):
-            plan.stale[output] = "other settings or instruction"
+            wanted[output] = ""  # the one in flight when a run was killed
+        elif entry["settings"] != hash_of([settings, prompt]):
+            wanted[output] = "other settings or instruction"
         elif entry["source"] != digest(source):
-            plan.stale[output] = "its source has changed"
+            wanted[output] = "its source has changed"
         elif entry["bytes"] != output.stat().st_size or (verify and entry["sha256"] != digest(output)):
-            plan.stale[output] = "not the file that was written"
+            wanted[output] = "not the file that was written"
     files, suffixes = [*directory.glob("*"), *directory.glob("prompt*/*")], readable_suffixes()
     there = sorted(path for path in files if path.suffix.lower() in suffixes and path.name[0] != ".")
     if record is None and there:
         raise UserError(f"{directory} has images ({listed(there)}), but no run.json that says what made them")
     made_otherwise = f"{directory} was made with other arguments ({'; '.join(others)})"
-    if others and (left := [path for path in there if path not in {output for output, _, _ in outputs}]):
+    if others and (left := sorted({*there} - {output for output, _, _ in outputs})):
         why = f"and this run doesn't make all of its files again ({listed(left)})"
         raise UserError(f"{made_otherwise}, {why}")
     if others and there and not overwrite:
         raise UserError(f"{made_otherwise}; --overwrite makes its files again")
-    if plan.stale and not overwrite:
-        names = listed(plan.stale, lambda path: f"{path.relative_to(directory)}: {plan.stale[path]}")
+    if (stale := [path for path, why in wanted.items() if why]) and not overwrite:
+        names = listed(stale, lambda path: f"{path.relative_to(directory)}: {wanted[path]}")
         raise UserError(f"{directory}: not the results of this run: {names}; --overwrite makes them again")
-    plan.wanted |= plan.stale.keys()
-    return plan
-
-
-def item_key(settings: dict[str, Any], prompt: str | None) -> str:
-    """Hashes all that decides about one file beside its source."""
-    return hash_of([settings, prompt])
+    return wanted, unknown
 
 
 def listed(paths: Iterable[Path], text: Any = lambda path: path.name) -> str:

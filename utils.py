@@ -167,10 +167,9 @@ def csv_name(name: str) -> str:
 
 
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
-    """Gives the instructions to use by number: the paper's, or the lines of a text file, numbered from 0.
+    """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    A blank line keeps its number and is left out. numbers: only these. Raises UserError: no such file or
-    number, or nothing in the file.
+    Blank lines keep their numbers and are left out. numbers: only these. Raises UserError if one isn't there.
     """
     prompts = edit_prompts
     if file is not None:
@@ -259,10 +258,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: aside, fsync of the file, rename, fsync of the directory.
-
-    A link is replaced, what it points to stays; a device or pipe is written through. Raises UserError.
-    """
+    """Writes a file whole or not at all; replaces a link, writes through a device. Raises UserError."""
     aside = temporary_name(path)
     try:
         if path.exists() and not path.is_file():

@@ -205,16 +205,16 @@ class Results:
             if output.stem in names:
                 output.parent.mkdir(exist_ok=True)
                 output.write_text(f"result of {source.read_text()}")
-                key = records.item_key(self.settings, prompt)
+                key = records.hash_of([self.settings, prompt])
                 made = records.made(output)
                 records.note(self.directory, 0, output, records.digest(source), key, **made)
 
-    def look(self, **flags: bool) -> records.Plan:
+    def look(self, **flags: bool) -> tuple[dict[Path, str], list[Path]]:
         flags = {"overwrite": False, "verify": False} | flags
         return records.make_plan(self.directory, self.items, self.settings, self.prompts, **flags)
 
     def wanted(self, **flags: bool) -> str:
-        return "".join(sorted(path.stem for path in self.look(**flags).wanted))
+        return "".join(sorted(path.stem for path in self.look(**flags)[0]))
 
     def refused(self, why: str, **flags: bool) -> None:
         with pytest.raises(UserError) as caught:
@@ -328,9 +328,9 @@ def test_files_that_nobody_noted_are_known_as_such(results):
     """By hand, or by an older version of this project; an empty one is none."""
     results.make()
     (results.directory / "a.png").write_text("by hand")
-    plan = results.look()
-    assert plan.unknown == [results.directory / "a.png"]
-    assert {path.stem for path in plan.wanted} == {"b", "c"}
+    wanted, unknown = results.look()
+    assert unknown == [results.directory / "a.png"]
+    assert {path.stem for path in wanted} == {"b", "c"}
     (results.directory / "b.png").touch()
     results.refused("b.png: empty")
     assert results.wanted(overwrite=True) == "bc"
