@@ -4,22 +4,17 @@ A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as ma
 directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py`
-# above it.
+# The scripts of this folder run in it and above it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from utils import UserError
-
-SOUGHT = 2  # folders below a given one in which rows are looked for
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,9 @@ class Row:
 
 
 def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = False) -> list[Row]:
-    """Lists the rows that the given directories stand for; one that is named twice is one row.
+    """Lists the rows that directories stand for, each once; with `common`, those lacking a seed are left out.
 
-    A row that lacks a seed is an error or, with `common`, left out and named. Raises UserError, also if there
-    is none.
+    Raises UserError, also if there is none.
     """
     rows: dict[Path, Row] = {}
     lacking = []
@@ -46,7 +40,7 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
             raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
         if re.fullmatch(r"seed\d+", name):
             found = {given.resolve().parent: given}
-        elif not (found := {row: row for row in _rows_below(given, SOUGHT)}):
+        elif not (found := {row: row for row in _rows_below(given, 2)}):
             raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
         for row, named in found.items():
             if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
@@ -99,10 +93,7 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
 
 
 def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] | None) -> list[int]:
-    """Lists the prompts to score: those asked for, else all that any row has.
-
-    Raises UserError if a row lacks one.
-    """
+    """Lists the prompts to score: those asked for, else all that there are. Raises UserError if one lacks."""
     folders = [row.directory / f"seed{seed}" for row in rows for seed in seeds]
     there = {folder: {child.name for child in _folders(folder)} for folder in folders}
     numbered = (re.fullmatch(r"prompt(0|[1-9]\d*)", name) for names in there.values() for name in names)

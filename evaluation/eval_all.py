@@ -14,15 +14,12 @@ visible each protection is (..._protected.csv). Either file of an earlier run is
 nothing for it. Which metric can be trusted for what: docs/results.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import eval_clip_i
 import eval_clip_s
@@ -32,11 +29,9 @@ import eval_psnr
 import eval_ssim
 import outputs
 import tables
-from chain import Manifests, check_edits, check_protected
-from command import Tensor, edits_of, make_parser
 from directories import Row, find_row, protected_rows
-from pairing import Edits, Key, sizes_of
-from scoring import rows_of, score
+from pairing import Edits, Key, Manifests, check_edits, check_protected, sizes_of
+from scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
 from views import Metric
 
 import models.sets
@@ -44,9 +39,6 @@ import utils
 from images import images_by_stem
 from records import listed, read_record
 from utils import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METRICS = [
     eval_clip_s.METRIC,
@@ -102,8 +94,7 @@ def evaluate(
 ) -> int:
     """Scores edits by every metric, writes the tables and prints them -> exit status.
 
-    Raises UserError before anything is written: for outputs that would destroy something, for pictures that
-    don't belong together, and for protected images beyond their budget.
+    Raises UserError before anything is written: for bad outputs, and pictures that don't belong together.
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
     manifests = Manifests()
@@ -113,7 +104,7 @@ def evaluate(
     protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
     visible = score(protected, VISIBILITY, chosen, batch_size) if protected else None
     if visible:
-        check_budgets(protected, visible.values)
+        check_budgets(protected, visible)
     scores = score(edits, METRICS, chosen, batch_size)
 
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
@@ -131,10 +122,10 @@ def evaluate(
         found.append((of_protected, tables.means(visible.values), VISIBILITY, protected.rows, about, ""))
     parts = []
     for path, means, metrics, of, about, sign in found:
-        names = [row.method for row in of]
+        table, part = tables.all_metrics(means, metrics, [row.method for row in of], about, sign)
         if path:
-            outputs.write_csv(path, tables.all_metrics(means, metrics, names))
-        parts.append(tables.markdown(means, metrics, names, about, sign))
+            outputs.write_csv(path, table)
+        parts.append(part)
     for path, is_new in ((of_baseline, against), (of_protected, visible)):
         if path and path.exists() and not is_new:  # it would seem to belong to this table
             path.unlink()
@@ -151,7 +142,7 @@ def evaluate(
 
 
 def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
-    """Refuses outputs as outputs.py does. Raises UserError. -> those beside the table; none of a device."""
+    """Refuses outputs as outputs.py does -> those beside the table; none of a device. Raises UserError."""
     if outputs.is_special(output):
         outputs.check_outputs([per_image])
         return [None] * 3
@@ -176,9 +167,9 @@ def find_protected(given: Sequence[Path], edits: Edits, manifests: Manifests) ->
     return Edits(rows, sources, files, keys, sizes_of([sources, *rows], files, keys), {}, {})
 
 
-def check_budgets(protected: Edits, values: pd.DataFrame) -> None:
+def check_budgets(protected: Edits, visible: Scores) -> None:
     """Refuses protected images beyond the budget that their run.json says. Raises UserError."""
-    of_linf = values[values["metric"] == "linf"]
+    of_linf = visible.values[visible.values["metric"] == "linf"]
     for row in protected.rows:
         budget = ((read_record(row.directory) or {}).get("arguments", {})).get("attack_budget")
         found = of_linf[of_linf["method"] == row.method]

@@ -8,11 +8,9 @@ not be another person: see eval_facial.py. --models mini: the bundled stand-in, 
 others.
 """
 
-from __future__ import annotations
-
 import sys
 
-from command import Metric, Tensor, script
+from scoring import Metric, Tensor, script
 
 
 def clip_i(edits: Tensor, sources: Tensor) -> Tensor:

@@ -8,11 +8,9 @@ Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A h
 says that they differ, not that the person is gone: see eval_facial.py for that.
 """
 
-from __future__ import annotations
-
 import sys
 
-from command import Metric, Tensor, script
+from scoring import Metric, Tensor, script
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:

@@ -22,11 +22,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import outputs
-from chain import Manifests, check_edits, check_pair
-from command import add_prompt_arguments, edits_of
 from directories import protected_rows
 from eval_all import METRICS
-from pairing import Edits, Key
+from pairing import Edits, Key, Manifests, check_edits, check_pair
+from scoring import add_prompt_arguments, edits_of
 
 import utils
 from images import images_by_stem, load_image
@@ -57,23 +56,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = parser.add_subparsers(required=True, metavar="grid|plot")
     grid = kinds.add_parser("grid", help="portraits and their edits", description=GRID, **look)
     grid.set_defaults(run=run_grid)
-    grid.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
-    grid.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
-    images = "the protected images of each method"
-    grid.add_argument("--protected_dirs", type=utils.path, nargs="+", required=True, help=images)
-    edits = "edits of the protected images, each holding seed{S}/"
-    grid.add_argument("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=edits)
-    titles = "of the methods (default: their directories, if there are several)"
-    grid.add_argument("--titles", nargs="+", help=titles)
+    path = {"type": utils.path, "required": True}
+    grid.add_argument("--src_dir", help="the source images", **path)
+    grid.add_argument("--clean_edit_dir", help="edits of the sources", **path)
+    grid.add_argument("--protected_dirs", nargs="+", help="the protected images of each method", **path)
+    grid.add_argument("--defend_edit_dirs", nargs="+", help="edits of them, each holding seed{S}/", **path)
+    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, if several)")
     grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
     add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
-    added = f"a column with the protection itself, x{AMPLIFY}"
-    grid.add_argument("--difference", action="store_true", help=added)
+    grid.add_argument("--difference", action="store_true", help=f"a column of what was added, x{AMPLIFY}")
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)
     plot.set_defaults(run=run_plot)
-    files = "CSV files, each with its place"
-    plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help=files)
+    plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files")
     plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
     plot.add_argument("--xlabel", help="default: budget, or nothing")
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
@@ -101,8 +96,7 @@ def save(figure: Figure, output: Path) -> None:
 
 def run_grid(args: argparse.Namespace) -> int:
     """Draws the grid that the flags name -> exit status."""
-    shown = args.names, args.titles, args.difference
-    make_grid(edits_of(args), args.protected_dirs, args.output, *shown)
+    make_grid(edits_of(args), args.protected_dirs, args.output, args.names, args.titles, args.difference)
     return 0
 
 
@@ -114,10 +108,7 @@ def make_grid(
     titles: Sequence[str] | None = None,
     with_difference: bool = False,
 ) -> None:
-    """Draws portraits with their protected forms and edits of one seed, a line a portrait and instruction.
-
-    protected_dirs: in the order of the rows. Raises UserError, also for pictures that don't belong together.
-    """
+    """Draws portraits, their protected forms (in the rows' order) and edits of a seed. Raises UserError."""
     protected = protected_rows(protected_dirs)
     titles = titles or ([row.method for row in edits.rows] if len(edits.rows) > 1 else [""])
     if not len(edits.rows) == len(protected) == len(titles):
@@ -183,7 +174,7 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
 
 def run_plot(args: argparse.Namespace) -> int:
     """Draws the plot that the flags name -> exit status."""
-    files = {}
+    files: dict[str, Path] = {}
     for given in args.tables:
         label, _, file = ("", "", given) if Path(given).exists() else given.rpartition("=")
         if label in files:
