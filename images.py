@@ -10,6 +10,7 @@ import io
 import os
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
@@ -47,12 +48,11 @@ class Portrait:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def load_image(path: str | os.PathLike) -> Portrait:
+def load_image(path: str | os.PathLike, resolution: int | None = None) -> Portrait:
     """Reads an image file of a kind in FORMATS, whatever its suffix; the first frame of an animated one.
 
-    Greyscale, palette, CMYK and 16-bit grey pixels become 8-bit RGB (16-bit ones are scaled, not clipped), an
-    EXIF rotation is applied, an ICC profile is converted to sRGB, alpha is kept beside. Raises UserError
-    naming the file if that can't be done; 16-bit colour is refused, since Pillow would cut it.
+    Any pixels become 8-bit sRGB, upright; 16-bit grey ones are scaled, alpha is kept beside. Raises UserError
+    naming the file if that can't be done, as for 16-bit colour, or if it is too small for a `resolution`.
     """
     path = Path(path)
     try:
@@ -69,24 +69,21 @@ def load_image(path: str | os.PathLike) -> Portrait:
                 image = image.convert("RGBA")
                 alpha = np.array(image.getchannel("A"))
                 image = image.convert("RGB")
-            pixels = np.array(_to_srgb(image, profile))
+            portrait = Portrait(path, np.array(_to_srgb(image, profile)), alpha)
+        if resolution:
+            working_size(portrait.size, resolution)
+        return portrait
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except MemoryError:
         raise UserError(f"{path}: not enough memory to read it") from None
     except Exception as error:  # a decoder fed with a broken file raises anything: SyntaxError...
         raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
-    return Portrait(path, pixels, alpha)
 
 
 def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
     """Reads an image as `load_image` does and refuses one too small to be worked on. Raises UserError."""
-    portrait = load_image(path)
-    try:
-        working_size(portrait.size, resolution)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return portrait
+    return load_image(path, resolution)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
@@ -103,18 +100,16 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 def images_by_stem(directory: Path) -> dict[str, Path]:
     """Lists the image files of a directory by stem, sorted by name; hidden files and other things are left.
 
-    Links to files count, also broken ones: whoever reads them says so. Raises UserError: no such directory,
-    or two files with the same stem, whose results would be one file.
+    Broken links count: who reads them says so. Raises UserError: no such directory, or one stem of two files.
     """
-    suffixes = readable_suffixes()
-    files: dict[str, list[Path]] = {}
+    suffixes, files = readable_suffixes(), defaultdict(list)
     try:
         if not directory.is_dir():
             raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
         for path in sorted(directory.iterdir()):
             is_image = path.suffix.lower() in suffixes and not path.name.startswith(".")
             if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
-                files.setdefault(path.stem, []).append(path)
+                files[path.stem].append(path)
     except OSError as error:
         raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
     if twins := ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]:
@@ -195,11 +190,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 
 
 def to_uint8_within(images: torch.Tensor, source: np.ndarray, budget: float) -> np.ndarray:
-    """Converts as `to_uint8`, but rounds towards the source where rounding to nearest leaves the budget.
-
-    images: (B, 3, H, W) in [-1, 1]; source: (B, H, W, 3) uint8. Returns uint8 with
-    max |out - source| * 2/255 <= budget.
-    """
+    """Converts as `to_uint8`, but keeps max |out - source| <= budget. source: (B, H, W, 3) uint8."""
     middle, levels = source.astype(np.int16), min(allowed_levels(budget), 255)
     return np.clip(to_uint8(images), middle - levels, middle + levels).astype(np.uint8)
 
@@ -221,11 +212,15 @@ def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | No
 def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -> Path:
     """Gives the PNG to write: `given`, else PREFIX_NAME.png beside the source, or the next free number.
 
-    Called before any work, so that nobody waits for a result that can't be kept. Raises UserError for a file
-    that is no PNG (why_png: the reason) or would overwrite the input.
+    Called before any work. Raises UserError for a file that is no PNG (why_png) or would overwrite the input.
     """
     try:
-        path = given or _free_name(source, prefix)
+        path, place = given or source.with_name(f"{prefix}_{source.stem}.png"), 1
+        while not given and (path.exists() or path.is_symlink()):
+            place += 1
+            path = source.with_name(f"{prefix}_{source.stem}_{place}.png")
+        if place > 1:
+            print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
         if path.suffix.lower() != ".png":
             raise UserError(f"{path}: {why_png}; ask for a .png")
         if path.exists() and not path.is_file():
@@ -238,22 +233,8 @@ def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -
     return path
 
 
-def _free_name(source: Path, prefix: str) -> Path:
-    """PREFIX_NAME.png beside the source, or the next free number, which is said."""
-    path, place = source.with_name(f"{prefix}_{source.stem}.png"), 1
-    while path.exists() or path.is_symlink():
-        place += 1
-        path = source.with_name(f"{prefix}_{source.stem}_{place}.png")
-    if place > 1:
-        print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
-    return path
-
-
 def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
-    """Gives the size that an editor works at, before padding, for (H, W): the long side is <= `resolution`.
-
-    Raises UserError if a side of it would be under 32 px.
-    """
+    """Gives the size (unpadded) at which (H, W) is edited: long side <= resolution. Raises UserError."""
     scale = min(1.0, resolution / max(size))
     height, width = (max(1, round(side * scale)) for side in size)
     if min(height, width) < MIN_WORKING_SIDE:
@@ -267,8 +248,7 @@ def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
 def to_working(images: torch.Tensor, resolution: int, multiple: int = 8) -> torch.Tensor:
     """Brings (B, 3, H, W) to (B, 3, h, w): antialiased resize to `working_size`, reflect-padded to multiples.
 
-    Differentiable. The edit scripts use it before the editor and the defenses inside their loop, so what is
-    optimised is what the editor will see.
+    Differentiable: the defenses optimise through it what the edit scripts show the editor.
     """
     import torch.nn.functional as F
 
