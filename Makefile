@@ -18,9 +18,8 @@ PROMPTS ?=
 SEED ?= 0
 BATCH ?= 8
 TABLE ?= table
-
-MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 EXPERIMENT ?= experiment
+MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 
 .PHONY: install demo app table experiment test test-all lint clean
 
@@ -31,15 +30,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-$(VENV)/installed-app: requirements-app.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
-	touch $@
-
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-%: requirements-%.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 demo: $(VENV)/installed

@@ -29,7 +29,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -38,6 +38,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its f
 
 import eval_all
 from pairing import Key
+from scoring import measure
 from views import Metric, View, load_views
 
 import defend
@@ -142,13 +143,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def typical(work: Callable[[], Any], device: torch.device, args: argparse.Namespace) -> float:
-    """Measures the median of --repeats times, after a first one that doesn't count."""
-    if args.repeats > 1 or args.compile:
-        work()
-    return statistics.median(seconds(work, device) for _ in range(args.repeats))
-
-
 def operations(work: Callable[[], Any], args: argparse.Namespace) -> float:
     """Counts the operations (10^12) of convolutions, matrix products and attention; NaN if not affordable."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -167,29 +161,24 @@ def portraits(n: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.array(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in found])
 
 
-class Row(NamedTuple):
-    """What a job costs; NaN where there is nothing to say."""
-
-    iteration: float  # seconds
-    image: float  # seconds
-    memory: float  # GB
-    operations: float  # 10^12: of one iteration and image of a defense, else of one image
-
-
-Job = tuple[list[Callable[[], Any]], Callable[..., tuple[float, float]]]  # works; costs -> iteration, image
-
-
-def run_job(job: str, args: argparse.Namespace) -> Row:
-    """Measures one row of the table, in this process. Raises UserError."""
+def run_job(job: str, args: argparse.Namespace) -> dict[str, float]:
+    """Measures one row of the table, in this process: seconds an `iteration` and `image`, `memory` in GB, and
+    `operations` (10^12) of an iteration and image of a defense, else of an image. Raises UserError.
+    """
     import_libraries()
     device = choose(args).device
     before = peak_memory(device)
+    # each gives works, and a function of their costs -> those of an iteration and of an image
     load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics
     works, cost = load(job, args)
-    iteration, image = cost(*(typical(work, device, args) for work in works))
-    peak = peak_memory(device) - before  # operations are counted later: that keeps tensors alive
+    for work in works if args.repeats > 1 or args.compile else ():
+        work()  # a first time that doesn't count
+    times = [statistics.median(seconds(work, device) for _ in range(args.repeats)) for work in works]
+    iteration, image = cost(*times)
+    memory = peak_memory(device) - before  # operations are counted later: that keeps tensors alive
     of_iteration, of_image = cost(*(operations(work, args) for work in works))
-    return Row(iteration, image, peak, of_iteration / args.batch_size if job in METHODS else of_image)
+    flops = of_iteration / args.batch_size if job in METHODS else of_image
+    return {"iteration": iteration, "image": image, "memory": memory, "operations": flops}
 
 
 def protector_of(method: str, args: argparse.Namespace, iterations: int | None = None) -> Protector:
@@ -201,7 +190,7 @@ def protector_of(method: str, args: argparse.Namespace, iterations: int | None =
     return Protector(defend.parse_args(line))
 
 
-def load_defense(method: str, args: argparse.Namespace) -> Job:
+def load_defense(method: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
     """Loads a defense as the scripts run it; an image costs what Run.num_iters iterations do."""
     protector = protector_of(method, args)
     protector.preload()
@@ -213,7 +202,7 @@ def load_defense(method: str, args: argparse.Namespace) -> Job:
     return [work], lambda spent: (spent / measured, spent / measured * whole / len(images))
 
 
-def load_edit(_: str, args: argparse.Namespace) -> Job:
+def load_edit(_: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
     """Loads the editor with the set's own steps and guidance, to edit in one step and in three."""
     chosen = choose(args)
     editor = chosen.load_editor()
@@ -226,17 +215,13 @@ def load_edit(_: str, args: argparse.Namespace) -> Job:
         editor(images, prompts, 0)
 
     def cost(one: float, three: float) -> tuple[float, float]:
-        return (three - one) / 2, of_all_steps(one, three, steps) / len(images)
+        step = (three - one) / 2
+        return step, (one + (steps - 1) * step) / len(images)
 
     return [partial(work, few) for few in (1, 3)], cost
 
 
-def of_all_steps(of_one: float, of_three: float, steps: int) -> float:
-    """Extends what an edit of one step and one of three cost to all steps, each of which adds the same."""
-    return of_one + (steps - 1) * (of_three - of_one) / 2
-
-
-def load_metrics(job: str, args: argparse.Namespace) -> Job:
+def load_metrics(job: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
     """Loads metrics, for edits whose sources are known already; in float32 by default, as the scripts do."""
     metrics, views = metrics_and_views(METRICS[job], args)
     sources = portraits(args.batch_size, args.input_side)
@@ -246,11 +231,7 @@ def load_metrics(job: str, args: argparse.Namespace) -> Job:
             view.add_source(key.name, source)
 
     def work() -> None:
-        seen = {"edits": to_tensor(edits), "clean": to_tensor(sources)}
-        for view in views:
-            seen |= view(edits, keys)
-        for metric in metrics:
-            metric.function(*(seen[need] for need in metric.needs))
+        measure(metrics, views, edits, keys, to_tensor(sources))
 
     return [work], lambda spent: (math.nan, spent / len(sources))
 
@@ -315,10 +296,10 @@ def run(args: argparse.Namespace) -> int:
             vars(args).update(in_a_process(write_weights, Path(name), "edit" in args.what))
         for job in args.what:
             row = in_a_process(run_job, job, args)
-            hours = row.image * args.portraits * (1 if job in METHODS else n_edits) / 3600
-            rows[job] = {**row._asdict(), "hours": hours}
-            line = f"{job:<10} {row.iteration:11.4f} {row.image:11.4f} {hours:11.2f} {row.memory:11.2f}"
-            print(f"{line} {row.operations:11.4f}".replace("nan", "  -"), flush=True)
+            row["hours"] = row["image"] * args.portraits * (1 if job in METHODS else n_edits) / 3600
+            rows[job] = row
+            cells = "{iteration:11.4f} {image:11.4f} {hours:11.2f} {memory:11.2f} {operations:11.4f}"
+            print(f"{job:<10} {cells.format(**row)}".replace("nan", "  -"), flush=True)
     print(f"hours: of {args.portraits} portraits, or of their edits by all {n_edits} instructions")
     if args.json:
         record = {"about": about, "portraits": args.portraits, "rows": rows}

@@ -31,6 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]  # Python looks for modules in this file's folder only
 
 from pairing import Key
+from scoring import measure
 
 import bench
 import main_edit
@@ -49,8 +50,6 @@ SIZE = (128, 128)  # px
 FACE = (32, 32, 96, 96)
 N_PORTRAITS = 10  # to be scored; each has an edit by every instruction and two methods
 N_EDITED = 8  # portraits, by every instruction
-SCORED_TOGETHER = 16  # eval_all.py's default
-WARM_UP = 2  # iterations
 
 
 def plain_facelock(x: Tensor, protector: Protector) -> Tensor:
@@ -83,7 +82,7 @@ def protect(x: Tensor, protector: Protector) -> Tensor:
 def facelock(args: argparse.Namespace, plain: bool) -> float:
     """Measures the seconds of facelock's iterations."""
     way, took = plain_facelock if plain else protect, 0.0
-    for iterations in (WARM_UP, args.iterations):  # the first time doesn't count
+    for iterations in (2, args.iterations):  # the first time doesn't count
         protector = bench.protector_of("facelock", args, iterations)
         protector.preload()
         x = to_tensor(bench.portraits(1, SIZE)).to(protector.device)
@@ -115,7 +114,7 @@ def start_up(what: str, args: argparse.Namespace, plain: bool) -> float:
 
 def scoring(job: str, args: argparse.Namespace, plain: bool) -> float:
     """Measures the seconds of bench.py's metrics of a job; plainly each pair and metric by itself."""
-    names, together = bench.METRICS[job], 1 if plain else SCORED_TOGETHER
+    names, together = bench.METRICS[job], 1 if plain else 16  # eval_all.py's default
     groups = [bench.metrics_and_views(own, args) for own in ([[one] for one in names] if plain else [names])]
     sources = {str(number): pixels for number, pixels in enumerate(bench.portraits(N_PORTRAITS, SIZE))}
     keys = [Key(0, prompt, name) for _ in range(2) for prompt in utils.edit_prompts for name in sources]
@@ -127,15 +126,12 @@ def scoring(job: str, args: argparse.Namespace, plain: bool) -> float:
         for metrics, views in groups:
             known: set[str] = set()
             for first in range(0, len(keys), together):
-                part, seen = slice(first, first + together), {}
-                new = dict.fromkeys(key.name for key in keys[part] if plain or key.name not in known)
-                known.update(new)
-                for view in views:
-                    for name in new:
+                part = slice(first, first + together)
+                for name in dict.fromkeys(key.name for key in keys[part] if plain or key.name not in known):
+                    known.add(name)
+                    for view in views:
                         view.add_source(name, sources[name])
-                    seen |= view(edits[part], keys[part])
-                for metric in metrics:
-                    metric.function(*(seen[need] for need in metric.needs))
+                measure(metrics, views, edits[part], keys[part], None)
 
     return bench.seconds(work, choose(args).device)
 
