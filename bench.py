@@ -33,7 +33,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import defend
 import utils
-from images import load_image, to_tensor, working_size
+from images import load_image, to_tensor
 from methods import METHODS, Run
 from models.loading import ROOT, quiet
 from models.sets import MINI, add_model_arguments, choose, setting_help
@@ -194,7 +194,7 @@ def run_defense(method: str, args: argparse.Namespace) -> Row:
     before = peak_memory(protector.device)
     protector.preload()
     images = to_tensor(portraits(args.batch_size, args.input_side)).to(protector.device)
-    height, width = working_size(args.input_side, protector.resolution)
+    height, width = protector.chosen.editor.working_size(args.input_side, protector.resolution)
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
 
     def work() -> None:

@@ -322,20 +322,23 @@ def to_working(images: torch.Tensor, resolution: int, multiple: int = 8) -> torc
     import torch.nn.functional as F
 
     size = working_size(images.shape[-2:], resolution)
-    if size != tuple(images.shape[-2:]):
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    images = resize(images, size)
     bottom, right = (-side % multiple for side in size)
     if bottom or right:
         images = F.pad(images, (0, right, 0, bottom), mode="reflect")
-    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it
+    return images
 
 
 def from_working(images: torch.Tensor, size: Sequence[int], resolution: int) -> torch.Tensor:
     """Undoes `to_working`: cuts the padding off and resizes back to `size` = (H, W)."""
+    height, width = working_size(size, resolution)
+    return resize(images[..., :height, :width], size)
+
+
+def resize(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resizes (B, 3, H, W) in [-1, 1] to `size` = (H, W), antialiased. Differentiable."""
     import torch.nn.functional as F
 
-    height, width = working_size(size, resolution)
-    images = images[..., :height, :width]
-    if (height, width) != tuple(size):
+    if tuple(images.shape[-2:]) != tuple(size):
         images = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return images.clamp(-1, 1)
+    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it

@@ -26,14 +26,12 @@ from images import (
     save_png,
     to_tensor,
     to_uint8_within,
-    to_working,
-    working_size,
 )
 from methods import METHODS, NEED, GradientError, Run, random_start
-from models.editors import WorkingVAE, load_vae
 from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
 from models.loading import shown
 from models.perceptual import load_perceptual, perceptual_distance_to
+from models.vaes import WorkingVAE, load_vae
 from records import code_of, hash_of
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
@@ -213,7 +211,7 @@ class Protector:
         else:
             height, width = portrait.size
             raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
-        working = working_size(portrait.size, self.resolution)
+        working = self.chosen.editor.working_size(portrait.size, self.resolution)
         boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
         if not boxes and "face_similarity" in self.needs:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
@@ -231,7 +229,7 @@ class Protector:
         The one way from a script to `METHODS`. boxes: the faces of each image at the working size; seeds: of
         the random starts. Raises UserError if a gradient is not finite.
         """
-        working = to_working(images, self.resolution, self.chosen.editor.multiple)
+        working = self.chosen.editor.to_working(images, self.resolution)
         offers: dict[str, Callable[[], Any]] = {
             "vae": lambda: self.vae,
             "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
@@ -294,7 +292,7 @@ class Protector:
             return found
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
-            working = to_working(pair[:1], self.resolution, self.chosen.editor.multiple)
+            working = self.chosen.editor.to_working(pair[:1], self.resolution)
             trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
             for name in found:
                 if recognizer := self._if_there(name):

@@ -224,7 +224,7 @@ def start_seed(seed: int, stem: str) -> int:
 
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
-DTYPE_HELP = "of the networks; auto is fp16 on CUDA, fp32 elsewhere. The optimised image is always fp32"
+DTYPE_HELP = "of the networks; auto is 16 bits on CUDA, fp32 elsewhere. The optimised image is always fp32"
 
 
 def pick_device(name: str) -> torch.device:
@@ -246,12 +246,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turns `auto`, fp32, fp16 or bf16 into the dtype of the networks on this device."""
+def pick_dtype(name: str, device: torch.device, half: str = "fp16") -> torch.dtype:
+    """Turns `auto`, fp32, fp16 or bf16 into the networks' dtype on this device; half: auto's on CUDA."""
     import torch
 
     if name == "auto":
-        name = "fp16" if device.type == "cuda" else "fp32"
+        name = half if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 

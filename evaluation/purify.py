@@ -36,9 +36,9 @@ from PIL import Image
 import models.sets
 import runs
 import utils
-from images import Portrait, from_working, load_image, save_png, to_tensor, to_uint8
-from models.editors import load_vae
+from images import Portrait, load_image, save_png, to_tensor, to_uint8
 from models.loading import shown
+from models.vaes import load_vae
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def through_vae(chosen: models.sets.Chosen) -> Callable[..., np.ndarray]:
         with torch.no_grad():
             latent = vae.encode(to_tensor(pixels).to(chosen.device)).latent_dist.mean
             images = vae.decode(latent).sample.float()
-        return to_uint8(from_working(images, pixels.shape[:2], vae.resolution))[0]
+        return to_uint8(chosen.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
 
     return vae_trip
 

@@ -44,6 +44,10 @@ MODEL_SETS = {
         editors={
             "instruct-pix2pix": "timbrooks/instruct-pix2pix",
             "stable-diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "sdxl-instruct-pix2pix": "diffusers/sdxl-instructpix2pix-768",
+            "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+            "flux2-klein": "black-forest-labs/FLUX.2-klein-4B",
+            "qwen-image-edit": "Qwen/Qwen-Image-Edit-2509",
         },
         recognizer="vggface2",
         judge="casia-webface",
@@ -159,7 +163,7 @@ def choose(args: argparse.Namespace) -> Chosen:
         detect_faces=models.detect_faces,
         only_size=models.only_size,
         device=device,
-        dtype=utils.pick_dtype(args.dtype, device),
+        dtype=utils.pick_dtype(args.dtype, device, editor.half),
     )
 
 
@@ -190,13 +194,17 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") ->
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
     kinds, names = tuple(EDITORS), ("--model", "--target_model")
-    text = "kind of editor: instruct-pix2pix, or stable-diffusion's img2img"
+    text = "kind of editor; stable-diffusion is its img2img"
     parser.add_argument(*names, dest="model", choices=kinds, default=kinds[0], help=text)
     ids = "; ".join(
         f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
     )
     parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
-    text = setting_help("long side in px at which the editor works; larger images are reduced", "resolution")
+    text = setting_help(
+        "long side in px at which the editor works; larger images are reduced; for FLUX and Qwen, "
+        "the side of the square that has the area at which they work",
+        "resolution",
+    )
     parser.add_argument("--resolution", type=utils.positive_int, help=text)
 
 
@@ -231,12 +239,14 @@ def add_clip_argument(parser: argparse.ArgumentParser) -> None:
 
 def setting_help(text: str, name: str) -> str:
     """Writes a flag's help with the value that each set has for it, in place of the default None."""
-    editor = next((one for one in EDITORS.values() if name in one.knobs), Editor)
-    own = editor.knobs.get(name, getattr(editor, name, None))
-    values = ", ".join(f"{key}: {models.settings.get(name, own)}" for key, models in MODEL_SETS.items())
-    kinds = [kind for kind, one in EDITORS.items() if name in one.knobs]
-    only = f", {' and '.join(kinds)} only" if 0 < len(kinds) < len(EDITORS) else ""
-    return f"{text}{only} (default: {values})"
+    own = {kind: one.knobs.get(name, getattr(one, name, None)) for kind, one in EDITORS.items()}
+    own = {kind: value for kind, value in own.items() if value is not None}
+    first = next(iter(own.values()))
+    others = [f"{kind} {value}" for kind, value in own.items() if value != first]
+    values = {key: models.settings.get(name, first) for key, models in MODEL_SETS.items()}
+    values["full"] = f"{first} ({', '.join(others)})" if others else first
+    only = f", {' and '.join(own)} only" if len(own) < len(EDITORS) else ""
+    return f"{text}{only} (default: {', '.join(f'{key}: {value}' for key, value in values.items())})"
 
 
 def _of_each_set(member: str) -> str:

@@ -35,10 +35,10 @@ def refuse_name():
 @pytest.fixture
 def fresh_loaders():
     """Forgets the networks that other tests have loaded, before a test and after it."""
-    from models import clip, editors, faces, perceptual
+    from models import clip, editors, faces, perceptual, vaes
 
     loaders = (
-        editors.load_vae,
+        vaes.load_vae,
         editors._load_pipeline,
         faces.load_recognizer,
         perceptual.load_perceptual,

@@ -13,13 +13,14 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
 from models.clip import load_clip
-from models.editors import InstructPix2Pix, WorkingVAE, load_vae
+from models.editors import InstructPix2Pix
 from models.faces import load_recognizer
 from models.loading import ROOT, fp16_only, from_hub, shown
 from models.perceptual import load_perceptual
+from models.vaes import WorkingVAE, load_vae
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -77,6 +78,24 @@ def test_a_model_that_the_hub_does_not_know(monkeypatch):
     with pytest.raises(UserError, match="404: no such repository or a gated one") as caught:
         load_any_vae(ABSENT)
     assert ABSENT in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_gated_model_says_how_to_get_in(monkeypatch):
+    """The hub tells anybody about it, and refuses the files."""
+
+    def refuse(self, name):
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError(f"403: access to {name} is restricted", response=response)
+
+    hub = huggingface_hub.HfApi
+    monkeypatch.setattr(hub, "model_info", lambda *_, **__: SimpleNamespace(gated="auto"))
+    monkeypatch.setattr(hub, "auth_check", refuse)
+    with pytest.raises(UserError) as caught:
+        load_any_vae(ABSENT)
+    text = str(caught.value)
+    assert f"https://huggingface.co/{ABSENT}" in text and "hf auth login" in text and "\n" not in text
+    monkeypatch.setattr(hub, "auth_check", lambda *_: None)
+    assert from_hub(ABSENT) == (ABSENT, {})
 
 
 def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):

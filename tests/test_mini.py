@@ -21,8 +21,8 @@ from drawing.people import Identity
 from PIL import Image
 
 from images import to_tensor
-from models.editors import load_vae
 from models.faces import load_recognizer
+from models.vaes import load_vae
 from utils import edit_prompts
 
 PEOPLE = portraits.VALIDATION[500:506]  # nobody who was tuned on, nor of the final figures

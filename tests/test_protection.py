@@ -14,8 +14,8 @@ from tiny import noise
 
 from images import load_image, save_png, to_tensor
 from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
-from models.editors import WorkingVAE
 from models.faces import face_similarity_to
+from models.vaes import WorkingVAE
 from protection import Protector, Report
 from utils import UserError, start_seed
 
