@@ -63,6 +63,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"weight of the latent term, cw only (default: {METHODS['cw'].parameters['c']})"
     parser.add_argument("--c", type=utils.positive_float, help=text)
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
+    sets.add_vaes_argument(parser)
     text = "which faces facelock protects; with all, their mean similarity counts"
     parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)
     again = "the VAE's activations are computed again for each gradient"

@@ -27,7 +27,7 @@ from images import (
     to_tensor,
     to_uint8_within,
 )
-from methods import METHODS, NEED, GradientError, Run, random_start
+from methods import METHODS, NEED, GradientError, Objective, Run, random_start
 from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
 from models.loading import shown
 from models.perceptual import load_perceptual, perceptual_distance_to
@@ -117,12 +117,16 @@ class Protector:
         if args.attack_budget > USUAL_BUDGET:
             warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
         self.run = Run(args.attack_budget, args.step_size, args.num_iters, args.lr or Run.lr)
-        chosen = models.sets.choose(args)
+        self.attacked = models.sets.choose_vaes(args)  # the editors whose VAEs the objective averages over
         if self.method.fp32:
             if args.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
-            chosen = dataclasses.replace(chosen, dtype=pick_dtype("fp32", chosen.device))
-        self.chosen, self.device, self.resolution = chosen, chosen.device, chosen.resolution
+            self.attacked = [
+                dataclasses.replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked
+            ]
+        self.chosen = chosen = self.attacked[0]
+        self.device, self.resolution = chosen.device, chosen.resolution
+        self.is_ensemble = bool(vars(args).get("vae_ids"))
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
     def settings(self) -> dict[str, Any]:
@@ -139,6 +143,9 @@ class Protector:
         if self.needs:  # noise sees no network
             found |= {"model": chosen.kind, "model_id": shown(chosen.model_id)}
             found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
+        if self.is_ensemble and "vae" in self.needs:
+            names = [f"{one.kind}={shown(one.model_id)}, {one.resolution} px" for one in self.attacked]
+            found["vae_ids"] = names
         if "face_similarity" in self.needs:
             found |= {"faces": self.faces, "detect_faces": chosen.detect_faces}
             found["recognizer"] = shown(chosen.recognizer)
@@ -149,11 +156,15 @@ class Protector:
     # -----------------------------------------------------------------------------------------------------
     # networks
 
-    @cached_property
+    @property
     def vae(self) -> WorkingVAE:
         """The editor's autoencoder."""
-        chosen, how = self.chosen, (self.checkpointing, self.compile)
-        return load_vae(chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype, *how)
+        return self.vae_of(self.chosen)
+
+    def vae_of(self, one: models.sets.Chosen) -> WorkingVAE:
+        """Loads an editor's autoencoder, or takes it from an earlier call. Raises UserError."""
+        how = self.checkpointing, self.compile
+        return load_vae(one.editor, one.model_id, one.resolution, one.device, one.dtype, *how)
 
     @cached_property
     def recognizer(self) -> Recognizer:
@@ -180,6 +191,8 @@ class Protector:
         members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
         for need in self.needs:
             getattr(self, members[need])
+        for one in self.attacked if "vae" in self.needs else ():
+            self.vae_of(one)
 
     def _if_there(self, member: str) -> Any:
         """A member for a report, or None if it can't be had, which is said and tried once."""
@@ -229,17 +242,29 @@ class Protector:
         The one way from a script to `METHODS`. boxes: the faces of each image at the working size; seeds: of
         the random starts. Raises UserError if a gradient is not finite.
         """
-        working = self.chosen.editor.to_working(images, self.resolution)
-        offers: dict[str, Callable[[], Any]] = {
-            "vae": lambda: self.vae,
-            "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
-            "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
-        }
-        needs = {need: offers[need]() for need in self.needs}
+        size = images.shape[-2:]
+        own = self.chosen.editor.working_size(size, self.resolution)  # to which the boxes belong
+
+        def objective_on(x: Tensor, one: models.sets.Chosen) -> Objective:
+            working = one.editor.to_working(images, one.resolution)
+            inner = one.editor.working_size(size, one.resolution)
+            faces = [list(filter(None, (scale_box(box, own, inner) for box in found))) for found in boxes]
+            offers: dict[str, Callable[[], Any]] = {
+                "vae": lambda: self.vae_of(one),
+                "face_similarity": lambda: face_similarity_to(self.recognizer, working, faces),
+                "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
+            }
+            needs = {need: offers[need]() for need in self.needs}
+            return self.method.objective(x, **needs, **self.knobs)
+
+        def objective(x: Tensor) -> Objective:
+            parts = [objective_on(x, one) for one in self.attacked]
+            return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
+
         start = random_start(images, self.run.budget, seeds)
         run = dataclasses.replace(self.run, start=start, callback=callback)
         try:
-            return self.method.protect(images, run, **needs, **self.knobs)
+            return self.method._replace(objective=objective).protect(images, run)
         except GradientError as error:
             dtype = self.chosen.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MINI = ROOT / "assets" / "mini"
 HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
+NAME_HELP = "each a kind as of --model, KIND=ID, or an ID of --model's kind (default: the one of --model)"
 
 
 @dataclass(frozen=True)
@@ -167,6 +168,23 @@ def choose(args: argparse.Namespace) -> Chosen:
     )
 
 
+def choose_editor(args: argparse.Namespace, name: str) -> Chosen:
+    """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of --model's kind."""
+    kind, is_kind, id_ = name.partition("=")
+    if kind not in EDITORS:
+        kind, id_ = vars(args).get("model"), name
+    elif not is_kind:
+        id_ = None
+    return choose(argparse.Namespace(**vars(args) | {"model": kind, "model_id": id_}))
+
+
+def choose_vaes(args: argparse.Namespace) -> list[Chosen]:
+    """Chooses the editors whose VAEs are attacked: those of --vae_ids, else that of --model."""
+    names = vars(args).get("vae_ids") or ()
+    unread = argparse.Namespace(**vars(args) | dict.fromkeys(EDIT_KNOBS))  # of whoever edits, if anybody does
+    return [choose_editor(unread, name) for name in names] or [choose(args)]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # flags
 
@@ -206,6 +224,12 @@ def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
         "resolution",
     )
     parser.add_argument("--resolution", type=utils.positive_int, help=text)
+
+
+def add_vaes_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --vae_ids."""
+    text = f"attack the VAEs of several editors at once, by the mean of the objective: {NAME_HELP}"
+    parser.add_argument("--vae_ids", nargs="+", metavar="EDITOR", help=text)
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:

@@ -17,8 +17,10 @@ import defend
 import edit
 from images import load_image
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
-from models.sets import choose
+from models.faces import scale_box
+from models.sets import choose, choose_editor
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
+from protection import Protector
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -328,3 +330,59 @@ def test_sixteen_bits_are_those_of_the_editor(kind, dtype, monkeypatch):
     line = f"--input_path=a --prompt=x --model={kind}".split()
     assert choose(edit.parse_args(line)).dtype == dtype
     assert choose(edit.parse_args([*line, "--dtype=fp16"])).dtype == torch.float16
+
+
+# ---------------------------------------------------------------------------------------------------------
+# several at once
+
+
+def ensemble_flags(directory, tiny_models) -> list[str]:
+    """An editor of --model's kind, and one of another, which works at another size and in another shape."""
+    more = [f"--{name}={getattr(tiny_models, name)}" for name in ("recognizer", "judge")]
+    names = [str(tiny_models.editor), f"flux-kontext={directory('flux-kontext')}"]
+    return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae_ids", *names]
+
+
+@pytest.mark.parametrize("method", ["encoder", "facelock"])
+def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_models, monkeypatch):
+    """Each VAE sees the portrait as its own editor does, and the faces where they are in that form."""
+    monkeypatch.setattr("methods.FACE_FROM", 0)  # all terms from the first iteration on
+    monkeypatch.setattr("methods.PERCEPTUAL_FROM", -1)
+    flags = ensemble_flags(directory, tiny_models)
+    line = ["--input_path=a", f"--defend_method={method}", "--num_iters=1", "--resolution=96"]
+    both = Protector(defend.parse_args([*line, *flags]))
+    assert [one.kind for one in both.attacked] == ["instruct-pix2pix", "flux-kontext"]
+    x, boxes, values = noise(1, 3, 150, 100), [[(16, 24, 48, 72)]], []
+    both.protect(x, boxes, [0], lambda _, value: values.append(value))
+    kontext = FluxKontext.working_size((150, 100), 96)
+    carried = [[scale_box(boxes[0][0], (96, 64), kontext)]]
+    for kind, id_, box in (
+        ("instruct-pix2pix", tiny_models.editor, boxes),
+        ("flux-kontext", directory("flux-kontext"), carried),
+    ):
+        alone = [*line, *flags[: flags.index("--vae_ids")], f"--model={kind}", f"--model_id={id_}"]
+        Protector(defend.parse_args(alone)).protect(x, box, [0], lambda _, value: values.append(value))
+    torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
+
+
+def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_models):
+    flags = ensemble_flags(directory, tiny_models)
+    both = Protector(defend.parse_args(["--input_path=a", *flags])).settings()
+    names = [f"instruct-pix2pix={tiny_models.editor}, 128 px"]
+    assert both["vae_ids"] == [*names, f"flux-kontext={directory('flux-kontext')}, 128 px"]
+    plain = [*flags[: flags.index("--vae_ids")], f"--model_id={tiny_models.editor}"]
+    alone = Protector(defend.parse_args(["--input_path=a", *plain])).settings()
+    assert both == alone | {"vae_ids": both["vae_ids"]}
+    noise = Protector(defend.parse_args(["--input_path=a", "--defend_method=noise", *flags])).settings()
+    assert "vae_ids" not in noise
+
+
+def test_an_editor_is_named_by_kind_or_id_or_both():
+    args = edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein"])
+    found = [choose_editor(args, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
+    assert [(one.kind, one.model_id) for one in found] == [
+        ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+        ("flux-kontext", "me/ed"),
+        ("flux2-klein", "me/ed"),
+        ("flux2-klein", "a=b/c"),
+    ]
