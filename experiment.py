@@ -5,11 +5,14 @@
     python experiment.py --image_dir=portraits --output_dir=experiment --budgets 0.02 --step_size=0.003
     python experiment.py --image_dir=portraits --output_dir=purified --methods facelock \\
         --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+    python experiment.py --image_dir=portraits --output_dir=transfer --methods facelock \
+        --edit_models instruct-pix2pix flux2-klein
 
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
 metrics (all_metric.csv and .md, per_image.csv) and figure.png; for each of --purify the same below
-OUTPUT_DIR/purified/, and purified.png; all of it as a page, report.html. Run again, it goes on where it was.
-What fails for single portraits is told and left out of the table, and the exit status is 1.
+OUTPUT_DIR/purified/, and purified.png; for the second and further of --edit_models the same below
+OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it goes on where
+it was. What fails for single portraits is told and left out of the table, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -40,7 +43,9 @@ from main_defend import protect_directory
 from main_edit import edit_directory
 from methods import METHODS, Run
 from models import sets
+from models.editors import unload
 from protection import Protector
+from utils import UserError
 
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
 SLOW = 0.002  # s a unit of work; a part that took less was there already and says nothing of the rest
@@ -76,6 +81,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[0],
         help="of the editor's noise, one or more; the first is the random start's, too",
     )
+    text = f"who edits what is protected against --model; several show what carries over: {sets.NAME_HELP}"
+    parser.add_argument("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -165,22 +172,27 @@ def run(args: argparse.Namespace) -> int:
     }
     for protector in protectors.values():
         protector.preload()
-    chosen = sets.choose(args)
+    chosen, *others = [sets.choose_editor(args, name) for name in args.edit_models] or [sets.choose(args)]
+    editors = {name_of(editor): editor for editor in [chosen, *others]}
+    if len(editors) <= len(others):
+        raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
     chosen.load_editor()
+    for editor in others:
+        editor.check_editor()
     judged = dataclasses.replace(chosen, dtype=utils.pick_dtype("fp32", chosen.device))
     options = runs.Options.of(args)
-    edit_passes = n_images * len(prompts) * len(args.seed) * chosen.settings["num_inference_steps"]
     parts = Parts()
 
-    def add_rows(rows: Rows) -> None:
+    def add_rows(rows: Rows, editor: sets.Chosen = chosen) -> None:
         """Adds the edits of all rows, their table, and the picture beside it."""
+        edit_passes = n_images * len(prompts) * len(args.seed) * editor.settings["num_inference_steps"]
         for row, pictures in rows.pictures.items():
             for seed in args.seed:
                 where = rows.edits(row) / f"seed{seed}"
                 parts.add(
-                    f"edit {row}",
+                    f"edit {row}" + (f" by {name_of(editor)}" if others else ""),
                     edit_passes / len(args.seed),
-                    partial(edit_directory, pictures, where, prompts, seed, chosen, options),
+                    partial(edit_directory, pictures, where, prompts, seed, editor, options),
                 )
         score = partial(make_table, rows, args, prompts, judged)
         parts.add("score", len(rows.pictures) * edit_passes / 20, score)
@@ -201,9 +213,18 @@ def run(args: argparse.Namespace) -> int:
             )
             parts.add(f"purify {row}: {name}", n_images, work)
         add_rows(Rows(root, pictures, args.seed))
+    roots = {name_of(chosen): args.output_dir}
+    for editor in others:
+        roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
+        parts.add(f"make room for {name_of(editor)}", 0, lambda: unload() or 0)
+        add_rows(Rows(root, {"clean": args.image_dir, **protected}, args.seed), editor)
     status = parts.run()
     if status > 128:
         return status
+    if others:
+        attacked = {row: protector for row, protector in protectors.items() if "vae" in protector.needs}
+        names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
+        print(transfer(roots, names, args.output_dir / "transfer.csv"))
     if args.purify:
         files = {"none": args.output_dir / "all_metric.csv"}
         for name, _ in args.purify:
@@ -242,6 +263,33 @@ def make_table(
     titles = ["" if len(protected) == 1 else row for row in rows.pictures if row != "clean"]
     figure.make_grid(shown, protected, rows.root / "figure.png", names, titles, len(protected) == 1)
     return status
+
+
+def name_of(editor: sets.Chosen) -> str:
+    """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
+    own = sets.MODEL_SETS[editor.models].editors.get(editor.kind)
+    return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
+
+
+def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
+    """Writes FR by the judge, by row and editor -> the table as a text. Raises UserError.
+
+    roots: editor -> where its table is; attacked: row -> the editors whose VAEs its protection attacked.
+    """
+    import pandas as pd
+
+    columns = {}
+    for editor, root in roots.items():
+        table = outputs.read_csv(root / "all_metric.csv").set_index("method")["facial_judge"]
+        table.index = [row.removeprefix(f"{root / 'edits'}/") for row in table.index]
+        columns[f"edited by {editor}"] = table
+    table = pd.DataFrame(columns)
+    table.insert(0, "attacked", [attacked.get(row, "none") for row in table.index])
+    table = table.rename_axis("method").reset_index()
+    outputs.write_csv(output, table)
+    text = table.to_markdown(index=False, floatfmt=".2f")
+    utils.write_file(output.with_suffix(".md"), f"FR by the judge; lower is better.\n\n{text}\n".encode())
+    return text
 
 
 def verdict(output_dir: Path, models: str, minutes: float) -> str:

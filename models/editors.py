@@ -274,6 +274,12 @@ def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: int | None) -> Non
         warn(f"the editor reads {most} tokens; the last {n_tokens - most} are cut: {prompt!r}")
 
 
+def unload() -> None:
+    """Forgets the pipelines that are loaded, so that the memory has room for another."""
+    _warn_if_cut.cache_clear()
+    _load_pipeline.cache_clear()
+
+
 @functools.cache
 def _load_pipeline(
     editor: type[Editor], model_id: str, scheduler: str | None, device: torch.device, dtype: torch.dtype

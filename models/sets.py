@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import utils
 from models.editors import EDITORS, Editor
 from models.faces import FACENET_URLS
-from models.loading import ROOT, quiet, shown
+from models.loading import ROOT, from_hub, loading, quiet, shown
 from models.perceptual import LPIPS_TRUNKS
 from utils import UserError, warn
 
@@ -110,6 +110,11 @@ class Chosen:
     def load_editor(self, progress: bool = False) -> Editor:
         """Loads the editing pipeline, or takes it from an earlier call. Raises UserError."""
         return self.editor(self.model_id, self.settings, self.device, self.dtype, progress)
+
+    def check_editor(self) -> None:
+        """Raises UserError if the editing pipeline can't be had, which `load_editor` would find out later."""
+        with loading("the editor", self.model_id):
+            from_hub(self.model_id)
 
     def edit_settings(self) -> dict[str, Any]:
         """Gives all that decides about an edit's pixels beside image, instruction and seed, for run.json."""

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 import tiny
 import torch
@@ -15,6 +16,7 @@ from tiny import noise
 
 import defend
 import edit
+import experiment
 from images import load_image
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
 from models.faces import scale_box
@@ -32,7 +34,7 @@ WRITERS = {
     "qwen-image-edit": "write_qwen",
 }
 TOKENS = [kind for kind in WRITERS if issubclass(EDITORS[kind], TokenEditor)]
-SIDE = 128  # px, --resolution
+SIDE = 96  # px, --resolution
 
 
 @pytest.fixture(scope="module")
@@ -83,11 +85,11 @@ def test_defend_and_edit(kind, directory, tiny_models, tmp_path):
 @pytest.mark.parametrize("kind", WRITERS)
 def test_an_edit_depends_on_seed_prompt_and_image_alone(kind, directory):
     editor, x = load(kind, directory(kind), num_inference_steps=1), noise(2, 3, 90, 70)
-    batch = editor(x, ["hat", "beard"], 7)
-    assert batch.shape == x.shape and batch.dtype == F32 and batch.abs().max() <= 1
+    batch = editor(x[[0, 1, 0]], ["hat", "beard", "beard"], 7)
+    assert batch.shape == (3, 3, 90, 70) and batch.dtype == F32 and batch.abs().max() <= 1
     single = editor(x[1:], ["beard"], 7)
-    torch.testing.assert_close(batch[1:], single, atol=1e-3, rtol=0)
-    for other in (editor(x[1:], ["beard"], 8), editor(x[1:], ["hat"], 7), editor(x[:1], ["beard"], 7)):
+    torch.testing.assert_close(batch[1:2], single, atol=1e-3, rtol=0)
+    for other in (editor(x[1:], ["beard"], 8), batch[2], batch[2] - batch[0] + single):
         assert (single - other).abs().max() > 1e-4
     assert getattr(editor.pipeline, "safety_checker", None) is None
 
@@ -272,12 +274,15 @@ class Pipeline:
         return SimpleNamespace(images=image)
 
 
-TALL = {"height": 160, "width": 96}
+def size(height: int, width: int) -> dict[str, int]:
+    return {"height": height, "width": width}
+
+
 GIVEN = {
-    "sdxl-instruct-pix2pix": {"guidance_scale": 3.0, "image_guidance_scale": 1.5, "height": 96, "width": 64},
-    "flux-kontext": {"guidance_scale": 3.0, "max_area": 15360, "_auto_resize": False, **TALL},
-    "flux2-klein": {"guidance_scale": 3.0, "height": 96, "width": 64},
-    "qwen-image-edit": {"true_cfg_scale": 3.0, "negative_prompt": " ", **TALL},
+    "sdxl-instruct-pix2pix": {"guidance_scale": 3.0, "image_guidance_scale": 1.5, **size(96, 64)},
+    "flux-kontext": {"guidance_scale": 3.0, "max_area": 8960, "_auto_resize": False, **size(112, 80)},
+    "flux2-klein": {"guidance_scale": 3.0, **size(96, 64)},
+    "qwen-image-edit": {"true_cfg_scale": 3.0, "negative_prompt": " ", **size(128, 64)},
 }
 
 
@@ -386,3 +391,28 @@ def test_an_editor_is_named_by_kind_or_id_or_both():
         ("flux2-klein", "me/ed"),
         ("flux2-klein", "a=b/c"),
     ]
+
+
+def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_models, tmp_path, capsys):
+    """Protected once, edited by two."""
+    tiny.write_portraits(tmp_path / "faces", n=2)
+    root, flags = tmp_path / "out", ensemble_flags(directory, tiny_models)
+    cut = flags.index("--vae_ids")
+    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods", "encoder", *flags[:cut]]
+    line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]
+    line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models", *flags[cut + 1 :]]
+    assert experiment.main(line) == 0
+    table = pd.read_csv(root / "transfer.csv")
+    assert list(table["method"]) == ["clean", "encoder/budget_0.03"]
+    assert list(table["attacked"]) == ["none", "instruct-pix2pix-editor"]
+    other = root / "editors" / "flux-kontext-flux-kontext"
+    columns = {"edited by instruct-pix2pix-editor": root, "edited by flux-kontext-flux-kontext": other}
+    assert list(table.columns[2:]) == list(columns)
+    for column, place in columns.items():
+        own = pd.read_csv(place / "all_metric.csv")["facial_judge"]
+        np.testing.assert_allclose(table[column], own, atol=1e-5)
+    assert not (other / "protected").exists()
+    assert "edited by flux-kontext" in (root / "transfer.md").read_text()
+    capsys.readouterr()
+    assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
+    assert "--edit_models: one of them twice" in capsys.readouterr().err

@@ -38,7 +38,7 @@ from transformers import (
     T5Tokenizer,
 )
 
-DEEP = 28  # layers of FLUX.2's text encoder, of which the pipeline reads the 27th
+DEEP = 27  # layers of the text encoder of FLUX.2, whose pipeline reads the 27th's states
 LEVELS = {
     "block_out_channels": (WIDTH,) * 4,
     "down_block_types": ("DownEncoderBlock2D",) * 4,
