@@ -37,6 +37,7 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     # of lpips' call
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
 
