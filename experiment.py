@@ -5,7 +5,7 @@
     python experiment.py --image_dir=portraits --output_dir=experiment --budgets 0.02 --step_size=0.003
     python experiment.py --image_dir=portraits --output_dir=purified --methods facelock \\
         --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
-    python experiment.py --image_dir=portraits --output_dir=transfer --methods facelock \
+    python experiment.py --image_dir=portraits --output_dir=transfer --methods facelock \\
         --edit_models instruct-pix2pix flux2-klein
 
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
@@ -278,6 +278,9 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> 
     """
     import pandas as pd
 
+    about, page = "FR by the judge; lower is better.\n\n", output.with_suffix(".md")
+    outputs.check_outputs([output])
+    outputs.check_outputs([page], (), (".md",), lambda content: content.startswith(about.encode()))
     columns = {}
     for editor, root in roots.items():
         table = outputs.read_csv(root / "all_metric.csv").set_index("method")["facial_judge"]
@@ -288,7 +291,7 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> 
     table = table.rename_axis("method").reset_index()
     outputs.write_csv(output, table)
     text = table.to_markdown(index=False, floatfmt=".2f")
-    utils.write_file(output.with_suffix(".md"), f"FR by the judge; lower is better.\n\n{text}\n".encode())
+    utils.write_file(page, f"{about}{text}\n".encode())
     return text
 
 
