@@ -223,7 +223,7 @@ class Flux2Klein(TokenEditor):
     @classmethod
     def check(cls, settings: dict[str, Any]) -> None:
         if settings["resolution"] > cls.resolution:
-            raise UserError(f"its pipeline reduces what is over {cls.resolution}x{cls.resolution} px")
+            raise UserError(f"--resolution: over {cls.resolution}, its pipeline would reduce images again")
 
     @classmethod
     def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:

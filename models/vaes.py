@@ -122,7 +122,10 @@ def load_vae(
         name, where = from_hub(model_id)
         config = diffusers.AutoencoderKL.load_config(name, subfolder="vae", **where)
         kind = config.get("_class_name", "AutoencoderKL")
-        vae = load_networks({"vae": kind}, name, where, device, dtype)["vae"]
+        networks = load_networks({"vae": kind}, name, where, device, dtype)
+        if not networks:
+            raise ValueError(f"no class {kind} in this version of diffusers")
+        vae = networks["vae"]
     if checkpointing:
         _checkpoint(vae)
     if compile:
