@@ -35,6 +35,7 @@ from PIL import Image
 
 import models.sets
 import runs
+import transforms
 import utils
 from images import Portrait, from_working, load_image, save_png, to_tensor, to_uint8
 from models.editors import load_vae
@@ -55,12 +56,10 @@ def jpeg(pixels: np.ndarray, generator: torch.Generator, quality: int) -> np.nda
 
 
 def blur(pixels: np.ndarray, generator: torch.Generator, side: int, sigma: float) -> np.ndarray:
-    """Blurs by a Gaussian of a kernel's side and a sigma in px, reflecting at the borders, by torchvision."""
-    from torchvision.transforms.functional import gaussian_blur
-
+    """Blurs as `transforms.blur` does."""
     if side // 2 >= min(pixels.shape[:2]):
         raise UserError(f"blur:{side}: the image's side is only {min(pixels.shape[:2])} px")
-    return to_uint8(gaussian_blur(to_tensor(pixels), [side, side], [sigma, sigma]))[0]
+    return to_uint8(transforms.blur(to_tensor(pixels), side, sigma))[0]
 
 
 def rotate(pixels: np.ndarray, generator: torch.Generator, most: float) -> np.ndarray:
