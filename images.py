@@ -232,15 +232,20 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
     return levels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
-def to_uint8_within(images: torch.Tensor, source: np.ndarray, budget: float) -> np.ndarray:
+def to_uint8_within(
+    images: torch.Tensor, source: np.ndarray, budget: float, mask: torch.Tensor | None = None
+) -> np.ndarray:
     """Converts as `to_uint8`, but rounds towards the source where rounding to nearest leaves the budget.
 
-    images: (B, 3, H, W) in [-1, 1]; source: (B, H, W, 3) uint8. Returns uint8 with
-    max |out - source| * 2/255 <= budget.
+    images: (B, 3, H, W) in [-1, 1]; source: (B, H, W, 3) uint8; mask: (B, 1, H, W), a pixel's share of the
+    budget. Returns uint8 with |out - source| * 2/255 <= budget, times mask.
     """
     import numpy as np
 
     middle, levels = source.astype(np.int16), min(allowed_levels(budget), 255)
+    if mask is not None:
+        shares = mask.cpu().double().numpy().transpose(0, 2, 3, 1)  # (B, H, W, 1)
+        levels = np.minimum(budget * shares / LEVEL + 1e-9, levels).astype(np.int16)
     return np.clip(to_uint8(images), middle - levels, middle + levels).astype(np.uint8)
 
 
