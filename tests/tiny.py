@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -98,6 +99,20 @@ def _text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
         pad_token_id=tokenizer.pad_token_id,
     )
     return CLIPTextModel(config).eval()
+
+
+def tiny_editor(
+    shown: bool = True, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> SimpleNamespace:
+    """Makes what a Denoiser takes of an editor. shown: as channels (InstructPix2Pix), else img2img."""
+    tokenizer = tiny_tokenizer()
+    parts = {"vae": tiny_vae(seed=seed), "unet": _unet(8 if shown else 4, seed)}
+    parts["text_encoder"] = _text_encoder(tokenizer, seed)
+    for part in parts.values():
+        part.to(dtype).requires_grad_(False)
+    scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
+    kind = type("Img2Img", (SimpleNamespace,), {"knobs": {} if shown else {"strength": 0.5}})
+    return kind(pipeline=SimpleNamespace(tokenizer=tokenizer, scheduler=scheduler, **parts))
 
 
 def write_editor(directory: Path, seed: int = 0) -> Path:
