@@ -34,7 +34,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import defend
 import utils
 from images import load_image, to_tensor, working_size
-from methods import METHODS, Run
+from methods import METHODS
 from models.loading import ROOT, quiet
 from models.sets import MINI, add_model_arguments, choose, setting_help
 from protection import Protector
@@ -189,7 +189,7 @@ def protector_of(method: str, args: argparse.Namespace) -> Protector:
 
 
 def run_defense(method: str, args: argparse.Namespace) -> Row:
-    """Measures a defense as the scripts run it; an image costs what Run.num_iters iterations do."""
+    """Measures a defense as the scripts run it; an image costs what the method's own iterations do."""
     protector = protector_of(method, args)
     before = peak_memory(protector.device)
     protector.preload()
@@ -200,7 +200,8 @@ def run_defense(method: str, args: argparse.Namespace) -> Row:
     def work() -> None:
         protector.protect(images, boxes, range(len(images)))
 
-    measured, whole = (args.iterations, Run.num_iters) if "num_iters" in protector.method.reads else (1, 1)
+    own = protector.method.run.num_iters
+    measured, whole = (args.iterations, own) if "num_iters" in protector.method.reads else (1, 1)
     iteration = typical(work, protector.device, args) / measured
     peak = peak_memory(protector.device) - before  # operations are counted later: that keeps tensors alive
     flops = operations(work, args) / measured / len(images)
@@ -306,16 +307,17 @@ def run(args: argparse.Namespace) -> int:
     about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "
     about += f"--dtype {args.dtype}; {on}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
     about += f"torch {torch.__version__}; medians of {args.repeats}"
-    print(f"{about}\njob        s/iteration     s/image       hours   memory GB       TFLOP")
+    print(f"{about}\njob            s/iteration     s/image       hours   memory GB       TFLOP")
     n_edits, rows = len(utils.edit_prompts), {}
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         if args.size:
-            vars(args).update(in_a_process(write_weights, Path(name), "edit" in args.what))
+            editing = {"edit", *(name for name in METHODS if "editor" in METHODS[name].parameters)}
+            vars(args).update(in_a_process(write_weights, Path(name), bool(editing & set(args.what))))
         for job in args.what:
             row = in_a_process(run_job, job, args)
             hours = row.image * args.portraits * (1 if job in METHODS else n_edits) / 3600
             rows[job] = {**row._asdict(), "hours": hours}
-            line = f"{job:<10} {row.iteration:11.4f} {row.image:11.4f} {hours:11.2f} {row.memory:11.2f}"
+            line = f"{job:<14} {row.iteration:11.4f} {row.image:11.4f} {hours:11.2f} {row.memory:11.2f}"
             print(f"{line} {row.operations:11.4f}".replace("nan", "  -"), flush=True)
     print(f"hours: of {args.portraits} portraits, or of their edits by all {n_edits} instructions")
     if args.json:

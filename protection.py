@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import masks
 import models.sets
 from images import (
     Portrait,
@@ -29,7 +30,8 @@ from images import (
     to_working,
     working_size,
 )
-from methods import METHODS, NEED, GradientError, Run, random_start
+from methods import METHODS, NEED, GradientError, random_start
+from models.denoiser import Denoiser
 from models.editors import WorkingVAE, load_vae
 from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
 from models.loading import shown
@@ -38,6 +40,7 @@ from records import code_of, hash_of
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from models.faces import Recognizer
@@ -46,6 +49,19 @@ if TYPE_CHECKING:
 def readers(name: str) -> str:
     """Lists the methods that read a flag."""
     return ", ".join(key for key, method in METHODS.items() if name in (*method.reads, *method.parameters))
+
+
+def knobs() -> list[str]:
+    """Lists the knobs of all methods: what is a flag that some of them read."""
+    defaults = [item for method in METHODS.values() for item in method.parameters.items()]
+    return list(dict.fromkeys(name for name, default in defaults if default is not NEED))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
+    import torch
+
+    return torch.Generator().manual_seed(start_seed(seed, "objective"))
 
 
 @dataclass
@@ -105,9 +121,11 @@ class Protector:
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
-        self.looks_at_faces = args.check or "face_similarity" in self.needs  # the method, or its report
-        for knob in ("targeted", "c", "lr"):
-            if getattr(args, knob) is None:
+        self.mask = args.budget_mask
+        self.needs_face = "face_similarity" in self.needs or "face" in self.mask
+        self.looks_at_faces = args.check or self.needs_face  # the method, or its report
+        for knob in (*knobs(), "lr"):
+            if getattr(args, knob, None) is None:
                 continue
             if knob in self.knobs:
                 self.knobs[knob] = getattr(args, knob)
@@ -118,7 +136,9 @@ class Protector:
             warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
         if args.attack_budget > USUAL_BUDGET:
             warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
-        self.run = Run(args.attack_budget, args.step_size, args.num_iters, args.lr or Run.lr)
+        given = {name: getattr(args, name) for name in ("step_size", "num_iters", "lr")}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.run = dataclasses.replace(self.method.run, budget=args.attack_budget, **given)
         chosen = models.sets.choose(args)
         if self.method.fp32:
             if args.dtype not in ("auto", "fp32"):
@@ -138,11 +158,14 @@ class Protector:
             "code": hash_of([code_of(self.method.objective), code_of(self.method.loop)]),
         }
         chosen = self.chosen
+        if self.mask != "none":
+            found |= {"budget_mask": self.mask, "mask_code": hash_of(code_of(masks.budget_mask))}
         if self.needs:  # noise sees no network
             found |= {"model": chosen.kind, "model_id": shown(chosen.model_id)}
             found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
+        if self.needs_face:
+            found |= {"faces": self.faces, "detect_faces": chosen.detect_faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:
-            found |= {"faces": self.faces, "detect_faces": chosen.detect_faces}
             found["recognizer"] = shown(chosen.recognizer)
         if "perceptual_distance" in self.needs:
             found["lpips"] = shown(chosen.perceptual)
@@ -156,6 +179,11 @@ class Protector:
         """The editor's autoencoder."""
         chosen, how = self.chosen, (self.checkpointing, self.compile)
         return load_vae(chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype, *how)
+
+    @cached_property
+    def editor(self) -> Denoiser:
+        """The editor's denoiser."""
+        return Denoiser(self.chosen.load_editor(), self.checkpointing)
 
     @cached_property
     def recognizer(self) -> Recognizer:
@@ -180,8 +208,10 @@ class Protector:
     def preload(self) -> None:
         """Loads what the method can't do without, before anything is written. Raises UserError."""
         members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
+        members["editor"] = "editor"
         for need in self.needs:
-            getattr(self, members[need])
+            if need in members:
+                getattr(self, members[need])
 
     def _if_there(self, member: str) -> Any:
         """A member for a report, or None if it can't be had, which is said and tried once."""
@@ -215,7 +245,7 @@ class Protector:
             raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
         working = working_size(portrait.size, self.resolution)
         boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
-        if not boxes and "face_similarity" in self.needs:
+        if not boxes and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
         return Subject(portrait, boxes)
 
@@ -236,16 +266,25 @@ class Protector:
             "vae": lambda: self.vae,
             "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
             "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
+            "editor": lambda: self.editor,
+            "generators": lambda: [generator_of(seed) for seed in seeds],
         }
         needs = {need: offers[need]() for need in self.needs}
         start = random_start(images, self.run.budget, seeds)
         run = dataclasses.replace(self.run, start=start, callback=callback)
         try:
-            return self.method.protect(images, run, **needs, **self.knobs)
+            return self.method.protect(images, run, self.budget_mask(images, boxes), **needs, **self.knobs)
         except GradientError as error:
             dtype = self.chosen.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
+
+    def budget_mask(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor | None:
+        """Gives each pixel's share of the budget, (B, 1, H, W); boxes at the working size."""
+        size = images.shape[-2:]
+        working = working_size(size, self.resolution)
+        scaled = [[inside for box in faces if (inside := scale_box(box, working, size))] for faces in boxes]
+        return masks.budget_mask(images, scaled, self.mask)
 
     def save(
         self,
@@ -259,8 +298,9 @@ class Protector:
         sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
         seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
         boxes = [subject.boxes for subject in subjects]
-        protected = self.protect(to_tensor(sources).to(self.device), boxes, seeds, callback)
-        pixels = to_uint8_within(protected, sources, self.run.budget)
+        images = to_tensor(sources).to(self.device)
+        protected = self.protect(images, boxes, seeds, callback)
+        pixels = to_uint8_within(protected, sources, self.run.budget, self.budget_mask(images, boxes))
         reports = []
         for subject, output, result in zip(subjects, outputs, pixels, strict=True):
             if output is not None:

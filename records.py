@@ -59,23 +59,26 @@ def _digest(path: Path, *_: int) -> str:
 
 
 def code_of(function: Callable[..., Any]) -> str:
-    """Gives the code of a function and of all that it names in its own module, without comments.
+    """Gives the code of a function and of all that it names, in its module or beside it, without comments.
 
     A result is stale if a constant or a helper of its method changed, not if a docstring was reworded.
     """
-    module, found, waiting = inspect.getmodule(function), {}, [function.__name__]
+    home, found = inspect.getmodule(function), {}
+    waiting = [(function.__name__, home)]
     while waiting:
-        name = waiting.pop()
+        name, module = waiting.pop()
         value = getattr(module, name, None)
-        if name in found:
+        if inspect.isfunction(value) and Path(value.__code__.co_filename).parent == Path(__file__).parent:
+            module = inspect.getmodule(value)
+        if (key := (name, module.__name__)) in found:
             continue
         if isinstance(value, int | float | str | tuple):
-            found[name] = f"{name} = {value!r}"
+            found[key] = f"{name} = {value!r}"
         elif inspect.isfunction(value) and value.__module__ == module.__name__:
             text = re.sub(r'"""[\s\S]*?"""|#.*', "", inspect.getsource(value))
-            found[name] = " ".join(text.split())
-            waiting += re.findall(r"[A-Za-z_]\w*", text)
-    return "\n".join(found[name] for name in sorted(found))
+            found[key] = " ".join(text.split())
+            waiting += [(word, module) for word in re.findall(r"[A-Za-z_]\w*", text)]
+    return "\n".join(found[key] for key in sorted(found))
 
 
 def hash_of(thing: Any) -> str:
