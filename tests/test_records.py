@@ -28,6 +28,13 @@ def write(directory: Path, settings=SETTINGS, prompts=None, sources="in") -> dic
     return records.read_record(directory)
 
 
+def test_code_is_that_of_all_that_is_named_here_and_in_the_files_beside():
+    found = records.code_of(records.read_record)
+    assert "def first_line(error" in found and "def read_record(" in found  # one of utils.py
+    assert '"""' not in found and "def write_record(" not in found
+    assert "NAMED = 5" in records.code_of(records.listed)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # run.json
 
