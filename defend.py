@@ -33,7 +33,6 @@ if TYPE_CHECKING:
     from models.faces import Box
 
 
-
 def transform_names(text: str) -> str:
     """argparse type: what `transforms.chains` reads."""
     try:

@@ -12,11 +12,12 @@ import torch
 import torch._dynamo
 from tiny import noise
 
+import defend
 from images import load_image, save_png, to_tensor
 from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
 from models.editors import WorkingVAE
 from models.faces import face_similarity_to
-from protection import Protector, Report
+from protection import Protector, Report, knobs
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -215,6 +216,10 @@ def test_a_flag_that_a_method_does_not_read_is_ignored_with_a_warning(flags, rea
         else:
             assert told.startswith(f"warning: {flag} is ignored: {method} has no") and told.count("\n") == 1
             assert (tool.settings(), tool.knobs) == (plain.settings(), plain.knobs)
+
+
+def test_every_knob_is_a_flag():
+    assert set(knobs()) == {*defend.KNOBS, "targeted"}
 
 
 def test_clamp_min_and_clamp_max_are_taken_with_one_warning(protector, capsys):
