@@ -18,9 +18,8 @@ PROMPTS ?=
 SEED ?= 0
 BATCH ?= 8
 TABLE ?= table
-
-MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 EXPERIMENT ?= experiment
+MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 
 .PHONY: install demo app table experiment test test-all lint clean
 
@@ -31,15 +30,11 @@ $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
 
 $(VENV)/installed: requirements.txt | $(VENV)/bin/python
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-$(VENV)/installed-app: requirements-app.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-app.txt
-	touch $@
-
-$(VENV)/installed-dev: requirements-dev.txt $(VENV)/installed
-	$(RUN) -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+$(VENV)/installed-%: requirements-%.txt $(VENV)/installed
+	$(RUN) -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
 demo: $(VENV)/installed
@@ -52,10 +47,10 @@ table: $(VENV)/installed
 
 # 20 portraits that nothing else uses: every method with all instructions, and facelock purified with six of them
 experiment: $(VENV)/installed-dev
-	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1002000 --count 20
+	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1004500 --count 20
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock \
-		--prompts=0,4,11,13,19,23 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+		--prompts=0,4,11,13,19,23 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10 resize:0.5 jpeg:75+resize:0.5
 
 app: $(VENV)/installed-app
 	$(RUN) app.py --models=$(MODELS)

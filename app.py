@@ -143,6 +143,9 @@ def build(studio: Studio) -> Any:
             buttons=["fullscreen"], elem_classes="fill",
         )  # fmt: skip
 
+    def iterations_of(name: str) -> int:
+        return METHODS[name].run.num_iters if args.num_iters is None else args.num_iters
+
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
     with gr.Blocks(title="FaceLock", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
         state = gr.State(time_to_live=HOUR, delete_callback=studio.close)
@@ -170,7 +173,8 @@ def build(studio: Studio) -> Any:
                 method = gr.Dropdown(list(METHODS), value=args.defend_method, label="Method")
                 ends = min(0.01, args.attack_budget), max(USUAL_BUDGET, args.attack_budget)
                 budget = gr.Slider(*ends, args.attack_budget, step=0.005, label="Budget, in [-1, 1]")
-                n_iters = gr.Slider(0, max(500, args.num_iters), args.num_iters, step=1, label="Iterations")
+                given = iterations_of(args.defend_method)
+                n_iters = gr.Slider(0, max(500, given), given, step=1, label="Iterations")
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
@@ -372,6 +376,7 @@ def build(studio: Studio) -> Any:
         faces.select(take_click, state, outputs, **quick)
         choices = [method, budget]
         opened.then(describe, choices, choices, **quick)
+        method.change(iterations_of, method, n_iters, **quick)
         gr.on([method.change, budget.change], describe, choices, choices, **quick)
         asked = [state, method, budget, n_iters, which]
         begun = start.click(begin, state, outputs, queue=False, **quick)

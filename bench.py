@@ -29,18 +29,27 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
+
+import eval_all
+from pairing import Key
+from scoring import measure
+from views import Metric, View, load_views
 
 import defend
 import utils
-from images import load_image, to_tensor, working_size
-from methods import METHODS, Run
+from images import load_image, to_tensor
+from methods import METHODS
 from models.loading import ROOT, quiet
 from models.sets import MINI, add_model_arguments, choose, setting_help
 from protection import Protector
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
 
 METRICS = {  # job -> of eval_all.py, those that share networks together
@@ -118,7 +127,7 @@ def peak_memory(device: torch.device) -> float:
     status = Path("/proc/self/status")
     if status.exists():  # getrusage's peak would begin with that of the process that started this one
         return int(re.search(r"VmHWM:\s+(\d+)", status.read_text())[1]) * 1024 / 1e9
-    import resource
+    import resource  # which Windows hasn't
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e9  # of macOS, in bytes
 
@@ -134,13 +143,6 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def typical(work: Callable[[], Any], device: torch.device, args: argparse.Namespace) -> float:
-    """Measures the median of --repeats times, after a first one that doesn't count."""
-    if args.repeats > 1 or args.compile:
-        work()
-    return statistics.median(seconds(work, device) for _ in range(args.repeats))
-
-
 def operations(work: Callable[[], Any], args: argparse.Namespace) -> float:
     """Counts the operations (10^12) of convolutions, matrix products and attention; NaN if not affordable."""
     from torch.utils.flop_counter import FlopCounterMode
@@ -154,96 +156,75 @@ def operations(work: Callable[[], Any], args: argparse.Namespace) -> float:
 
 def portraits(n: int, size: tuple[int, int]) -> np.ndarray:
     """Gives n of the bundled portraits, brought to a size (H, W) -> (n, H, W, 3) uint8."""
-    import numpy as np
-    from PIL import Image
-
     paths = sorted((ROOT / "assets" / "portraits" / "mini").glob("*.png"))
     found = [Image.fromarray(load_image(paths[number % len(paths)]).pixels) for number in range(n)]
     return np.stack([np.array(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in found])
 
 
-class Row(NamedTuple):
-    """What a job costs; NaN where there is nothing to say."""
-
-    iteration: float  # seconds
-    image: float  # seconds
-    memory: float  # GB
-    operations: float  # 10^12: of one iteration and image of a defense, else of one image
-
-
-def run_job(job: str, args: argparse.Namespace) -> Row:
-    """Measures one row of the table, in this process. Raises UserError."""
+def run_job(job: str, args: argparse.Namespace) -> dict[str, float]:
+    """Measures one row of the table, in this process: seconds an `iteration` and `image`, `memory` in GB, and
+    `operations` (10^12) of an iteration and image of a defense, else of an image. Raises UserError.
+    """
     import_libraries()
-    if job in METHODS:
-        return run_defense(job, args)
-    return run_edit(args) if job == "edit" else run_metric(job, args)
+    device = choose(args).device
+    before = peak_memory(device)
+    # each gives works, and a function of their costs -> those of an iteration and of an image
+    load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics
+    works, cost = load(job, args)
+    for work in works if args.repeats > 1 or args.compile else ():
+        work()  # a first time that doesn't count
+    times = [statistics.median(seconds(work, device) for _ in range(args.repeats)) for work in works]
+    iteration, image = cost(*times)
+    memory = peak_memory(device) - before  # operations are counted later: that keeps tensors alive
+    of_iteration, of_image = cost(*(operations(work, args) for work in works))
+    flops = of_iteration / args.batch_size if job in METHODS else of_image
+    return {"iteration": iteration, "image": image, "memory": memory, "operations": flops}
 
 
-def protector_of(method: str, args: argparse.Namespace) -> Protector:
-    """Makes what defend.py makes of such flags. Raises UserError."""
-    line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={args.iterations}"]
+def protector_of(method: str, args: argparse.Namespace, iterations: int | None = None) -> Protector:
+    """Makes what defend.py makes of such flags, or with other iterations. Raises UserError."""
+    line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={iterations or args.iterations}"]
     line += [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
     flags = ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips")
     line += [f"--{flag}={value}" for flag in flags if (value := getattr(args, flag, None)) is not None]
     return Protector(defend.parse_args(line))
 
 
-def run_defense(method: str, args: argparse.Namespace) -> Row:
-    """Measures a defense as the scripts run it; an image costs what Run.num_iters iterations do."""
+def load_defense(method: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+    """Loads a defense as the scripts run it; an image costs what the method's own iterations do."""
     protector = protector_of(method, args)
-    before = peak_memory(protector.device)
     protector.preload()
     images = to_tensor(portraits(args.batch_size, args.input_side)).to(protector.device)
-    height, width = working_size(args.input_side, protector.resolution)
+    height, width = protector.chosen.editor.working_size(args.input_side, protector.resolution)
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
-
-    def work() -> None:
-        protector.protect(images, boxes, range(len(images)))
-
-    measured, whole = (args.iterations, Run.num_iters) if "num_iters" in protector.method.reads else (1, 1)
-    iteration = typical(work, protector.device, args) / measured
-    peak = peak_memory(protector.device) - before  # operations are counted later: that keeps tensors alive
-    flops = operations(work, args) / measured / len(images)
-    return Row(iteration, iteration * whole / len(images), peak, flops)
+    work = partial(protector.protect, images, boxes, range(len(images)))
+    own = protector.method.run.num_iters
+    measured, whole = (args.iterations, own) if "num_iters" in protector.method.reads else (1, 1)
+    return [work], lambda spent: (spent / measured, spent / measured * whole / len(images))
 
 
-def run_edit(args: argparse.Namespace) -> Row:
-    """Measures an edit with the set's own steps and guidance, by one of one step and one of three."""
+def load_edit(_: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+    """Loads the editor with the set's own steps and guidance, to edit in one step and in three."""
     chosen = choose(args)
-    before = peak_memory(chosen.device)
     editor = chosen.load_editor()
     steps = editor.knobs["num_inference_steps"]
     images = to_tensor(portraits(args.batch_size, args.input_side)).to(chosen.device)
     prompts = [utils.edit_prompts[number % len(utils.edit_prompts)] for number in range(len(images))]
 
-    def edit(few: int) -> None:
+    def work(few: int) -> None:
         editor.knobs["num_inference_steps"] = few
         editor(images, prompts, 0)
 
-    works = [partial(edit, few) for few in (1, 3)]
-    short, long = (typical(work, chosen.device, args) for work in works)
-    peak = peak_memory(chosen.device) - before
-    flops = of_all_steps(*(operations(work, args) for work in works), steps) / len(images)
-    return Row((long - short) / 2, of_all_steps(short, long, steps) / len(images), peak, flops)
+    def cost(one: float, three: float) -> tuple[float, float]:
+        step = (three - one) / 2
+        return step, (one + (steps - 1) * step) / len(images)
+
+    return [partial(work, few) for few in (1, 3)], cost
 
 
-def of_all_steps(of_one: float, of_three: float, steps: int) -> float:
-    """Extends what an edit of one step and one of three cost to all steps, each of which adds the same."""
-    return of_one + (steps - 1) * (of_three - of_one) / 2
-
-
-def run_metric(job: str, args: argparse.Namespace) -> Row:
-    """Measures metrics of an edit whose source is known already; in float32 by default, as the scripts do."""
-    sys.path.insert(0, str(ROOT / "evaluation"))  # its scripts are run from there
-    import eval_all
-    from pairing import Key
-    from views import load_views
-
-    dtype = "fp32" if args.dtype == "auto" else args.dtype
-    chosen = choose(argparse.Namespace(**{**vars(args), "dtype": dtype}))
-    before = peak_memory(chosen.device)
-    metrics = [metric for metric in eval_all.METRICS if metric.name in METRICS[job]]
-    views = load_views({need for metric in metrics for need in metric.needs}, chosen, utils.edit_prompts, {})
+def load_metrics(job: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+    """Loads metrics, for edits whose sources are known already; in float32 by default, as the scripts do."""
+    metrics, views = metrics_and_views(METRICS[job], args)
     sources = portraits(args.batch_size, args.input_side)
     edits, keys = sources[..., ::-1].copy(), [Key(0, 0, str(number)) for number in range(len(sources))]
     for view in views:
@@ -251,15 +232,18 @@ def run_metric(job: str, args: argparse.Namespace) -> Row:
             view.add_source(key.name, source)
 
     def work() -> None:
-        seen = {"edits": to_tensor(edits), "clean": to_tensor(sources)}
-        for view in views:
-            seen |= view(edits, keys)
-        for metric in metrics:
-            metric.function(*(seen[need] for need in metric.needs))
+        measure(metrics, views, edits, keys, to_tensor(sources))
 
-    image = typical(work, chosen.device, args) / len(sources)
-    peak = peak_memory(chosen.device) - before
-    return Row(math.nan, image, peak, operations(work, args) / len(sources))
+    return [work], lambda spent: (math.nan, spent / len(sources))
+
+
+def metrics_and_views(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Metric], list[View]]:
+    """Loads metrics by name, with the networks that they need together. Raises UserError."""
+    dtype = "fp32" if args.dtype == "auto" else args.dtype
+    metrics = [metric for metric in eval_all.METRICS if metric.name in names]
+    needs = {need for metric in metrics for need in metric.needs}
+    chosen = choose(argparse.Namespace(**vars(args) | {"dtype": dtype}))
+    return metrics, load_views(needs, chosen, utils.edit_prompts, {})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -300,23 +284,24 @@ def run(args: argparse.Namespace) -> int:
     chosen = choose(args)
     args.input_side = args.input_side or (chosen.resolution, chosen.resolution)
     height, width = args.input_side
-    on_gpu = utils.on_cuda(chosen.device)
-    on = torch.cuda.get_device_name(chosen.device) if on_gpu else platform.machine()
+    cuda = utils.on_cuda(chosen.device)
+    on = torch.cuda.get_device_name(chosen.device) if cuda else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
     about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "
     about += f"--dtype {args.dtype}; {on}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
     about += f"torch {torch.__version__}; medians of {args.repeats}"
-    print(f"{about}\njob        s/iteration     s/image       hours   memory GB       TFLOP")
+    print(f"{about}\njob            s/iteration     s/image       hours   memory GB       TFLOP")
     n_edits, rows = len(utils.edit_prompts), {}
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         if args.size:
-            vars(args).update(in_a_process(write_weights, Path(name), "edit" in args.what))
+            editing = {"edit", *(name for name in METHODS if "editor" in METHODS[name].parameters)}
+            vars(args).update(in_a_process(write_weights, Path(name), bool(editing & set(args.what))))
         for job in args.what:
             row = in_a_process(run_job, job, args)
-            hours = row.image * args.portraits * (1 if job in METHODS else n_edits) / 3600
-            rows[job] = {**row._asdict(), "hours": hours}
-            line = f"{job:<10} {row.iteration:11.4f} {row.image:11.4f} {hours:11.2f} {row.memory:11.2f}"
-            print(f"{line} {row.operations:11.4f}".replace("nan", "  -"), flush=True)
+            row["hours"] = row["image"] * args.portraits * (1 if job in METHODS else n_edits) / 3600
+            rows[job] = row
+            cells = "{iteration:11.4f} {image:11.4f} {hours:11.2f} {memory:11.2f} {operations:11.4f}"
+            print(f"{job:<14} {cells.format(**row)}".replace("nan", "  -"), flush=True)
     print(f"hours: of {args.portraits} portraits, or of their edits by all {n_edits} instructions")
     if args.json:
         record = {"about": about, "portraits": args.portraits, "rows": rows}

@@ -6,8 +6,8 @@
         --output_path=out.png
 
 Writes protected_NAME.png beside the input, or, if that is there, protected_NAME_2.png and so on; or
---output_path. Only the editor's VAE is loaded, and for facelock the face recogniser and LPIPS. Budgets and
-steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
+--output_path. Of the editor, most methods load the VAE alone (docs/methods.md); facelock loads the face
+recogniser and LPIPS. Budgets and steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
 """
 
 from __future__ import annotations
@@ -20,9 +20,11 @@ from typing import TYPE_CHECKING
 
 import utils
 from images import choose_output
+from masks import BUDGET_MASKS
 from methods import CHECK_EVERY, METHODS, Run
 from models import sets
 from protection import Protector, readers
+from transforms import chains
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +32,22 @@ if TYPE_CHECKING:
 
     from models.faces import Box
 
+
+def transform_names(text: str) -> str:
+    """argparse type: what `transforms.chains` reads."""
+    try:
+        chains(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+KNOBS = {  # of the objectives -> the flag's type and what it is; --targeted stands apart
+    "c": (utils.positive_float, "weight of the latent term"),
+    "unrolled": (utils.positive_int, "denoising steps of the edit that it goes through"),
+    "transforms": (transform_names, "what the picture is seen through; resize+light,jpeg: two by turns"),
+    "samples": (utils.positive_int, "random transforms an iteration"),
+}
 BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 
 
@@ -48,24 +66,29 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of the methods themselves, which some of them read."""
-    text = f"first step in [-1, 1], falling linearly to 1 %% of it ({readers('step_size')})"
-    parser.add_argument("--step_size", type=utils.positive_float, default=Run.step_size, help=text)
-    text = "iterations (all but noise); 0 leaves the random start"
-    parser.add_argument("--num_iters", type=utils.natural_number, default=Run.num_iters, help=text)
+    text = f"first step in [-1, 1], falling linearly to 1 %% of it (all but {others('step_size')}; default: "
+    parser.add_argument("--step_size", type=utils.positive_float, help=f"{text}{run_default('step_size')})")
+    text = f"iterations (all but noise); 0 leaves the random start (default: {run_default('num_iters')})"
+    parser.add_argument("--num_iters", type=utils.natural_number, help=text)
+    text = "where the budget is whole: on the face, on texture, on both; elsewhere it falls to 0"
+    parser.add_argument("--budget_mask", choices=BUDGET_MASKS, default="none", help=text)
     targeted = parser.add_mutually_exclusive_group()
     for flag, value, what in (
-        ("--targeted", True, "towards a zero latent"),
-        ("--untargeted", False, "away from the clean latent"),
+        ("--targeted", True, "towards a zero latent; sds: towards what is easily denoised"),
+        ("--untargeted", False, "away from the clean latent; sds: from what is easily denoised"),
     ):
         owners = [name for name, method in METHODS.items() if method.parameters.get("targeted") is value]
         text = f"{what} ({readers('targeted')}; the default of {', '.join(owners)})"
         targeted.add_argument(flag, dest="targeted", action="store_const", const=value, help=text)
-    text = f"weight of the latent term, cw only (default: {METHODS['cw'].parameters['c']})"
-    parser.add_argument("--c", type=utils.positive_float, help=text)
+    for name, (kind, text) in KNOBS.items():
+        owner = readers(name)
+        default = METHODS[owner.split(", ")[0]].parameters[name]
+        parser.add_argument(f"--{name}", type=kind, help=f"{text}, {owner} only (default: {default})")
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
-    text = "which faces facelock protects; with all, their mean similarity counts"
+    sets.add_vaes_argument(parser)
+    text = "which faces facelock and a mask protect; with all, their mean similarity counts"
     parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)
-    again = "the VAE's activations are computed again for each gradient"
+    again = "the activations of VAE and denoiser are computed again for each gradient"
     for flag, text in (
         ("--check", "measure face similarity after a VAE round trip for other methods than facelock, too"),
         ("--checkpointing", f"less memory, more time: {again}"),
@@ -74,6 +97,18 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, action="store_true", help=text)
     for bound in ("--clamp_min", "--clamp_max"):
         parser.add_argument(bound, type=float, help="of the authors' scripts; changes nothing here")
+
+
+def others(name: str) -> str:
+    """Lists the methods that don't read a flag."""
+    return ", ".join(key for key in METHODS if key not in readers(name).split(", "))
+
+
+def run_default(name: str) -> str:
+    """Writes the default of a field of Run, and the methods that have another one."""
+    own = {key: getattr(method.run, name) for key, method in METHODS.items()}
+    differing = [f"{key}: {value}" for key, value in own.items() if value != getattr(Run, name)]
+    return "; ".join([str(getattr(Run, name)), *differing])
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -125,11 +160,11 @@ def run(args: argparse.Namespace) -> int:
     args.seed = utils.draw_seed(args.seed)
     protector = Protector(args)
     if args.face_box and not protector.looks_at_faces:
-        raise UserError(f"--face_box: {protector.name} looks at no face; it is for facelock and --check")
+        raise UserError(f"--face_box: {protector.name} looks at no face; facelock, masks and --check do")
     subject = protector.load(args.input_path, args.face_box)  # a bad file is said before models are loaded
     protector.preload()
     protector.chosen.warn_of([subject.portrait.size])
-    with progress_bar(args.num_iters, protector.name) as step:
+    with progress_bar(protector.run.num_iters, protector.name) as step:
         (report,) = protector.save([subject], [output], step)
     print(report)
     return 0

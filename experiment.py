@@ -1,15 +1,18 @@
-"""The paper's experiment on a folder of portraits: every method, one table, the pictures.
+"""The paper's experiment on a folder of portraits: its methods or others, one table, the pictures.
 
     python experiment.py --models=mini --image_dir=assets/portraits/mini --output_dir=experiment \\
         --budgets 0.06 --prompts=0,4,11,13,19,23
     python experiment.py --image_dir=portraits --output_dir=experiment --budgets 0.02 --step_size=0.003
     python experiment.py --image_dir=portraits --output_dir=purified --methods facelock \\
         --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+    python experiment.py --image_dir=portraits --output_dir=transfer --methods facelock \\
+        --edit_models instruct-pix2pix flux2-klein
 
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
 metrics (all_metric.csv and .md, per_image.csv) and figure.png; for each of --purify the same below
-OUTPUT_DIR/purified/, and purified.png; all of it as a page, report.html. Run again, it goes on where it was.
-What fails for single portraits is told and left out of the table, and the exit status is 1.
+OUTPUT_DIR/purified/, and purified.png; for the second and further of --edit_models the same below
+OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it goes on where
+it was. What fails for single portraits is told and left out of the table, and the exit status is 1.
 """
 
 from __future__ import annotations
@@ -40,8 +43,11 @@ from main_defend import protect_directory
 from main_edit import edit_directory
 from methods import METHODS, Run
 from models import sets
+from models.editors import unload
 from protection import Protector
+from utils import UserError
 
+PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
 SLOW = 0.002  # s a unit of work; a part that took less was there already and says nothing of the rest
 
@@ -50,9 +56,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
     parser.add_argument("--output_dir", type=utils.path, required=True, help="where everything goes")
-    names = list(METHODS)
     parser.add_argument(
-        "--methods", nargs="+", choices=names, default=names, metavar="METHOD", help=", ".join(names)
+        "--methods",
+        nargs="+",
+        choices=("all", *METHODS),
+        default=PAPER,
+        metavar="METHOD",
+        help=f"all, or some of {', '.join(METHODS)}",
     )
     parser.add_argument(
         "--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP
@@ -76,6 +86,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[0],
         help="of the editor's noise, one or more; the first is the random start's, too",
     )
+    text = f"who edits what is protected against --model; several show what carries over: {sets.NAME_HELP}"
+    parser.add_argument("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -161,26 +173,31 @@ def run(args: argparse.Namespace) -> int:
             )
         )
         for budget in sorted(set(args.budgets))
-        for method in dict.fromkeys(args.methods)
+        for method in dict.fromkeys(METHODS if "all" in args.methods else args.methods)
     }
     for protector in protectors.values():
         protector.preload()
-    chosen = sets.choose(args)
+    chosen, *others = [sets.choose_editor(args, name) for name in args.edit_models] or [sets.choose(args)]
+    editors = {name_of(editor): editor for editor in [chosen, *others]}
+    if len(editors) <= len(others):
+        raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
     chosen.load_editor()
+    for editor in others:
+        editor.check_editor()
     judged = dataclasses.replace(chosen, dtype=utils.pick_dtype("fp32", chosen.device))
     options = runs.Options.of(args)
-    edit_passes = n_images * len(prompts) * len(args.seed) * chosen.settings["num_inference_steps"]
     parts = Parts()
 
-    def add_rows(rows: Rows) -> None:
+    def add_rows(rows: Rows, editor: sets.Chosen = chosen) -> None:
         """Adds the edits of all rows, their table, and the picture beside it."""
+        edit_passes = n_images * len(prompts) * len(args.seed) * editor.settings["num_inference_steps"]
         for row, pictures in rows.pictures.items():
             for seed in args.seed:
                 where = rows.edits(row) / f"seed{seed}"
                 parts.add(
-                    f"edit {row}",
+                    f"edit {row}" + (f" by {name_of(editor)}" if others else ""),
                     edit_passes / len(args.seed),
-                    partial(edit_directory, pictures, where, prompts, seed, chosen, options),
+                    partial(edit_directory, pictures, where, prompts, seed, editor, options),
                 )
         score = partial(make_table, rows, args, prompts, judged)
         parts.add("score", len(rows.pictures) * edit_passes / 20, score)
@@ -201,9 +218,18 @@ def run(args: argparse.Namespace) -> int:
             )
             parts.add(f"purify {row}: {name}", n_images, work)
         add_rows(Rows(root, pictures, args.seed))
+    roots = {name_of(chosen): args.output_dir}
+    for editor in others:
+        roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
+        parts.add(f"make room for {name_of(editor)}", 0, lambda: unload() or 0)
+        add_rows(Rows(root, {"clean": args.image_dir, **protected}, args.seed), editor)
     status = parts.run()
     if status > 128:
         return status
+    if others:
+        attacked = {row: protector for row, protector in protectors.items() if "vae" in protector.needs}
+        names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
+        print(transfer(roots, names, args.output_dir / "transfer.csv"))
     if args.purify:
         files = {"none": args.output_dir / "all_metric.csv"}
         for name, _ in args.purify:
@@ -244,6 +270,36 @@ def make_table(
     return status
 
 
+def name_of(editor: sets.Chosen) -> str:
+    """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
+    own = sets.MODEL_SETS[editor.models].editors.get(editor.kind)
+    return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
+
+
+def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
+    """Writes FR by the judge, by row and editor -> the table as a text. Raises UserError.
+
+    roots: editor -> where its table is; attacked: row -> the editors whose VAEs its protection attacked.
+    """
+    import pandas as pd
+
+    about, page = "FR by the judge; lower is better.\n\n", output.with_suffix(".md")
+    outputs.check_outputs([output])
+    outputs.check_outputs([page], (), (".md",), lambda content: content.startswith(about.encode()))
+    columns = {}
+    for editor, root in roots.items():
+        table = outputs.read_csv(root / "all_metric.csv").set_index("method")["facial_judge"]
+        table.index = [row.removeprefix(f"{root / 'edits'}/") for row in table.index]
+        columns[f"edited by {editor}"] = table
+    table = pd.DataFrame(columns)
+    table.insert(0, "attacked", [attacked.get(row, "none") for row in table.index])
+    table = table.rename_axis("method").reset_index()
+    outputs.write_csv(output, table)
+    text = table.to_markdown(index=False, floatfmt=".2f")
+    utils.write_file(page, f"{about}{text}\n".encode())
+    return text
+
+
 def verdict(output_dir: Path, models: str, minutes: float) -> str:
     """Says in words what came out, from the table that was written."""
     table = outputs.read_csv(output_dir / "all_metric.csv").set_index("method")
@@ -264,7 +320,7 @@ no attack sees. FR is 1 for the same face and 0 for a stranger's; recognised: ab
 person; identified: nearest to its own source among all sources. All of it is better when it is lower:
 {chr(10).join(lines)}
 Look at {output_dir / "figure.png"}: a protected portrait should look like its source, and its edits
-should show somebody else than the edits of the source (clean). Don't expect ruined pictures, nor that each
+should not show the person whom the edits of the source (clean) show. Don't expect that each
 face is gone; what the judge still finds, others may find, too.
 {worth}
 It took {minutes:.1f} minutes; all metrics are in {output_dir / "all_metric.md"}.

@@ -10,18 +10,20 @@ import io
 import os
 import re
 import warnings
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import ExifTags, Image, ImageCms, ImageOps
 
 from utils import LEVEL, UserError, allowed_levels, check_directory, first_line, one_line, write_file
 
 if TYPE_CHECKING:
-    import numpy as np
     import torch
-    from PIL import Image
 
 FORMATS = {  # suffix -> Pillow's name; nothing else is opened, so that a .png can't start Ghostscript
     ".avif": "AVIF", ".bmp": "BMP", ".gif": "GIF", ".jfif": "JPEG", ".jp2": "JPEG2000", ".jpeg": "JPEG",
@@ -46,90 +48,68 @@ class Portrait:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# reading
-
-
-def load_image(path: str | os.PathLike) -> Portrait:
+def load_image(path: str | os.PathLike, resolution: int | None = None) -> Portrait:
     """Reads an image file of a kind in FORMATS, whatever its suffix; the first frame of an animated one.
 
-    Greyscale, palette, CMYK and 16-bit grey pixels become 8-bit RGB (16-bit ones are scaled, not clipped), an
-    EXIF rotation is applied, an ICC profile is converted to sRGB, alpha is kept beside. Raises UserError
-    naming the file if that can't be done; 16-bit colour is refused, since Pillow would cut it.
+    Any pixels become 8-bit sRGB, upright; 16-bit grey ones are scaled, alpha is kept beside. Raises UserError
+    naming the file if that can't be done, as for 16-bit colour, or if it is too small for a `resolution`.
     """
-    import numpy as np
-    from PIL import ImageOps
-
     path = Path(path)
     try:
         if not path.is_file():
             raise UserError("not a file" if path.exists() else "no such file")
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # Pillow warns of what it reads all the same
+        with warnings.catch_warnings(action="ignore"):  # Pillow warns of what it reads all the same
             with _open(path) as opened:
                 _check_depth(opened)
                 opened.load()
                 image = ImageOps.exif_transpose(opened)
-            profile = image.info.get("icc_profile")
+            profile, alpha = image.info.get("icc_profile"), None
             image = _eight_bit(image)
-            alpha = None
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 alpha = np.array(image.getchannel("A"))
                 image = image.convert("RGB")
-            pixels = np.array(_to_srgb(image, profile))
-    except MemoryError:
-        raise UserError(f"{path}: not enough memory to read it") from None
+            portrait = Portrait(path, np.array(_to_srgb(image, profile)), alpha)
+        if resolution:
+            working_size(portrait.size, resolution)
+        return portrait
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    except Exception as error:
-        # a decoder fed with a broken file raises anything: SyntaxError, struct.error...
+    except MemoryError:
+        raise UserError(f"{path}: not enough memory to read it") from None
+    except Exception as error:  # a decoder fed with a broken file raises anything: SyntaxError...
         raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
-    return Portrait(path, pixels, alpha)
 
 
 def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
     """Reads an image as `load_image` does and refuses one too small to be worked on. Raises UserError."""
-    portrait = load_image(path)
-    try:
-        working_size(portrait.size, resolution)
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    return portrait
+    return load_image(path, resolution)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     """Reads (H, W) that `load_image` will give from the file's header alone; None if that can't be read."""
-    from PIL import ExifTags
-
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with _open(Path(path)) as image:
-                width, height = image.size
-                orientation = image.getexif().get(ExifTags.Base.Orientation, 1)
-                # Pillow gives a TIFF's size upright already.
-                lies_on_its_side = image.format != "TIFF" and orientation in (5, 6, 7, 8)
+        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+            # Pillow gives a TIFF's size upright already
+            return image.size if turned and image.format != "TIFF" else image.size[::-1]
     except Exception:  # as in load_image, which will say what is wrong
         return None
-    return (width, height) if lies_on_its_side else (height, width)
 
 
 def images_by_stem(directory: Path) -> dict[str, Path]:
     """Lists the image files of a directory by stem, sorted by name; hidden files and other things are left.
 
-    Links to files count, also broken ones: whoever reads them says so. Raises UserError: no such directory,
-    or two files with the same stem, whose results would be one file.
+    Broken links count: who reads them says so. Raises UserError: no such directory, or one stem of two files.
     """
-    suffixes = readable_suffixes()
-    files: dict[str, list[Path]] = {}
+    suffixes, files = readable_suffixes(), defaultdict(list)
     try:
         if not directory.is_dir():
             raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
         for path in sorted(directory.iterdir()):
             is_image = path.suffix.lower() in suffixes and not path.name.startswith(".")
             if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
-                files.setdefault(path.stem, []).append(path)
+                files[path.stem].append(path)
     except OSError as error:
         raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
     if twins := ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]:
@@ -144,8 +124,6 @@ def readable_suffixes() -> tuple[str, ...]:
 
 def _open(path: Path) -> Image.Image:
     """Image.open for the formats that are read, and no other."""
-    from PIL import Image
-
     formats = sorted(set(FORMATS.values()))
     if util.find_spec("pillow_heif"):
         import pillow_heif
@@ -169,13 +147,9 @@ def _check_depth(image: Image.Image) -> None:
 
 def _eight_bit(image: Image.Image) -> Image.Image:
     """16-bit, 32-bit and float pixels (modes I;16, I, F) -> L; Pillow's own conversion would clip them."""
-    import numpy as np
-    from PIL import Image
-
     if image.mode[0] not in "IF":
         return image
-    values = np.asarray(image).astype(np.float64)
-    top = 1 if image.mode == "F" else 65535
+    values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
     low, high = values.min(), values.max()
     if not (0 <= low and high <= top):
         raise ValueError(f"pixels from {low:g} to {high:g}, only 0 to {top} has a known meaning")
@@ -183,41 +157,26 @@ def _eight_bit(image: Image.Image) -> Image.Image:
 
 
 def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    from PIL import ImageCms
-
-    if profile:
-        if image.mode == "P":  # the profile is for the palette's colours
-            image = image.convert("RGB")
-        try:
-            source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-            target = ImageCms.createProfile("sRGB")
-            # An sRGB profile changes nothing but the last bit, so that pixels are left alone.
-            named = "srgb" in ImageCms.getProfileDescription(source).lower()
-            if not (named and _is_neutral(source, target)):
-                return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-        except (ImageCms.PyCMSError, OSError):
-            pass  # a broken profile, or one for other channels: the pixels are taken as they are
-    return image.convert("RGB")
-
-
-def _is_neutral(source: Any, target: Any) -> bool:
-    """Whether no colour moves by over 2 levels between two profiles; a linear sRGB is called sRGB, too."""
-    import numpy as np
-    from PIL import Image, ImageCms
-
-    levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-    cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)  # (81, 9, 3)
-    there = ImageCms.profileToProfile(Image.fromarray(cube), source, target)
-    return bool(np.abs(np.asarray(there).astype(int) - cube).max() <= 2)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# pixels <-> tensors, and writing
+    """Any mode -> RGB; by an ICC profile, unless that moves no colour by over 2 levels, as sRGB's own."""
+    if not profile:
+        return image.convert("RGB")
+    if image.mode == "P":  # the profile is for the palette's colours
+        image = image.convert("RGB")
+    try:
+        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
+        if "srgb" in ImageCms.getProfileDescription(source).lower():  # so is a linear one called
+            levels = np.linspace(0, 255, 9).round().astype(np.uint8)
+            cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)  # (81, 9, 3)
+            there = ImageCms.profileToProfile(Image.fromarray(cube), source, target)
+            if np.abs(np.asarray(there).astype(int) - cube).max() <= 2:
+                return image.convert("RGB")
+        return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
+    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for other channels
+        return image.convert("RGB")
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     """Converts (H, W, 3) or (B, H, W, 3) uint8 to float32 (B, 3, H, W) in [-1, 1]: v / 127.5 - 1."""
-    import numpy as np
     import torch
 
     batch = torch.from_numpy(np.array(pixels, ndmin=4)).permute(0, 3, 1, 2)  # (B, 3, H, W)
@@ -226,36 +185,31 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Converts (B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to nearest, values outside clipped."""
-    import numpy as np
-
-    levels = (images.detach().cpu().double() + 1) * 127.5
-    return levels.round().clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    levels = ((images.detach().cpu().double() + 1) * 127.5).round()
+    return levels.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
 
 
-def to_uint8_within(images: torch.Tensor, source: np.ndarray, budget: float) -> np.ndarray:
-    """Converts as `to_uint8`, but rounds towards the source where rounding to nearest leaves the budget.
+def to_uint8_within(
+    images: torch.Tensor, source: np.ndarray, budget: float, mask: torch.Tensor | None = None
+) -> np.ndarray:
+    """Converts as `to_uint8`, but keeps |out - source| <= budget, times mask.
 
-    images: (B, 3, H, W) in [-1, 1]; source: (B, H, W, 3) uint8. Returns uint8 with
-    max |out - source| * 2/255 <= budget.
+    images: (B, 3, H, W); source: (B, H, W, 3) uint8; mask: (B, 1, H, W), a pixel's share of the budget.
     """
-    import numpy as np
-
     middle, levels = source.astype(np.int16), min(allowed_levels(budget), 255)
+    if mask is not None:
+        shares = mask.cpu().double().numpy().transpose(0, 2, 3, 1)  # (B, H, W, 1)
+        levels = np.minimum(budget * shares / LEVEL + 1e-9, levels).astype(np.int16)
     return np.clip(to_uint8(images), middle - levels, middle + levels).astype(np.uint8)
 
 
 def linf(a: np.ndarray, b: np.ndarray) -> float:
     """Measures max |a - b| of two uint8 images, in the [-1, 1] range."""
-    import numpy as np
-
     return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) * LEVEL
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:
     """Writes (H, W, 3) uint8 as PNG, whole or not at all, and no metadata (GPS tags). Raises UserError."""
-    import numpy as np
-    from PIL import Image
-
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
     buffer = io.BytesIO()
@@ -266,11 +220,15 @@ def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | No
 def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -> Path:
     """Gives the PNG to write: `given`, else PREFIX_NAME.png beside the source, or the next free number.
 
-    Called before any work, so that nobody waits for a result that can't be kept. Raises UserError for a file
-    that is no PNG (why_png: the reason) or would overwrite the input.
+    Called before any work. Raises UserError for a file that is no PNG (why_png) or would overwrite the input.
     """
     try:
-        path = given or _free_name(source, prefix)
+        path, place = given or source.with_name(f"{prefix}_{source.stem}.png"), 1
+        while not given and (path.exists() or path.is_symlink()):
+            place += 1
+            path = source.with_name(f"{prefix}_{source.stem}_{place}.png")
+        if place > 1:
+            print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
         if path.suffix.lower() != ".png":
             raise UserError(f"{path}: {why_png}; ask for a .png")
         if path.exists() and not path.is_file():
@@ -283,26 +241,8 @@ def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -
     return path
 
 
-def _free_name(source: Path, prefix: str) -> Path:
-    """PREFIX_NAME.png beside the source, or the next free number, which is said."""
-    path, place = source.with_name(f"{prefix}_{source.stem}.png"), 1
-    while path.exists() or path.is_symlink():
-        place += 1
-        path = source.with_name(f"{prefix}_{source.stem}_{place}.png")
-    if place > 1:
-        print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
-    return path
-
-
-# ---------------------------------------------------------------------------------------------------------
-# working size: the form in which the editor, and so every defense, sees an image
-
-
 def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
-    """Gives the size that an editor works at, before padding, for (H, W): the long side is <= `resolution`.
-
-    Raises UserError if a side of it would be under 32 px.
-    """
+    """Gives the size (unpadded) at which (H, W) is edited: long side <= resolution. Raises UserError."""
     scale = min(1.0, resolution / max(size))
     height, width = (max(1, round(side * scale)) for side in size)
     if min(height, width) < MIN_WORKING_SIDE:
@@ -316,26 +256,28 @@ def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
 def to_working(images: torch.Tensor, resolution: int, multiple: int = 8) -> torch.Tensor:
     """Brings (B, 3, H, W) to (B, 3, h, w): antialiased resize to `working_size`, reflect-padded to multiples.
 
-    Differentiable. The edit scripts use it before the editor and the defenses inside their loop, so what is
-    optimised is what the editor will see.
+    Differentiable: the defenses optimise through it what the edit scripts show the editor.
     """
     import torch.nn.functional as F
 
     size = working_size(images.shape[-2:], resolution)
-    if size != tuple(images.shape[-2:]):
-        images = F.interpolate(images, size=size, mode="bilinear", antialias=True, align_corners=False)
+    images = resize(images, size)
     bottom, right = (-side % multiple for side in size)
     if bottom or right:
         images = F.pad(images, (0, right, 0, bottom), mode="reflect")
-    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it
+    return images
 
 
 def from_working(images: torch.Tensor, size: Sequence[int], resolution: int) -> torch.Tensor:
     """Undoes `to_working`: cuts the padding off and resizes back to `size` = (H, W)."""
+    height, width = working_size(size, resolution)
+    return resize(images[..., :height, :width], size)
+
+
+def resize(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
+    """Resizes (B, 3, H, W) in [-1, 1] to `size` = (H, W), antialiased. Differentiable."""
     import torch.nn.functional as F
 
-    height, width = working_size(size, resolution)
-    images = images[..., :height, :width]
-    if (height, width) != tuple(size):
+    if tuple(images.shape[-2:]) != tuple(size):
         images = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return images.clamp(-1, 1)
+    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it

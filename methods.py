@@ -2,7 +2,9 @@
 
 Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1]; every budget and step is an L-infinity size in
 that range (0.03 is 3.8/255 of a pixel). Notation: x is the clean image, x' the optimised one, E and D are
-the VAE's encoder (the latent mean) and decoder, z0 = E(x), z = E(x') and y = clip(D(z), -1, 1).
+the VAE's encoder (the latent mean) and decoder, z0 = E(x), z = E(x') and y = clip(D(z), -1, 1). An editor
+that is shown the image as z, and no words, finds the noise eps(z_k, k, z) in z_k = sqrt(a_k) s z +
+sqrt(1 - a_k) e, with timestep k (K is its first), noise e, a_k of alphas_cumprod, s the scale of its latents.
 
 A defense is a function that takes x and what it needs (`vae`, `face_similarity`, ...) and returns its
 objective: a function of (x', t), t in [0, 1) being the share of iterations done, that gives one value an
@@ -15,11 +17,13 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from transforms import chains, in_coefficients, keeping_spectrum, normal, uniform
+
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
-    from torch import Tensor
+    from torch import Generator, Tensor
 
 LOSS_SCALE = 2.0**12  # keeps float16 gradients from vanishing; a power of two changes no digit and no sign
 CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
@@ -30,6 +34,7 @@ PERCEPTUAL_FROM = 0.25  # share of the iterations after which the LPIPS term is 
 FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
 Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
+Draws = Sequence["Generator"]  # one an image
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -54,10 +59,7 @@ def encoder_attack(x: Tensor, vae: Any, targeted: bool = True) -> Objective:
 
 
 def vae_attack(x: Tensor, vae: Any) -> Objective:
-    """Drives the reconstruction to grey, 0 (the paper's "VAE attack", after Salman et al. 2023):
-
-        -||D(z)||_2,  not clipped
-    """
+    """Drives the reconstruction to grey (the paper's "VAE attack", after Salman et al. 2023): -||D(z)||_2"""
     return lambda x_adv, t: -_norm(_decode(vae, _encode(vae, x_adv)))
 
 
@@ -66,9 +68,7 @@ def cw_l2_attack(x: Tensor, vae: Any, c: float = 0.03, targeted: bool = False) -
 
         -(sum(((x' - x) / 2)^2) + c f)
         targeted:    f = ||z||_2
-        untargeted:  f = -sum over latent rows of ||z - z0||_2
-
-    A latent row is one row of one channel, as in the authors' release.
+        untargeted:  f = -sum over rows of each channel of ||z - z0||_2, as in the authors' release
     """
     z0 = _encode(vae, x).detach()
 
@@ -93,9 +93,8 @@ def facelock(
 
         -[t >= 0.35] cos(f(y), f(x)) + 0.2 mean((z - z0)^2) + [t > 0.25] LPIPS(y, x)
 
-    face_similarity(y) is cos(f(y), f(x)) and perceptual_distance(y) is LPIPS(y, x), each (B,), with
-    everything of the clean image computed once by whoever made them. All three terms push away from the
-    person. While neither the face nor the LPIPS term is on, nothing is decoded.
+    face_similarity(y) is cos(f(y), f(x)) and perceptual_distance(y) is LPIPS(y, x), each (B,). All terms push
+    away from the person. While neither the face nor the LPIPS term is on, nothing is decoded.
     """
     z0 = _encode(vae, x).detach()
 
@@ -110,6 +109,116 @@ def facelock(
         return value
 
     return objective
+
+
+def facelock_dim(
+    x: Tensor, vae: Any, face_similarity: Any, generators: Draws, transforms: str = "resize", samples: int = 2
+) -> Objective:
+    """Takes the face from the reconstruction, as seen through random transforms T (DIM, Xie et al. 2019):
+
+        -mean over samples of cos(f(T(y)), f(x))
+    """
+    similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples)
+    return lambda x_adv, t: -similarity(_decode(vae, _encode(vae, x_adv)).clamp(-1, 1), t).to(x_adv.dtype)
+
+
+def eot(objective: Objective, transforms: str, generators: Draws, samples: int) -> Objective:
+    """Averages an objective over random transforms of its image (EOT, Athalye et al. 2018):
+
+        mean over samples of objective(T(image), t)
+
+    transforms: as `transforms.chains` reads them; they take turns over the samples.
+    """
+    ways = chains(transforms, samples)
+    return lambda image, t: sum(objective(way(image, generators), t) for way in ways) / samples
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the peers' defenses (docs/methods.md has their settings); k, e and T are drawn anew in each iteration
+
+
+def photoguard(x: Tensor, vae: Any, editor: Any, generators: Draws, unrolled: int = 4) -> Objective:
+    """Drives a short edit to grey (the diffusion attack of Salman et al. 2023): -||D(DDIM(e, z))||_2
+
+    DDIM takes `unrolled` steps from k = K to 0, all of them with gradient. Theirs inpaints, guided by 7.5; an
+    edit without words, where that guidance cancels, stands in.
+    """
+    return _of_latent(vae, lambda z: -_norm(_decode(vae, editor.edit(z, normal(generators, z), unrolled))))
+
+
+def advdm(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objective:
+    """Makes the image hard to denoise (AdvDM, Liang et al. 2023): mean((eps(z_k, k, z) - e)^2)"""
+    return _of_latent(vae, lambda z: _mean_square(_misjudged(editor, z, generators)))
+
+
+def sds(x: Tensor, vae: Any, editor: Any, generators: Draws, targeted: bool = True) -> Objective:
+    """Drives the latent along the denoiser's error, not through it (Diff-Protect, Xue et al. 2024):
+
+        targeted (SDS-, easily denoised):  -mean(g z),  g = eps(z_k, k, z) - e taken as a constant
+        untargeted (SDS+):                  mean(g z)
+    """
+
+    def along(z: Tensor) -> Tensor:
+        g = _misjudged(editor, z.detach(), generators)
+        return (-1 if targeted else 1) * (g * z).flatten(1).mean(dim=1)
+
+    return _of_latent(vae, along)
+
+
+def mist(x: Tensor, vae: Any) -> Objective:
+    """Drives the latent to a pattern's (the textural term of Mist, Liang & Wu 2023): -mean((z - E(p))^2)
+
+    Theirs shows the word MIST; here p is a chequerboard of 16 fields on the long side.
+    """
+    down, right = (x.new_ones(side).cumsum(0).sub(1) * 16 // max(x.shape[2:]) for side in x.shape[2:])
+    target = _encode(vae, ((down[:, None] + right) % 2 * 2 - 1).expand_as(x)).detach()
+    return _of_latent(vae, lambda z: -_mean_square(z - target))
+
+
+def pid(x: Tensor, vae: Any) -> Objective:
+    """Moves the mean and the log variance v that E gives, whatever the words (PID, Li et al. 2024):
+
+        mean((z - z0)^2) + mean((v - v0)^2)
+    """
+
+    def moments(image: Tensor) -> Tensor:  # z and v, (B, 2 C, h/8, w/8)
+        return vae.encode(image).latent_dist.parameters.to(image.dtype)
+
+    clean = moments(x).detach()
+    return lambda x_adv, t: 2 * _mean_square(moments(x_adv) - clean)
+
+
+def editshield(x: Tensor, vae: Any, generators: Draws) -> Objective:
+    """Moves the latent whatever is done to the image (EditShield, Chen et al. 2024):
+
+        mean over a crop, a blur and a rotation T of mean((E(T(x')) - z0)^2)
+
+    Theirs compares noisy latents: the same noise in both cancels, and leaves a factor.
+    """
+    return eot(encoder_attack(x, vae, targeted=False), "crop,blur,rotate", generators, samples=3)
+
+
+def diffusionguard(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objective:
+    """Makes the editor's first step find much noise (DiffusionGuard, Choi et al. 2025): ||eps(e, K, z)||_2
+
+    Theirs inpaints through random masks of the face; the image that InstructPix2Pix is shown stands in.
+    """
+    first = editor.first
+    return _of_latent(
+        vae, lambda z: _norm(editor.predict_noise(editor.begin(z, normal(generators, z)), first, z))
+    )
+
+
+def _of_latent(vae: Any, value: Callable[[Tensor], Tensor]) -> Objective:
+    """Makes an objective of a function of z alone."""
+    return lambda x_adv, t: value(_encode(vae, x_adv))
+
+
+def _misjudged(editor: Any, z: Tensor, generators: Draws) -> Tensor:
+    """eps(z_k, k, z) - e, with a timestep k and noise e of each image's own: like z"""
+    k = uniform(generators, 0, len(editor.alphas_cumprod), z).long()
+    e = normal(generators, z)
+    return editor.predict_noise(editor.noised(z, k, e), k, z) - e
 
 
 def _encode(vae: Any, x: Tensor) -> Tensor:
@@ -153,10 +262,9 @@ def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
-    x: (B, 3, H, W) in [-1, 1]; 16-bit floats are optimised in float32, where small steps still count. The sum
-    over images is differentiated, so a batch gives each image what it would get alone. Returns x' like x
-    (float32 at least), max |x' - x| <= budget. x is left as it is. Raises ValueError for a wrong shape or
-    range and GradientError for a gradient that is not finite; warns if an image's gradient is all zero.
+    x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
+    gets what it would get alone. Returns x' like x, max |x' - x| <= budget. Raises ValueError for a wrong
+    image, GradientError for a gradient that is not finite; warns if an image's is zero everywhere.
     """
     import torch
 
@@ -177,8 +285,7 @@ def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
     """Climbs by Adam (Kingma & Ba 2015) on w, x' = tanh(w) (Carlini & Wagner 2017); projects at the end.
 
-    Adam's state is kept per element, so the images of a batch don't mix. Unlike the authors' release it
-    begins at `start`. x, the result and errors as in `pgd`.
+    Unlike the authors' release it begins at `start`. x, the result and errors as in `pgd`.
     """
     import torch
 
@@ -196,6 +303,34 @@ def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
     return project(w.detach().tanh(), x, run.budget)
 
 
+def through(seen: Callable[[Tensor], Tensor], x: Tensor, objective: Objective, run: Run, loop: Any) -> Tensor:
+    """Runs a loop whose variable u is an image only as `seen`: x' = seen(u)."""
+    return seen(loop(x, lambda u, t: objective(seen(u), t), run))
+
+
+def blurred_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by `pgd` in smooth perturbations, x' = x + G(u - x) (BlurGuard, Kim et al. 2025).
+
+    Each image's G is the narrowest Gaussian after which noise of the budget leaves its spectrum as it is;
+    theirs learns one for each region that SAM finds. x, the result and errors as in `pgd`.
+    """
+    x, start = _begin(x, run)
+    smooth = keeping_spectrum(x, start - x)
+    return through(lambda u: project(x + smooth(u - x), x, run.budget), x, objective, run, pgd)
+
+
+def dct_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by `pgd` in JPEG's coefficients, |v| <= 1 step of quality 95 (DCT-Shield, Bala et al. 2025).
+
+    Theirs has no budget in pixels. Start and steps are the same share of 1 as of the budget. x, the result
+    and errors as in `pgd`.
+    """
+    x, start = _begin(x, run)
+    moved = in_coefficients(x, quality=95)
+    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=(start - x) / run.budget)
+    return through(lambda v: project(moved(v), x, run.budget), 0 * x, objective, run_v, pgd)
+
+
 def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
     """Leaves the start as it is. x, the result and errors as in `pgd`."""
     return _begin(x, run)[1]
@@ -204,8 +339,7 @@ def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
 def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
     """Draws a uniform point of each image's L-infinity ball, cut to [-1, 1]; like x in shape and dtype.
 
-    One CPU generator an image, so an image's start depends on its own seed and shape alone. It is drawn in
-    float32 whatever x's dtype. Raises ValueError unless there is one seed an image.
+    In float32, by one CPU generator an image. Raises ValueError unless there is one seed an image.
     """
     import torch
 
@@ -278,6 +412,7 @@ class Method(NamedTuple):
     loop: Callable[[Tensor, Objective, Run], Tensor] = pgd
     reads: tuple[str, ...] = ("step_size", "num_iters")  # beside budget and start
     fp32: bool = False  # networks in float32 whatever --dtype says
+    run: Run = Run()  # its own step_size and num_iters; lr is that of all
 
     @property
     def parameters(self) -> dict[str, Any]:
@@ -285,10 +420,13 @@ class Method(NamedTuple):
         parameters = list(inspect.signature(self.objective).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
 
-    def protect(self, x: Tensor, run: Run = Run(), **offers: Any) -> Tensor:
-        """Runs the loop on the objective that `offers` (needs and knobs) make."""
+    def protect(self, x: Tensor, run: Run = Run(), mask: Tensor | None = None, **offers: Any) -> Tensor:
+        """Runs the loop on what offers make. mask: a pixel's share of the budget, (B, 1, H, W) in [0, 1]."""
         x = _image(x, run.budget)
-        return self.loop(x, self.objective(x, **offers), run)
+        objective = self.objective(x, **offers)
+        if mask is None:
+            return self.loop(x, objective, run)
+        return through(lambda u: x + mask.to(x) * (u - x), x, objective, run, self.loop)
 
 
 NEED = inspect.Parameter.empty
@@ -298,4 +436,14 @@ METHODS: dict[str, Method] = {
     "vae": Method(vae_attack),
     "cw": Method(cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True),  # Adam sees a gradient's size
     "facelock": Method(facelock),
+    "facelock-dim": Method(facelock_dim, run=Run(step_size=0.02, num_iters=25)),
+    "photoguard": Method(photoguard),
+    "advdm": Method(advdm),
+    "sds": Method(sds),
+    "mist": Method(mist),
+    "pid": Method(pid),
+    "editshield": Method(editshield),
+    "diffusionguard": Method(diffusionguard),
+    "blurguard": Method(encoder_attack, blurred_pgd),
+    "dctshield": Method(encoder_attack, dct_pgd),
 }

@@ -20,8 +20,7 @@ try:
 except ImportError:  # Windows: no lock there
     fcntl = None
 
-Made = TypeVar("Made")
-Batch = TypeVar("Batch")
+T = TypeVar("T")
 
 LONGEST_WAIT = datetime.timedelta(days=30)  # of a process that is done for one that is not
 
@@ -57,13 +56,13 @@ class Team:
         """Whether the launcher is gone: then nobody waits for this process any more."""
         return self.size > 1 and os.getppid() != self.parent
 
-    def share(self, batches: Sequence[Batch], is_done: Callable[[Batch], bool]) -> list[Batch]:
+    def share(self, batches: Sequence[T], is_done: Callable[[T], bool]) -> list[T]:
         """Gives this process's part: what is to be done is dealt out evenly, and so is what is done."""
         finished = [batch for batch in batches if is_done(batch)]
         waiting = [batch for batch in batches if not is_done(batch)]
         return [*finished[self.rank :: self.size], *waiting[self.rank :: self.size]]
 
-    def once(self, work: Callable[[], Made]) -> Made:
+    def once(self, work: Callable[[], T]) -> T:
         """Does it in the first process, for all; a UserError there ends all, with one line and status 1."""
         if self.size == 1:
             return work()
@@ -83,7 +82,7 @@ class Team:
             raise UserError(error)
         sys.exit(1)
 
-    def all(self, mine: Made) -> list[Made]:
+    def all(self, mine: T) -> list[T]:
         """Gathers one value per process, ordered by rank."""
         if self.size == 1:
             return [mine]
@@ -92,77 +91,68 @@ class Team:
         return gather_object([mine])
 
 
-class Lock:
-    """Keeps a second run out of a directory while any process of the first one lives.
+@contextlib.contextmanager
+def locked(directory: Path, team: Team) -> Iterator[None]:
+    """Keeps a second run out of a directory while any process of the first one lives; every process calls it.
 
-    A shared flock on DIRECTORY/.lock, once an exclusive one has shown that nobody else has it: the system
-    gives it up when a process ends, however it ends. The file says who they are.
+    A shared flock on DIRECTORY/.lock, once an exclusive one has shown that nobody has it: the system ends it
+    with the process, however that ends. Raises UserError if another run is at work there.
     """
+    path = directory / ".lock"
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        # a link would lead to somebody's file, which the lock then empties
+        flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
+        file = os.fdopen(os.open(path, flags, 0o644), "a+")
+    except OSError as error:
+        raise UserError(f"{path}: can't be opened as a lock ({error.strerror})") from None
 
-    def __init__(self, directory: Path) -> None:
-        self.path = directory / ".lock"
+    def lock(exclusive: bool) -> None:
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            # a link would lead to somebody's file, which the lock then empties
-            flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | getattr(os, "O_NOFOLLOW", 0)
-            self.file = os.fdopen(os.open(self.path, flags, 0o644), "a+")
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be opened as a lock ({error.strerror})") from None
-
-    def take(self, team: Team) -> None:
-        """Takes the lock; to be called by every process. Raises UserError if another run is at work there."""
-        team.once(self._begin)
-        if not team.is_first:
-            self._flock(exclusive=False)
-        try:
-            print(f"process {os.getpid()} on {socket.gethostname()}", file=self.file, flush=True)
-        except OSError as error:
-            raise UserError(f"{self.path}: can't be written ({error.strerror})") from None
-        team.all(None)  # nobody goes on before all have it
-
-    def release(self) -> None:
-        """Gives the lock up."""
-        with contextlib.suppress(OSError):  # on a full disk, closing fails once more
-            self.file.close()
-
-    def _begin(self) -> None:
-        self._flock(exclusive=True)
-        self.file.truncate(0)
-        self._flock(exclusive=False)
-
-    def _flock(self, exclusive: bool) -> None:
-        if fcntl is None:
-            return
-        try:
-            fcntl.flock(self.file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
+            if fcntl:
+                fcntl.flock(file, (fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH) | fcntl.LOCK_NB)
         except BlockingIOError:
-            self.file.seek(0)
-            who = f"another run is writing into it ({', '.join(self.file.read().splitlines())})"
-            raise UserError(f"{self.path.parent}: {who}; wait for its end, or stop it") from None
+            file.seek(0)
+            who = f"another run is writing into it ({', '.join(file.read().splitlines())})"
+            raise UserError(f"{directory}: {who}; wait for its end, or stop it") from None
         except OSError as error:  # some network file systems have no locks
-            warn(f"{self.path} can't be locked ({error.strerror})")
+            warn(f"{path} can't be locked ({error.strerror})")
 
+    def begin() -> None:
+        lock(exclusive=True)
+        file.truncate(0)
+        lock(exclusive=False)
 
-class Stop:
-    """Ctrl-C or SIGTERM once: the current batch is finished and saved. Again: at once."""
-
-    def __init__(self) -> None:
-        self.signal = 0
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        """Hears signals for as long as it lasts."""
-        before = {number: signal.signal(number, self._hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        team.once(begin)
+        lock(exclusive=False)
         try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)
+        except OSError as error:
+            raise UserError(f"{path}: can't be written ({error.strerror})") from None
+        team.all(None)  # nobody goes on before all have it
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # on a full disk, closing fails once more
+            file.close()
 
-    def _hear(self, number: int, _: Any) -> None:
-        if self.signal and number == signal.SIGTERM:
+
+@contextlib.contextmanager
+def listening() -> Iterator[list[int]]:
+    """Gives the signals heard: Ctrl-C or SIGTERM once, to end after the current batch; again ends at once."""
+    heard: list[int] = []
+
+    def hear(number: int, _: Any) -> None:
+        if heard and number == signal.SIGTERM:
             sys.exit(128 + number)
-        if self.signal:
+        if heard:
             raise KeyboardInterrupt
-        self.signal = number
+        heard.append(number)
         print("stopping after this batch (once more: at once)", file=sys.stderr)
+
+    before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield heard
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,10 +1,10 @@
 """The one way of a portrait, for one and for thousands: read, find faces, protect, save, measure.
 
-    args = defend.parse_args(["--input_path=portrait.png", "--models=mini"])
-    protector = Protector(args)
-    subject = protector.load(args.input_path)
-    (report,) = protector.save([subject], [Path("protected.png")])
-    print(report)
+args = defend.parse_args(["--input_path=portrait.png", "--models=mini"])
+protector = Protector(args)
+subject = protector.load(args.input_path)
+(report,) = protector.save([subject], [Path("protected.png")])
+print(report)
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import masks
 import models.sets
 from images import (
     Portrait,
@@ -26,18 +27,18 @@ from images import (
     save_png,
     to_tensor,
     to_uint8_within,
-    to_working,
-    working_size,
 )
-from methods import METHODS, NEED, GradientError, Run, random_start
-from models.editors import WorkingVAE, load_vae
+from methods import METHODS, NEED, GradientError, Objective, random_start
+from models.denoiser import Denoiser
 from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
-from models.loading import shown
+from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
+from models.vaes import WorkingVAE, load_vae
 from records import code_of, hash_of
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from models.faces import Recognizer
@@ -46,6 +47,19 @@ if TYPE_CHECKING:
 def readers(name: str) -> str:
     """Lists the methods that read a flag."""
     return ", ".join(key for key, method in METHODS.items() if name in (*method.reads, *method.parameters))
+
+
+def knobs() -> list[str]:
+    """Lists the knobs of all methods: what is a flag that some of them read."""
+    defaults = [item for method in METHODS.values() for item in method.parameters.items()]
+    return list(dict.fromkeys(name for name, default in defaults if default is not NEED))
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
+    import torch
+
+    return torch.Generator().manual_seed(start_seed(seed, "objective"))
 
 
 @dataclass
@@ -105,9 +119,11 @@ class Protector:
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
-        self.looks_at_faces = args.check or "face_similarity" in self.needs  # the method, or its report
-        for knob in ("targeted", "c", "lr"):
-            if getattr(args, knob) is None:
+        self.mask = args.budget_mask
+        self.needs_face = "face_similarity" in self.needs or "face" in self.mask
+        self.looks_at_faces = args.check or self.needs_face  # the method, or its report
+        for knob in (*knobs(), "lr"):
+            if getattr(args, knob, None) is None:
                 continue
             if knob in self.knobs:
                 self.knobs[knob] = getattr(args, knob)
@@ -118,13 +134,20 @@ class Protector:
             warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
         if args.attack_budget > USUAL_BUDGET:
             warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
-        self.run = Run(args.attack_budget, args.step_size, args.num_iters, args.lr or Run.lr)
-        chosen = models.sets.choose(args)
+        given = {name: getattr(args, name) for name in ("step_size", "num_iters", "lr")}
+        given = {name: value for name, value in given.items() if value is not None}
+        self.run = dataclasses.replace(self.method.run, budget=args.attack_budget, **given)
+        self.attacked = models.sets.choose_vaes(args)  # the editors whose VAEs the objective averages over
         if self.method.fp32:
             if args.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
-            chosen = dataclasses.replace(chosen, dtype=pick_dtype("fp32", chosen.device))
-        self.chosen, self.device, self.resolution = chosen, chosen.device, chosen.resolution
+            self.attacked = [
+                dataclasses.replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked
+            ]
+        self.chosen = chosen = self.attacked[0]
+        self.device, self.resolution = chosen.device, chosen.resolution
+        self.is_ensemble = bool(vars(args).get("vae_ids"))
+        self.denoisers: dict[str, Denoiser] = {}
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
     def settings(self) -> dict[str, Any]:
@@ -138,24 +161,45 @@ class Protector:
             "code": hash_of([code_of(self.method.objective), code_of(self.method.loop)]),
         }
         chosen = self.chosen
+        if self.mask != "none":
+            found |= {"budget_mask": self.mask, "mask_code": hash_of(code_of(masks.budget_mask))}
         if self.needs:  # noise sees no network
-            found |= {"model": chosen.kind, "model_id": shown(chosen.model_id)}
+            found |= {"model": chosen.kind, "model_id": recorded(chosen.model_id)}
             found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
+        if self.is_ensemble and "vae" in self.needs:
+            names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
+            found["vae_ids"] = names
+        if self.needs_face:
+            found |= {"faces": self.faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:
-            found |= {"faces": self.faces, "detect_faces": chosen.detect_faces}
-            found["recognizer"] = shown(chosen.recognizer)
+            found["recognizer"] = recorded(chosen.recognizer)
         if "perceptual_distance" in self.needs:
-            found["lpips"] = shown(chosen.perceptual)
+            found["lpips"] = recorded(chosen.perceptual)
         return found
 
     # -----------------------------------------------------------------------------------------------------
     # networks
 
-    @cached_property
+    @property
     def vae(self) -> WorkingVAE:
         """The editor's autoencoder."""
-        chosen, how = self.chosen, (self.checkpointing, self.compile)
-        return load_vae(chosen.editor, chosen.model_id, self.resolution, self.device, chosen.dtype, *how)
+        return self.vae_of(self.chosen)
+
+    def vae_of(self, one: models.sets.Chosen) -> WorkingVAE:
+        """Loads an editor's autoencoder, or takes it from an earlier call. Raises UserError."""
+        how = self.checkpointing, self.compile
+        return load_vae(one.editor, one.model_id, one.resolution, one.device, one.dtype, *how)
+
+    @property
+    def editor(self) -> Denoiser:
+        """The editor's denoiser."""
+        return self.editor_of(self.chosen)
+
+    def editor_of(self, one: models.sets.Chosen) -> Denoiser:
+        """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
+        if one.model_id not in self.denoisers:
+            self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.checkpointing)
+        return self.denoisers[one.model_id]
 
     @cached_property
     def recognizer(self) -> Recognizer:
@@ -175,13 +219,17 @@ class Protector:
     @cached_property
     def detector(self) -> FaceDetector:
         """What finds faces."""
-        return FaceDetector(self.chosen.detect_faces, self.device)
+        return FaceDetector(self.device)
 
     def preload(self) -> None:
         """Loads what the method can't do without, before anything is written. Raises UserError."""
         members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
+        members["editor"] = "editor"
         for need in self.needs:
-            getattr(self, members[need])
+            if need in members:
+                getattr(self, members[need])
+        for one in self.attacked if "vae" in self.needs else ():
+            self.vae_of(one)
 
     def _if_there(self, member: str) -> Any:
         """A member for a report, or None if it can't be had, which is said and tried once."""
@@ -213,9 +261,9 @@ class Protector:
         else:
             height, width = portrait.size
             raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
-        working = working_size(portrait.size, self.resolution)
+        working = self.chosen.editor.working_size(portrait.size, self.resolution)
         boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
-        if not boxes and "face_similarity" in self.needs:
+        if not boxes and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
         return Subject(portrait, boxes)
 
@@ -231,21 +279,43 @@ class Protector:
         The one way from a script to `METHODS`. boxes: the faces of each image at the working size; seeds: of
         the random starts. Raises UserError if a gradient is not finite.
         """
-        working = to_working(images, self.resolution, self.chosen.editor.multiple)
-        offers: dict[str, Callable[[], Any]] = {
-            "vae": lambda: self.vae,
-            "face_similarity": lambda: face_similarity_to(self.recognizer, working, boxes),
-            "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
-        }
-        needs = {need: offers[need]() for need in self.needs}
+        size = images.shape[-2:]
+        own = self.chosen.editor.working_size(size, self.resolution)  # to which the boxes belong
+
+        def objective_on(x: Tensor, one: models.sets.Chosen) -> Objective:
+            working = one.editor.to_working(images, one.resolution)
+            inner = one.editor.working_size(size, one.resolution)
+            faces = [list(filter(None, (scale_box(box, own, inner) for box in found))) for found in boxes]
+            offers: dict[str, Callable[[], Any]] = {
+                "vae": lambda: self.vae_of(one),
+                "face_similarity": lambda: face_similarity_to(self.recognizer, working, faces),
+                "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
+                "editor": lambda: self.editor_of(one),
+                "generators": lambda: [generator_of(seed) for seed in seeds],
+            }
+            needs = {need: offers[need]() for need in self.needs}
+            return self.method.objective(x, **needs, **self.knobs)
+
+        def objective(x: Tensor) -> Objective:
+            parts = [objective_on(x, one) for one in self.attacked]
+            return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
+
         start = random_start(images, self.run.budget, seeds)
         run = dataclasses.replace(self.run, start=start, callback=callback)
+        mask = self.budget_mask(images, boxes)
         try:
-            return self.method.protect(images, run, **needs, **self.knobs)
+            return self.method._replace(objective=objective).protect(images, run, mask)
         except GradientError as error:
             dtype = self.chosen.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
+
+    def budget_mask(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor | None:
+        """Gives each pixel's share of the budget, (B, 1, H, W); boxes at the working size."""
+        size = images.shape[-2:]
+        working = self.chosen.editor.working_size(size, self.resolution)
+        scaled = [[inside for box in faces if (inside := scale_box(box, working, size))] for faces in boxes]
+        return masks.budget_mask(images, scaled, self.mask)
 
     def save(
         self,
@@ -259,8 +329,9 @@ class Protector:
         sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
         seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
         boxes = [subject.boxes for subject in subjects]
-        protected = self.protect(to_tensor(sources).to(self.device), boxes, seeds, callback)
-        pixels = to_uint8_within(protected, sources, self.run.budget)
+        images = to_tensor(sources).to(self.device)
+        protected = self.protect(images, boxes, seeds, callback)
+        pixels = to_uint8_within(protected, sources, self.run.budget, self.budget_mask(images, boxes))
         reports = []
         for subject, output, result in zip(subjects, outputs, pixels, strict=True):
             if output is not None:
@@ -294,7 +365,7 @@ class Protector:
             return found
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
-            working = to_working(pair[:1], self.resolution, self.chosen.editor.multiple)
+            working = self.chosen.editor.to_working(pair[:1], self.resolution)
             trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
             for name in found:
                 if recognizer := self._if_there(name):

@@ -11,15 +11,20 @@ import gc
 import re
 import signal
 import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import records
 from images import HEIF, images_by_stem, readable_suffixes
-from processes import Lock, Stop, Team
+from processes import Team, listening, locked
 from utils import UserError, first_line, one_line, positive_int, warn
+
+T = TypeVar("T")
+Facts = list[dict[str, Any]]  # of each file that was made, for the manifest
 
 ALONE = Team()
 OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of what the scripts write beside images
@@ -56,20 +61,18 @@ USUAL = Options()
 
 def add_run_arguments(parser: argparse.ArgumentParser, batches: bool = True) -> None:
     """Adds --batch_size (where there are batches), --overwrite and --verify."""
+    add, flag = parser.add_argument, {"action": "store_true"}
     if batches:
-        text = "images of one size worked on together"
-        parser.add_argument("--batch_size", type=positive_int, default=1, help=text)
+        add("--batch_size", type=positive_int, default=1, help="images of one size worked on together")
     text = "make files again that are there, but not as the result of these sources, settings and code"
-    parser.add_argument("--overwrite", action="store_true", help=text)
-    text = "read finished files, too, to see that they are as written"
-    parser.add_argument("--verify", action="store_true", help=text)
+    add("--overwrite", help=text, **flag)
+    add("--verify", help="read finished files, too, to see that they are as written", **flag)
 
 
 def find_images(directory: Path) -> list[Path]:
-    """Lists the image files of a directory, sorted by name; hidden ones and sub-directories are left.
+    """Lists the image files of a directory, sorted by name; what isn't read is told.
 
-    Files of kinds that aren't read are counted on stderr. Raises UserError: no such directory, no images, or
-    two files with the same stem, whose outputs would be one file.
+    Raises UserError: no such directory, no images, or two files of one stem, whose outputs would be one file.
     """
     images = list(images_by_stem(directory).values())
     others = [entry for entry in sorted(directory.iterdir()) if entry.name[0] != "." and entry not in images]
@@ -87,54 +90,22 @@ def find_images(directory: Path) -> list[Path]:
     return images
 
 
-def batches(items: Sequence[Item], batch_size: int) -> list[list[Item]]:
-    """Cuts items into batches of one image size, in order of their first item.
-
-    It is the full list that is cut, whatever is finished already: so a resumed run computes the same batches.
-    An item whose size is not known is alone.
-    """
-    groups: dict[Any, list[Item]] = {}
+def batches(items: Sequence[T], batch_size: int, size: Callable[[T], Any]) -> list[list[T]]:
+    """Cuts items, finished ones too, into batches of one size: so a resumed run computes the same batches."""
+    cut: list[list[T]] = []
+    last: dict[Any, list[T]] = {}  # batch of each size
     for item in items:
-        groups.setdefault(item.size or item.output, []).append(item)
-    cut = [
-        group[first : first + batch_size]
-        for group in groups.values()
-        for first in range(0, len(group), batch_size)
-    ]
-    order = {item.output: place for place, item in enumerate(items)}
-    return sorted(cut, key=lambda batch: order[batch[0].output])
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the loop
-
-Loaded = TypeVar("Loaded")
-Facts = list[dict[str, Any]]  # of each file that was made, for the manifest
-
-
-@dataclass
-class Summary:
-    """What became of the items of a run."""
-
-    made: int = 0
-    skipped: int = 0
-    failed: list[str] = field(default_factory=list)
-    signal: int = 0  # that stopped it
-
-    @property
-    def status(self) -> int:
-        """The exit status: 1 if anything failed, 128 + n after signal n."""
-        return 128 + self.signal if self.signal else 1 if self.failed else 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.made} written", f"{self.skipped} there already", f"{len(self.failed)} failed"]
-        return f"{', '.join(parts)}{'; stopped' if self.signal else ''}"
+        if len(last.get(size(item), ())) in (0, batch_size):
+            last[size(item)] = []
+            cut.append(last[size(item)])
+        last[size(item)].append(item)
+    return cut
 
 
 def make(
     items: Sequence[Item],
-    load: Callable[[Item], Loaded],
-    work: Callable[[list[Item], list[Loaded], list[bool]], Facts],
+    load: Callable[[Item], T],
+    work: Callable[[list[Item], list[T], list[bool]], Facts],
     directory: Path,
     settings: dict[str, Any],
     *,
@@ -146,161 +117,115 @@ def make(
 ) -> int:
     """Makes what a directory of results lacks, and tells what became of it -> exit status.
 
-    settings: all that decides about pixels, with the seed. `prepare` loads what `work` needs, before anything
-    is written, if there is anything to do. `load(item)` reads one; `work(items, loaded, wanted)` writes those
-    that are wanted and gives facts about each of them. Raises UserError before any work: for what
-    `records.make_plan` refuses, and if another run is at work there.
+    settings: all that decides about pixels. `prepare` loads what `work` needs, before anything is written, if
+    there is anything to do. `load(item)` reads one; `work(items, loaded, wanted)` writes the wanted ones and
+    gives facts about them. Raises UserError before any work, also if another run is at work there.
     """
-    prompts = prompts or {}
-    outputs = [(item.output, item.source, item.prompt) for item in items]
+    from tqdm import tqdm
 
-    def look() -> records.Plan:
-        how = {"overwrite": options.overwrite, "verify": options.verify}
-        return records.make_plan(directory, outputs, settings, prompts, **how)
+    prompts, counts, failed = prompts or {}, Counter(), []
+    outputs = [(item.output, item.source, item.prompt) for item in items]
+    how = {"overwrite": options.overwrite, "verify": options.verify}
+    look = partial(records.make_plan, directory, outputs, settings, prompts, **how)
+    note = partial(records.note, directory, team.rank)
 
     def begin() -> set[Path]:
-        plan = look()  # again, now that nobody else can write
-        if plan.unknown:
-            names = records.listed(plan.unknown)
-            warn(f"{directory}: nothing says what made {names}; taken as they are")
-        clean_up(directory)
+        wanted, unknown = look()  # again, now that nobody else can write
+        if unknown:
+            warn(f"{directory}: nothing says what made {records.listed(unknown)}; taken as they are")
+        for path in [*directory.glob(".facelock-*.tmp"), *directory.glob("*/.facelock-*.tmp")]:
+            if re.fullmatch(r"\.facelock-[0-9a-f]{12}-\d+\.tmp", path.name) and path.is_file():
+                path.unlink(missing_ok=True)  # what a killed run left
         records.gather_manifest(directory)
-        for output in plan.stale:  # or, if this run is killed, the next one would find them beside its record
-            manifest.begin(output, "", "")
+        for output, why in wanted.items():
+            if why:  # or, if this run is killed, the next one would find it beside its record
+                note(output, "", "")
         records.write_record(directory, settings, prompts, items[0].source.parent)
-        return plan.wanted
+        return set(wanted)
 
-    if team.once(lambda: bool(look().wanted)):
+    def read(batch: list[Item]) -> list[tuple[Item, str, T]]:
+        """A batch of which any file is wanted: all of it, so that its arithmetic is an undisturbed run's."""
+        found, n_wanted = [], sum(item.output in wanted for item in batch)
+        counts["skipped"] += len(batch) - n_wanted
+        for item in batch if n_wanted else ():
+            try:  # the hash is the source's before it is read
+                found.append((item, records.digest(item.source), load(item)))
+            except Exception as error:  # a bad file, or a detector out of memory: the others may still do
+                fail(item, error)
+        return found
+
+    def finish(part: list[tuple[Item, str, T]]) -> None:
+        """Makes what was read, with its lines in the manifest."""
+        mine = [(item, source) for item, source, _ in part if item.output in wanted]
+        lines = [(item.output, source, records.hash_of([settings, item.prompt])) for item, source in mine]
+        for line in lines:
+            note(*line)
+        items, _, loaded = map(list, zip(*part, strict=True))
+        facts = work(items, loaded, [item.output in wanted for item in items]) if lines else []
+        for line, of_item in zip(lines, facts, strict=True):
+            note(*line, **records.made(line[0]), **of_item)
+        counts["made"] += len(lines)
+
+    def fail(item: Item, error: Exception) -> None:
+        if options.debug:
+            raise error
+        if item.output in wanted:
+            name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+            text = name + first_line(error)
+            failed.append(one_line(text if str(item.source) in text else f"{item.label}: {text}"))
+            tqdm.write(f"failed: {failed[-1]}", file=sys.stderr)
+
+    if team.once(lambda: bool(look()[0])):
         prepare()
-    lock = Lock(directory)
-    manifest = records.Manifest(directory, team.rank)
-    try:
-        lock.take(team)
+    with locked(directory, team):
         wanted = team.once(begin)
-        cut = batches(items, options.batch_size)
+        cut = batches(items, options.batch_size, lambda item: item.size or item.output)
         own = team.share(cut, lambda batch: not any(item.output in wanted for item in batch))
-        summary = _Loop(load, work, wanted, settings, manifest, options.debug).run(own, unit, team)
-        manifest.close()
-        parts = team.all(summary)
+        parts = team.all((go_through(own, read, finish, fail, unit, team), counts, failed))
         if team.is_first:
             with contextlib.suppress(UserError):  # on a full disk, the next run does it
                 records.gather_manifest(directory)
-    finally:
-        manifest.close()
-        lock.release()
-    whole = Summary(
-        sum(part.made for part in parts),
-        sum(part.skipped for part in parts),
-        [line for part in parts for line in part.failed],
-        max(part.signal for part in parts),
-    )
+    number, whole = max(heard for heard, _, _ in parts), sum((of for _, of, _ in parts), Counter())
+    lines = [line for _, _, of in parts for line in of]
     if team.is_first:
-        print(one_line(f"{directory}: {whole}"), flush=True)
-        for line in whole.failed:
+        text = f"{whole['made']} written, {whole['skipped']} there already, {len(lines)} failed"
+        print(one_line(f"{directory}: {text}{'; stopped' if number else ''}"), flush=True)
+        for line in lines:
             print(f"  failed: {line}", file=sys.stderr)
-    return whole.status
+    return 128 + number if number else int(bool(lines))
 
 
-def clean_up(directory: Path) -> None:
-    """Removes the temporary files that a killed run left in a directory of results, or one below."""
-    for path in [*directory.glob(".facelock-*.tmp"), *directory.glob("*/.facelock-*.tmp")]:
-        if re.fullmatch(r"\.facelock-[0-9a-f]{12}-\d+\.tmp", path.name) and path.is_file():
-            path.unlink(missing_ok=True)
+def go_through(
+    own: list[list[Item]], read: Callable, finish: Callable, fail: Callable, unit: str, team: Team
+) -> int:
+    """Goes through one process's batches, whatever fails -> the signal that ended it, or 0.
 
-
-@dataclass
-class _Loop:
-    """One process's way through its batches."""
-
-    load: Callable[[Item], Any]
-    work: Callable[[list[Item], list[Any], list[bool]], Facts]
-    wanted: set[Path]
-    settings: dict[str, Any]
-    manifest: records.Manifest
-    debug: bool
-    sources: dict[Path, str] = field(default_factory=dict)  # output -> hash of its source, before it is read
-    summary: Summary = field(default_factory=Summary)
-
-    def run(self, own: Sequence[list[Item]], unit: str, team: Team) -> Summary:
-        """Goes through batches, carries on past what fails, and counts.
-
-        A batch of which any file is wanted is computed whole, so its arithmetic is that of an undisturbed
-        run. A file that can't be read drops out of its batch alone; an error in `work` fails the whole batch.
-        Where memory doesn't suffice for a batch, it and the following are cut in halves.
-        """
-        import torch
-        from tqdm import tqdm
-
-        stop = Stop()
-        largest = max(map(len, own), default=1)
-        with tqdm(total=sum(map(len, own)), unit=unit, disable=not team.is_first) as bar, stop.listening():
-            for batch in own:
-                if stop.signal or team.is_orphan:
-                    self.summary.signal = stop.signal or signal.SIGTERM
-                    break
-                todo = self._load(batch, bar)
-                while todo:
-                    part = todo[:largest]
-                    try:
-                        self._make(part)
-                    except Exception as error:  # a full disk...: the other batches may still do
-                        if out_of_memory(error) and len(part) > 1:
-                            largest = (len(part) + 1) // 2
-                            bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
-                            gc.collect()
-                            torch.cuda.empty_cache()
-                            continue
-                        if self.debug:
-                            raise
-                        for item, _ in part:
-                            self._fail(item, error, bar)
-                    todo = todo[largest:]
-                bar.update(len(batch))
-        return self.summary
-
-    def _load(self, batch: list[Item], bar: Any) -> list[tuple[Item, Any]]:
-        """The items of a batch that can be read; none if none of its files is wanted."""
-        n_wanted = sum(item.output in self.wanted for item in batch)
-        self.summary.skipped += len(batch) - n_wanted
-        todo = []
-        for item in batch if n_wanted else ():
-            try:
-                self.sources[item.output] = records.digest(item.source)
-                todo.append((item, self.load(item)))
-            except Exception as error:  # a bad file, or a detector out of memory: the others may still do
-                if self.debug:
-                    raise
-                self._fail(item, error, bar)
-        return todo
-
-    def _make(self, part: list[tuple[Item, Any]]) -> None:
-        """Makes one part of a batch, with its lines in the manifest."""
-        mine = [item for item, _ in part if item.output in self.wanted]
-        if not mine:
-            return
-        key = {item.output: records.item_key(self.settings, item.prompt) for item in mine}
-        for item in mine:
-            self.manifest.begin(item.output, self.sources[item.output], key[item.output])
-        items, loaded = map(list, zip(*part, strict=True))
-        facts = self.work(items, loaded, [item.output in self.wanted for item in items])
-        for item, of_item in zip(mine, facts, strict=True):
-            self.manifest.done(item.output, self.sources[item.output], key[item.output], of_item)
-        self.summary.made += len(mine)
-
-    def _fail(self, item: Item, error: Exception, bar: Any) -> None:
-        if item.output not in self.wanted:
-            return
-        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
-        text = name + first_line(error)
-        line = one_line(text if str(item.source) in text else f"{item.label}: {text}")
-        self.summary.failed.append(line)
-        bar.write(f"failed: {line}", file=sys.stderr)
-
-
-def out_of_memory(error: Exception) -> bool:
-    """Tells whether an error says that a device or the machine has no memory left."""
+    Where memory doesn't suffice for a batch, it and the following are cut in halves.
+    """
     import torch
+    from tqdm import tqdm
 
-    if isinstance(error, MemoryError | torch.OutOfMemoryError):
-        return True
-    return isinstance(error, RuntimeError) and "allocate memory" in str(error)
+    largest = max(map(len, own), default=1)
+    with tqdm(total=sum(map(len, own)), unit=unit, disable=not team.is_first) as bar, listening() as heard:
+        for batch in own:
+            if heard or team.is_orphan:
+                return heard[0] if heard else signal.SIGTERM
+            todo = read(batch)
+            while todo:
+                part = todo[:largest]
+                try:
+                    finish(part)
+                except Exception as error:  # a full disk...: the other batches may still do
+                    no_memory = isinstance(error, MemoryError | torch.OutOfMemoryError)
+                    no_memory |= isinstance(error, RuntimeError) and "allocate memory" in str(error)
+                    if no_memory and len(part) > 1:
+                        largest = (len(part) + 1) // 2
+                        bar.write(f"out of memory with {len(part)} at a time; going on with {largest}")
+                        gc.collect()
+                        torch.cuda.empty_cache()
+                        continue
+                    for item, _, _ in part:
+                        fail(item, error)
+                todo = todo[largest:]
+            bar.update(len(batch))
+    return 0

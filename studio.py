@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
-from images import load_image, load_portrait, save_png, to_tensor, working_size
+from images import load_image, load_portrait, save_png, to_tensor
 from models.faces import Box, load_recognizer, scale_box
 from protection import Protector, Report
 from utils import LEVEL, UserError
@@ -145,7 +145,7 @@ class Studio:
         protector = Protector(argparse.Namespace(**vars(self.args) | settings))
         subject = protector.load(visit.source, next(iter(visit.chosen), None))
         size = subject.portrait.size
-        working = working_size(size, protector.resolution)
+        working = protector.chosen.editor.working_size(size, protector.resolution)
         if visit.chosen:
             subject.boxes = [inside for box in visit.chosen if (inside := scale_box(box, size, working))]
         protector.preload()

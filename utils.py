@@ -57,10 +57,6 @@ class UserError(Exception):
     """Something the person at the keyboard can put right; shown as one line, without a traceback."""
 
 
-# ---------------------------------------------------------------------------------------------------------
-# command line
-
-
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Keeps a script's docstring as written, and shows every default but None, which the help explains."""
 
@@ -120,8 +116,7 @@ def budget_size(text: str) -> float:
 
 def in_levels(budget: float) -> str:
     """Says a budget in 8-bit levels, and what somebody would have to give who means levels."""
-    levels = f"{budget / LEVEL:.4g}/255"
-    return f"{budget:g} in [-1, 1] is {levels}; for {budget:g}/255 give {budget * LEVEL:.3g}"
+    return f"{budget:g} in [-1, 1] is {budget / LEVEL:.4g}/255; for {budget:g}/255 give {budget * LEVEL:.3g}"
 
 
 def allowed_levels(budget: float) -> int:
@@ -171,15 +166,10 @@ def csv_name(name: str) -> str:
     return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
 
 
-# ---------------------------------------------------------------------------------------------------------
-# prompts
-
-
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
-    """Gives the instructions to use by number: the paper's, or the lines of a text file, numbered from 0.
+    """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    A blank line keeps its number and is left out. numbers: only these. Raises UserError: no such file or
-    number, or nothing in the file.
+    Blank lines keep their numbers and are left out. numbers: only these. Raises UserError if one isn't there.
     """
     prompts = edit_prompts
     if file is not None:
@@ -200,10 +190,6 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     return {number: prompts[number] for number in sorted(set(numbers))}
 
 
-# ---------------------------------------------------------------------------------------------------------
-# seeds
-
-
 def draw_seed(seed: int) -> int:
     """Gives the seed itself, or, for -1, one drawn at random and printed, so that the run can be repeated."""
     if seed >= 0:
@@ -219,12 +205,10 @@ def start_seed(seed: int, stem: str) -> int:
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
-# ---------------------------------------------------------------------------------------------------------
-# device and dtype: the one place that names them
-
+# Device and dtype, from here to `on_cuda`: nothing else names them
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
-DTYPE_HELP = "of the networks; auto is fp16 on CUDA, fp32 elsewhere. The optimised image is always fp32"
+DTYPE_HELP = "of the networks; auto is 16 bits on CUDA, fp32 elsewhere. The optimised image is always fp32"
 
 
 def pick_device(name: str) -> torch.device:
@@ -246,12 +230,12 @@ def pick_device(name: str) -> torch.device:
     return device
 
 
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """Turns `auto`, fp32, fp16 or bf16 into the dtype of the networks on this device."""
+def pick_dtype(name: str, device: torch.device, half: str = "fp16") -> torch.dtype:
+    """Turns `auto`, fp32, fp16 or bf16 into the networks' dtype on this device; half: auto's on CUDA."""
     import torch
 
     if name == "auto":
-        name = "fp16" if device.type == "cuda" else "fp32"
+        name = half if device.type == "cuda" else "fp32"
     return {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[name]
 
 
@@ -267,10 +251,6 @@ def on_cuda(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-# ---------------------------------------------------------------------------------------------------------
-# whole-file writes
-
-
 def temporary_name(path: Path) -> Path:
     """Gives the name under which `write_file` writes; no longer than any file name may be."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
@@ -278,10 +258,7 @@ def temporary_name(path: Path) -> Path:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all: aside, fsync of the file, rename, fsync of the directory.
-
-    A link is replaced, what it points to stays; a device or pipe is written through. Raises UserError.
-    """
+    """Writes a file whole or not at all; replaces a link, writes through a device. Raises UserError."""
     aside = temporary_name(path)
     try:
         if path.exists() and not path.is_file():

@@ -20,20 +20,24 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING
+
+import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "evaluation"))  # Python looks for modules in this file's folder only
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]  # Python looks for modules in this file's folder only
+
+from pairing import Key
+from scoring import measure
 
 import bench
 import main_edit
 import methods
 import utils
-from images import to_tensor
+from images import save_png, to_tensor
 from models.loading import quiet
 from models.sets import MODEL_SETS, choose
 
@@ -46,13 +50,6 @@ SIZE = (128, 128)  # px
 FACE = (32, 32, 96, 96)
 N_PORTRAITS = 10  # to be scored; each has an edit by every instruction and two methods
 N_EDITED = 8  # portraits, by every instruction
-SCORED_TOGETHER = 16  # eval_all.py's default
-EDITED_TOGETHER = 8
-WARM_UP = 2  # iterations
-
-
-# ---------------------------------------------------------------------------------------------------------
-# defenses
 
 
 def plain_facelock(x: Tensor, protector: Protector) -> Tensor:
@@ -82,126 +79,83 @@ def protect(x: Tensor, protector: Protector) -> Tensor:
     return protector.protect(x, [[FACE]] * len(x), range(len(x)))
 
 
-def with_values(args: argparse.Namespace, **values: object) -> argparse.Namespace:
-    """Copies flags, with some of them changed."""
-    return argparse.Namespace(**vars(args) | values)
-
-
-def facelock_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds of facelock's iterations."""
+def facelock(args: argparse.Namespace, plain: bool) -> float:
+    """Measures the seconds of facelock's iterations."""
     way, took = plain_facelock if plain else protect, 0.0
-    for iterations in (WARM_UP, args.iterations):  # the first time doesn't count
-        protector = bench.protector_of("facelock", with_values(args, iterations=iterations))
+    for iterations in (2, args.iterations):  # the first time doesn't count
+        protector = bench.protector_of("facelock", args, iterations)
         protector.preload()
         x = to_tensor(bench.portraits(1, SIZE)).to(protector.device)
         took = bench.seconds(partial(way, x, protector), protector.device)
     return took
 
 
-def loading_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds from the end of the imports to the encoder attack's first iteration."""
-    return start_up(args, plain)[0]
-
-
-def loading_memory(args: argparse.Namespace, plain: bool) -> float:
-    """Memory (GB) above the imports' until the encoder attack is through an iteration."""
-    return start_up(args, plain)[1]
-
-
-def start_up(args: argparse.Namespace, plain: bool) -> tuple[float, float]:
-    """Starts the encoder attack, plainly with the whole editor loaded -> seconds of loading, GB."""
+def start_up(what: str, args: argparse.Namespace, plain: bool) -> float:
+    """Starts the encoder attack, plainly with the whole editor loaded -> its `seconds` or its `memory`."""
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
     bench.import_libraries()
-    protector = bench.protector_of("encoder", with_values(args, iterations=1))
+    protector = bench.protector_of("encoder", args, 1)
     x = to_tensor(bench.portraits(1, SIZE)).to(protector.device)
     before, start = bench.peak_memory(protector.device), time.perf_counter()
     if plain:
         pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(
             args.model_id, dtype=protector.chosen.dtype, safety_checker=None, requires_safety_checker=False
-        ).to(protector.device)
-        vae = pipeline.vae.requires_grad_(False)
-        took = time.perf_counter() - start
-        methods.pgd(x, methods.encoder_attack(x, vae), protector.run)
+        )
+        vae = pipeline.to(protector.device).vae.requires_grad_(False)
+        attack = partial(methods.pgd, x, methods.encoder_attack(x, vae), protector.run)
     else:
         protector.preload()
-        took = time.perf_counter() - start
-        protect(x, protector)
-    return took, bench.peak_memory(protector.device) - before
+        attack = partial(protect, x, protector)
+    took = time.perf_counter() - start
+    attack()
+    return {"seconds": took, "memory": bench.peak_memory(protector.device) - before}[what]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# metrics and edits
-
-
-def clip_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds of CLIP-S and CLIP-I of 500 edits."""
-    return scoring_time("clip", args, plain)
-
-
-def face_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds of FR of 500 edits by recogniser and judge."""
-    return scoring_time("faces", args, plain)
-
-
-def scoring_time(job: str, args: argparse.Namespace, plain: bool) -> float:
-    """Measures the metrics of a job of bench.py; plainly each pair and metric by itself."""
-    import eval_all
-    import numpy as np
-    from pairing import Key
-    from views import load_views
-
-    chosen = choose(with_values(args, dtype="fp32"))
-    metrics = [metric for metric in eval_all.METRICS if metric.name in bench.METRICS[job]]
+def scoring(job: str, args: argparse.Namespace, plain: bool) -> float:
+    """Measures the seconds of bench.py's metrics of a job; plainly each pair and metric by itself."""
+    names, together = bench.METRICS[job], 1 if plain else 16  # eval_all.py's default
+    groups = [bench.metrics_and_views(own, args) for own in ([[one] for one in names] if plain else [names])]
     sources = {str(number): pixels for number, pixels in enumerate(bench.portraits(N_PORTRAITS, SIZE))}
     keys = [Key(0, prompt, name) for _ in range(2) for prompt in utils.edit_prompts for name in sources]
     draw = np.random.default_rng(0)
     noisy = [sources[key.name] + draw.normal(0, 8, (*SIZE, 3)) for key in keys]
     edits = np.clip(noisy, 0, 255).astype(np.uint8)  # (500, H, W, 3)
-    groups = [[metric] for metric in metrics] if plain else [metrics]
-    needs = [{need for metric in group for need in metric.needs} for group in groups]
-    views = [load_views(of_group, chosen, utils.edit_prompts, {}) for of_group in needs]
 
     def work() -> None:
-        together = 1 if plain else SCORED_TOGETHER
-        for group, of_group in zip(groups, views, strict=True):
-            for view in () if plain else of_group:
-                for name, pixels in sources.items():
-                    view.add_source(name, pixels)
+        for metrics, views in groups:
+            known: set[str] = set()
             for first in range(0, len(keys), together):
                 part = slice(first, first + together)
-                seen: dict[str, Any] = {}
-                for view in of_group:
-                    if plain:
-                        view.add_source(keys[first].name, sources[keys[first].name])
-                    seen |= view(edits[part], keys[part])
-                for metric in group:
-                    metric.function(*(seen[need] for need in metric.needs))
+                for name in dict.fromkeys(key.name for key in keys[part] if plain or key.name not in known):
+                    known.add(name)
+                    for view in views:
+                        view.add_source(name, sources[name])
+                measure(metrics, views, edits[part], keys[part], None)
 
-    return bench.seconds(work, chosen.device)
+    return bench.seconds(work, choose(args).device)
 
 
-def edit_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds of 200 edits by the mini editor and the files around them."""
+def edit(args: argparse.Namespace, plain: bool) -> float:
+    """Measures the seconds of the mini editor's edits and the files around them."""
     import torch
     from diffusers import StableDiffusionInstructPix2PixPipeline
     from PIL import Image
 
     mini = MODEL_SETS["mini"]
-    names = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
-    knobs = {name: mini.settings[name] for name in names}
+    knobs = ("num_inference_steps", "guidance_scale", "image_guidance_scale")
+    settings = {name: mini.settings[name] for name in knobs}
     quiet()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name) / "in"
-        folder.mkdir()
         for number, pixels in enumerate(bench.portraits(N_EDITED, SIZE)):
-            Image.fromarray(pixels).save(folder / f"{number}.png")
+            save_png(folder / f"{number}.png", pixels)
         start = time.perf_counter()
         if not plain:
-            line = f"--models=mini --device={args.device} --src_dir={folder} --edit_dir={name}/out --seed=0"
+            line = f"--models=mini --device={args.device} --src_dir={folder} --edit_dir={name}/out"
             told = io.StringIO()
             with contextlib.redirect_stdout(told), contextlib.redirect_stderr(told):
-                status = main_edit.main([*line.split(), f"--batch_size={EDITED_TOGETHER}"])
+                status = main_edit.main([*line.split(), "--seed=0", "--batch_size=8"])
             if status:
                 raise RuntimeError(f"main_edit.py failed: {told.getvalue()}")
             return time.perf_counter() - start
@@ -210,21 +164,16 @@ def edit_time(args: argparse.Namespace, plain: bool) -> float:
         for path in sorted(folder.iterdir()):
             for number, prompt in utils.edit_prompts.items():
                 seed = torch.Generator().manual_seed(0)
-                (edited,) = pipeline(prompt, Image.open(path), generator=seed, **knobs).images
+                (edited,) = pipeline(prompt, Image.open(path), generator=seed, **settings).images
                 edited.save(Path(name) / f"{number}_{path.name}")
         return time.perf_counter() - start
 
 
-def help_time(args: argparse.Namespace, plain: bool) -> float:
-    """Seconds of --help, of the slowest script, and what it may take."""
-    if plain:
-        return 1.0
-    took = []
-    for script in scripts():
-        start = time.perf_counter()
-        subprocess.run([sys.executable, script, "--help"], check=True, capture_output=True)
-        took.append(time.perf_counter() - start)
-    return max(took)
+def slowest_help(args: argparse.Namespace, plain: bool) -> float:
+    """Measures the seconds of --help, of the slowest script; plainly what it may take."""
+    helps = [[sys.executable, script, "--help"] for script in ([] if plain else scripts())]
+    call = partial(subprocess.run, check=True, capture_output=True)
+    return max((bench.seconds(partial(call, line), utils.pick_device("cpu")) for line in helps), default=1.0)
 
 
 def scripts() -> list[Path]:
@@ -233,34 +182,20 @@ def scripts() -> list[Path]:
     return [path for path in files if '__name__ == "__main__"' in path.read_text()]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# command line
-
-
-class Comparison(NamedTuple):
-    """What is measured of both forms, and the ratio aimed at."""
-
-    measure: Callable[[argparse.Namespace, bool], float]  # of the flags, and whether of the plain form
-    target: float
-
-
-COMPARISONS = {
-    "facelock": Comparison(facelock_time, 1.25),
-    "memory": Comparison(loading_memory, 4.0),
-    "start": Comparison(loading_time, 3.0),
-    "clip": Comparison(clip_time, 3.5),
-    "faces": Comparison(face_time, 1.8),
-    "edit": Comparison(edit_time, 1.5),
-    "help": Comparison(help_time, 1.0),
+COMPARISONS = {  # what is measured by the flags, and of which form; the ratio aimed at; and in words
+    "facelock": (facelock, 1.25, "Seconds of facelock's iterations."),
+    "memory": (partial(start_up, "memory"), 4.0, "Memory (GB) until the encoder attack is at work."),
+    "start": (partial(start_up, "seconds"), 3.0, "Seconds until its first iteration."),
+    "clip": (partial(scoring, "clip"), 3.5, "Seconds of CLIP-S and CLIP-I of 500 edits."),
+    "faces": (partial(scoring, "faces"), 1.8, "Seconds of FR of 500 edits by recogniser and judge."),
+    "edit": (edit, 1.5, "Seconds of 200 edits by the mini editor and the files around them."),
+    "help": (slowest_help, 1.0, "Seconds of --help, of the slowest script, and what it may take."),
 }
-WITH_UNET = {"memory", "start"}
-BUNDLED = {"edit", "help"}  # need no random weights
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    some = utils.positive_int
-    names = tuple(COMPARISONS)
+    some, names = utils.positive_int, tuple(COMPARISONS)
     parser.add_argument("--comparisons", nargs="+", choices=names, default=names, metavar="NAME")
     parser.add_argument("--iterations", type=some, default=20, help="of facelock")
     parser.add_argument("--repeats", type=some, default=3, help="of which the median counts")
@@ -282,12 +217,12 @@ def run(args: argparse.Namespace) -> int:
     of_bench = bench.parse_args([f"--{flag}={value}" for flag, value in flags.items()])
     wanted, found = set(args.comparisons), {}
     with tempfile.TemporaryDirectory(prefix="bench_") as directory:
-        if wanted - BUNDLED:
-            weights = bench.in_a_process(bench.write_weights, Path(directory), bool(wanted & WITH_UNET))
-            vars(of_bench).update(weights)
+        if wanted - {"edit", "help"}:  # which need no random weights
+            with_unet = bool(wanted & {"memory", "start"})
+            vars(of_bench).update(bench.in_a_process(bench.write_weights, Path(directory), with_unet))
         print("comparison     plain    project  ratio  target")
         for name in args.comparisons:
-            measure, target = COMPARISONS[name]
+            measure, target, what = COMPARISONS[name]
             both = [partial(bench.in_a_process, measure, of_bench, plain) for plain in (True, False)]
             pairs = [[one() for one in both] for _ in range(args.repeats)]
             plain, ours = (statistics.median(column) for column in zip(*pairs, strict=True))
@@ -295,7 +230,7 @@ def run(args: argparse.Namespace) -> int:
             found[name] = {"pairs": pairs, "plain": plain, "project": ours, "ratio": ratio, "target": target}
             mark = "" if ratio >= target else "  missed"
             line = f"{name:<10} {plain:9.3f} {ours:10.3f} {ratio:6.2f} {target:7.2f}{mark}"
-            print(f"{line}  {measure.__doc__}", flush=True)
+            print(f"{line}  {what}", flush=True)
     if args.json:
         utils.write_file(args.json, f"{json.dumps(found, indent=2)}\n".encode())
     return 0

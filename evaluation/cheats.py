@@ -17,17 +17,16 @@ From the clean edits it makes OUTPUT_DIR/CHEAT/seed{S}/prompt{i}/NAME.png:
 In all of them the person is still there. A metric that rewards one can be gamed that way.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
-from command import add_prompt_arguments
+from directories import clean_row
 from pairing import Edits, find_edits
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from scoring import add_prompt_arguments
 
 import models.sets
 import runs
@@ -66,17 +65,12 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
     parser.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
     parser.add_argument("--output_dir", type=utils.path, required=True, help="where CHEAT/seed{S}/ are made")
-    parser.add_argument(
-        "--cheats", nargs="+", choices=NAMES, default=list(NAMES), metavar="CHEAT", help=", ".join(NAMES)
-    )
+    names = {"choices": NAMES, "default": list(NAMES), "help": ", ".join(NAMES)}
+    parser.add_argument("--cheats", nargs="+", metavar="CHEAT", **names)
     add_prompt_arguments(parser)
     parser.add_argument("--shift", type=utils.positive_int, default=SHIFT, help="px")
-    parser.add_argument(
-        "--seed", type=utils.known_seed, required=True, help="the S of the clean edits' seed{S}"
-    )
-    parser.add_argument(
-        "--other_seed", type=utils.known_seed, help="the noise of 'reseeded' (default: --seed + 1)"
-    )
+    parser.add_argument("--seed", type=utils.known_seed, required=True, help="the S of the edits' seed{S}")
+    parser.add_argument("--other_seed", type=utils.known_seed, help="of 'reseeded' (default: --seed + 1)")
     models.sets.add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
@@ -88,49 +82,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Makes the cheats that the flags name -> exit status."""
-    edits = find_edits(
-        [args.clean_edit_dir],
-        [args.seed],
-        src_dir=args.src_dir,
-        prompts=args.prompts,
-        prompt_file=args.prompt_file,
-    )
-    other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
-    chosen = models.sets.choose(args) if "reseeded" in args.cheats else None
-    options = runs.Options.of(args)
-    return make_cheats(edits, args.output_dir, chosen, args.cheats, args.shift, other_seed, options)
-
-
-def make_cheats(
-    edits: Edits,
-    output_dir: Path,
-    chosen: models.sets.Chosen | None,
-    cheats: Sequence[str] = NAMES,
-    shift: int = SHIFT,
-    other_seed: int = 1,
-    options: runs.Options = runs.USUAL,
-) -> int:
-    """Makes cheats of one row of clean edits, of one seed, with their sources -> exit status.
-
-    chosen: the editor of `reseeded`, with the settings of the clean edits. Raises UserError.
-    """
-    if len(edits.rows) > 1:
-        raise UserError(f"which are the clean edits? ({', '.join(row.method for row in edits.rows)})")
-    (row,), seed = edits.rows, edits.keys[0].seed
-    if row.directory.resolve() in [(output_dir / name).resolve() for name in cheats]:
+    given = {flag: getattr(args, flag) for flag in ("src_dir", "prompts", "prompt_file")}
+    row = clean_row(args.clean_edit_dir, [args.seed])
+    edits = find_edits([row.directory], [args.seed], **given)
+    if row.directory.resolve() in [(args.output_dir / name).resolve() for name in args.cheats]:
         raise UserError(f"{row.directory}: the clean edits would be overwritten")
-    utils.check_directory(output_dir)
+    utils.check_directory(args.output_dir)
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
-    status = 0
-    for cheat in [name for name in NAMES if name in cheats]:  # the one that needs an editor first
-        directory = output_dir / cheat / f"seed{seed}"
+    status, options = 0, runs.Options.of(args)
+    for cheat in [name for name in NAMES if name in args.cheats]:  # the one that needs an editor first
+        directory = args.output_dir / cheat / f"seed{args.seed}"
         if cheat == "reseeded":
             edits.check_texts()
-            check_reseeding(row.directory / f"seed{seed}", chosen, seed, other_seed)
-            src_dir = next(iter(edits.sources.values())).parent
-            made = edit_directory(src_dir, directory, texts, other_seed, chosen, options)
+            chosen = models.sets.choose(args)
+            other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
+            check_reseeding(row.directory / f"seed{args.seed}", chosen, args.seed, other_seed)
+            made = edit_directory(args.src_dir, directory, texts, other_seed, chosen, options)
         else:
-            made = alter(cheat, edits, directory, texts, shift, options)
+            made = alter(cheat, edits, directory, texts, args.shift, options)
         status = max(status, made)
     return status
 
@@ -143,7 +112,7 @@ def check_reseeding(clean: Path, chosen: models.sets.Chosen, seed: int, other_se
     differing = [
         f"--{flag} {before[flag]}, not {value}"
         for flag, value in chosen.edit_settings().items()
-        if flag in before and before[flag] != value
+        if before.get(flag, value) != value
     ]
     if differing:
         raise UserError(f"{clean}: the clean edits were made with {'; '.join(differing)}")
@@ -153,32 +122,24 @@ def alter(
     cheat: str, edits: Edits, directory: Path, texts: dict[int, str], shift: int, options: runs.Options
 ) -> int:
     """Changes the clean edits' pixels, or takes the source's -> exit status. Raises UserError."""
-    items = [
-        runs.Item(
-            edits.sources[key.name] if cheat == "source" else edits.path(edits.rows[0], key),
-            directory / f"prompt{key.prompt}" / f"{key.name}.png",
-            None,
-            label=f"{cheat}/prompt{key.prompt}/{key.name}",
-            prompt=texts[key.prompt],
-        )
-        for key in edits.keys
-    ]
+    items = []
+    for key in edits.keys:
+        source = edits.sources[key.name] if cheat == "source" else edits.path(edits.rows[0], key)
+        name = f"prompt{key.prompt}/{key.name}"
+        output = directory / f"{name}.png"
+        items.append(runs.Item(source, output, None, f"{cheat}/{name}", texts[key.prompt]))
+
+    def load(item: runs.Item) -> Portrait:
+        return load_image(item.source)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
         for item, portrait in zip(batch, portraits, strict=True):
             save_png(item.output, np.asarray(ALTERED[cheat](Image.fromarray(portrait.pixels), shift)))
         return [{}] * len(batch)
 
-    return runs.make(
-        items,
-        lambda item: load_image(item.source),
-        work,
-        directory,
-        {"seed": edits.keys[0].seed, "cheat": cheat, **({"shift": shift} if cheat == "shifted" else {})},
-        options=options,
-        prompts={number: text for number, text in texts.items() if text},
-        unit="picture",
-    )
+    settings = {"seed": edits.keys[0].seed, "cheat": cheat} | ({"shift": shift} if cheat == "shifted" else {})
+    how = {"options": options, "prompts": {number: text for number, text in texts.items() if text}}
+    return runs.make(items, load, work, directory, settings, unit="picture", **how)
 
 
 if __name__ == "__main__":

@@ -4,22 +4,17 @@ A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as ma
 directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
 """
 
-from __future__ import annotations
-
 import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-# The scripts of this folder run as `python eval_psnr.py` in it and as `python evaluation/eval_psnr.py`
-# above it.
+# The scripts of this folder run in it and above it
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from utils import UserError
-
-SOUGHT = 2  # folders below a given one in which rows are looked for
 
 
 @dataclass(frozen=True)
@@ -31,10 +26,9 @@ class Row:
 
 
 def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = False) -> list[Row]:
-    """Lists the rows that the given directories stand for; one that is named twice is one row.
+    """Lists the rows that directories stand for, each once; with `common`, those lacking a seed are left out.
 
-    A row that lacks a seed is an error or, with `common`, left out and named. Raises UserError, also if there
-    is none.
+    Raises UserError, also if there is none.
     """
     rows: dict[Path, Row] = {}
     lacking = []
@@ -42,18 +36,17 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
         if not given.is_dir():
             raise UserError(f"{given}: no such directory")
         name = given.resolve().name
+        if re.fullmatch(r"seed\d+", name) and [name] != [f"seed{seed}" for seed in seeds]:
+            raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
         if re.fullmatch(r"seed\d+", name):
-            if [name] != [f"seed{seed}" for seed in seeds]:
-                raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
-            rows.setdefault(given.resolve().parent, Row(_method(given), given.resolve().parent))
-            continue
-        if not (found := _rows_below(given, SOUGHT)):
+            found = {given.resolve().parent: given}
+        elif not (found := {row: row for row in _rows_below(given, 2)}):
             raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
-        for row in found:
+        for row, named in found.items():
             if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
                 lacking.append(f"{row}: no {', '.join(missing)} (there are {', '.join(_seeds_in(row))})")
-            else:
-                rows.setdefault(row.resolve(), Row(_method(row), row))
+            else:  # `clean` alone is the unprotected edits'
+                rows.setdefault(row.resolve(), Row("./clean" if str(named) == "clean" else str(named), row))
     if lacking and not (common and rows):
         raise UserError("; ".join(lacking) + (" (--common leaves such rows out)" if rows else ""))
     if lacking:
@@ -80,11 +73,6 @@ def _folders(directory: Path) -> list[Path]:
         raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
 
 
-def _method(directory: Path) -> str:
-    """A row's name: the path as it was given. `clean` alone is the unprotected edits'."""
-    return "./clean" if str(directory) == "clean" else str(directory)
-
-
 def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
     """Gives the row `clean`: the edits of the unprotected images. Raises UserError unless it is one row."""
     rows = find_rows([directory], seeds)
@@ -105,26 +93,17 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
 
 
 def prompts_of(rows: Sequence[Row], seeds: Sequence[int], asked: Sequence[int] | None) -> list[int]:
-    """Lists the prompts to score: those asked for, else all that any row has.
-
-    Raises UserError if a row lacks one.
-    """
-    there = {
-        row.directory / f"seed{seed}": {
-            int(found[1])
-            for child in _folders(row.directory / f"seed{seed}")
-            if (found := re.fullmatch(r"prompt(0|[1-9]\d*)", child.name))
-        }
-        for row in rows
-        for seed in seeds
-    }
-    prompts = sorted(set(asked) if asked is not None else set().union(*there.values()))
+    """Lists the prompts to score: those asked for, else all that there are. Raises UserError if one lacks."""
+    folders = [row.directory / f"seed{seed}" for row in rows for seed in seeds]
+    there = {folder: {child.name for child in _folders(folder)} for folder in folders}
+    numbered = (re.fullmatch(r"prompt(0|[1-9]\d*)", name) for names in there.values() for name in names)
+    prompts = sorted(set(asked) if asked is not None else {int(found[1]) for found in numbered if found})
     if not prompts:
-        raise UserError(f"{next(iter(there))}: no prompt folders in it")
+        raise UserError(f"{folders[0]}: no prompt folders in it")
     lacking = [
-        f"{directory}: {', '.join(f'prompt{i}' for i in prompts if i not in numbers)}"
-        for directory, numbers in there.items()
-        if not numbers.issuperset(prompts)
+        f"{folder}: {', '.join(missing)}"
+        for folder, names in there.items()
+        if (missing := [f"prompt{i}" for i in prompts if f"prompt{i}" not in names])
     ]
     if lacking:
         raise UserError(f"prompts are missing: {'; '.join(lacking)}")

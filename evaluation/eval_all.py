@@ -14,15 +14,12 @@ visible each protection is (..._protected.csv). Either file of an earlier run is
 nothing for it. Which metric can be trusted for what: docs/results.md.
 """
 
-from __future__ import annotations
-
 import argparse
 import dataclasses
 import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import eval_clip_i
 import eval_clip_s
@@ -32,11 +29,9 @@ import eval_psnr
 import eval_ssim
 import outputs
 import tables
-from chain import Manifests, check_edits, check_protected
-from command import edits_of, make_parser
 from directories import Row, find_row, protected_rows
-from pairing import Edits, Key, sizes_of
-from scoring import rows_of, score
+from pairing import Edits, Key, Manifests, check_edits, check_protected, sizes_of
+from scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
 from views import Metric
 
 import models.sets
@@ -44,10 +39,6 @@ import utils
 from images import images_by_stem
 from records import listed, read_record
 from utils import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
-    from torch import Tensor
 
 METRICS = [
     eval_clip_s.METRIC,
@@ -76,13 +67,8 @@ VISIBILITY = [
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "all", METRICS)
-    parser.add_argument(
-        "--protected_dirs",
-        type=utils.path,
-        nargs="+",
-        default=[],
-        help="protected images, to see how visible each protection is: each holds them, or budget_{B}/",
-    )
+    text = "protected images, to see how visible each protection is: each holds them, or budget_{B}/"
+    parser.add_argument("--protected_dirs", type=utils.path, nargs="+", default=[], help=text)
     return parser.parse_args(argv)
 
 
@@ -92,15 +78,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the flags name -> exit status."""
-    return evaluate(
-        edits_of(args),
-        models.sets.choose(args),
-        args.output or Path("all_metric.csv"),
-        per_image=args.per_image,
-        baseline=args.baseline,
-        protected_dirs=args.protected_dirs,
-        batch_size=args.batch_size,
-    )
+    given = {flag: getattr(args, flag) for flag in ("per_image", "baseline", "protected_dirs", "batch_size")}
+    return evaluate(edits_of(args), models.sets.choose(args), args.output or Path("all_metric.csv"), **given)
 
 
 def evaluate(
@@ -115,8 +94,7 @@ def evaluate(
 ) -> int:
     """Scores edits by every metric, writes the tables and prints them -> exit status.
 
-    Raises UserError before anything is written: for outputs that would destroy something, for pictures that
-    don't belong together, and for protected images beyond their budget.
+    Raises UserError before anything is written: for bad outputs, and pictures that don't belong together.
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
     manifests = Manifests()
@@ -126,32 +104,28 @@ def evaluate(
     protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
     visible = score(protected, VISIBILITY, chosen, batch_size) if protected else None
     if visible:
-        check_budgets(protected, visible.values)
+        check_budgets(protected, visible)
     scores = score(edits, METRICS, chosen, batch_size)
-
-    parts = []
-
-    def add(
-        path: Path | None, found: pd.DataFrame, metrics: list[Metric], rows: list[Row], *about: str
-    ) -> None:
-        names = [row.method for row in rows]
-        if path:
-            outputs.write_csv(path, tables.all_metrics(found, metrics, names))
-        parts.append(tables.markdown(found, metrics, names, *about))
 
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
     note += f", a gallery of {len(edits.sources) + len(edits.gallery)} portraits"
     if scores.n_left_out:
         note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
-    add(output, tables.means(scores.values), METRICS, rows, note)
+    found = [(output, tables.means(scores.values), METRICS, rows, note, "")]
     if against:
         others = [row for row in rows if row.method != against]
-        found = tables.differences(scores.values, against)
-        add(of_baseline, found, METRICS, others, f"minus {against}, in pairs", "+")
+        pairs = tables.differences(scores.values, against)
+        found.append((of_baseline, pairs, METRICS, others, f"minus {against}, in pairs", "+"))
     if visible:
-        found = tables.means(visible.values)
-        add(of_protected, found, VISIBILITY, protected.rows, "protected images against their sources")
+        about = "protected images against their sources"
+        found.append((of_protected, tables.means(visible.values), VISIBILITY, protected.rows, about, ""))
+    parts = []
+    for path, means, metrics, of, about, sign in found:
+        table, part = tables.all_metrics(means, metrics, [row.method for row in of], about, sign)
+        if path:
+            outputs.write_csv(path, table)
+        parts.append(part)
     for path, is_new in ((of_baseline, against), (of_protected, visible)):
         if path and path.exists() and not is_new:  # it would seem to belong to this table
             path.unlink()
@@ -168,52 +142,34 @@ def evaluate(
 
 
 def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
-    """Refuses outputs that can't be or would destroy something -> those beside the table; none of a device.
-
-    Raises UserError.
-    """
+    """Refuses outputs as outputs.py does -> those beside the table; none of a device. Raises UserError."""
     if outputs.is_special(output):
         outputs.check_outputs([per_image])
         return [None] * 3
     csv = [output.with_name(f"{output.stem}_{what}.csv") for what in ("minus_baseline", "protected")]
     text = output.with_suffix(".md")
     outputs.check_outputs([output, per_image, *csv])
-    outputs.check_outputs([text], suffixes=(".md",), is_ours=is_markdown)
+    begins = re.compile(rb"\d+ images, \d+ prompts, seed \d")  # as `evaluate` does
+    outputs.check_outputs([text], suffixes=(".md",), is_ours=begins.match)
     return [*csv, text]
 
 
-def is_markdown(content: bytes) -> bool:
-    """Tells the Markdown of these tables by its beginning."""
-    return re.match(rb"\d+ images, \d+ prompts, seed \d", content) is not None
-
-
-# ---------------------------------------------------------------------------------------------------------
-# protected images
-
-
 def find_protected(given: Sequence[Path], edits: Edits, manifests: Manifests) -> Edits:
-    """Pairs protected images with their sources, in the form of edits and clean edits.
-
-    Raises UserError for missing images, other sizes, and what doesn't belong together.
-    """
+    """Pairs protected images with their sources, as edits and clean edits. Raises UserError if it can't."""
     rows = [Row(str(directory), directory) for directory in protected_rows(given)]
     sources = Row("source", next(iter(edits.sources.values())).parent)
     files = {(row, 0, 0): images_by_stem(row.directory) for row in rows} | {(sources, 0, 0): edits.sources}
     for row in rows:
-        lacking = [name for name in edits.sources if name not in files[row, 0, 0]]
-        if lacking:
+        if lacking := [name for name in edits.sources if name not in files[row, 0, 0]]:
             raise UserError(f"images are missing: {', '.join(lacking)} in {row.directory}")
         check_protected(edits, row.directory, files[row, 0, 0], manifests)
     keys = [Key(0, 0, name) for name in edits.sources]
     return Edits(rows, sources, files, keys, sizes_of([sources, *rows], files, keys), {}, {})
 
 
-def check_budgets(protected: Edits, values: pd.DataFrame) -> None:
-    """Refuses protected images that are further from their sources than their run.json says.
-
-    Raises UserError.
-    """
-    of_linf = values[values["metric"] == "linf"]
+def check_budgets(protected: Edits, visible: Scores) -> None:
+    """Refuses protected images beyond the budget that their run.json says. Raises UserError."""
+    of_linf = visible.values[visible.values["metric"] == "linf"]
     for row in protected.rows:
         budget = ((read_record(row.directory) or {}).get("arguments", {})).get("attack_budget")
         found = of_linf[of_linf["method"] == row.method]

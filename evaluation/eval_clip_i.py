@@ -8,15 +8,9 @@ not be another person: see eval_facial.py. --models mini: the bundled stand-in, 
 others.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from scoring import Metric, Tensor, script
 
 
 def clip_i(edits: Tensor, sources: Tensor) -> Tensor:

@@ -9,15 +9,9 @@ says nothing about the face: see eval_facial.py. The instructions are those that
 or the lines of --prompt_file. --models mini: the bundled stand-in, whose values compare with no others.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from scoring import Metric, Tensor, script
 
 NO_DIRECTION = 1e-5  # of the source embedding's length: what rounding leaves of two equal images
 

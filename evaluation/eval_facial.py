@@ -1,10 +1,7 @@
 """FR, how much of the person is left: cosine similarity of the face in an edit to the face in its source.
 
-    python evaluation/eval_facial.py --src_dir portraits --clean_edit_dir edits/clean \\
-        --defend_edit_dirs edits/facelock --seed 0
     python evaluation/eval_facial.py --by judge --src_dir portraits --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock --seed 0
-
     python evaluation/eval_facial.py --by judge --what identified --gallery_dir people --src_dir portraits \\
         --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock --seed 0
 
@@ -15,16 +12,10 @@ read is the share of edits that are still recognised (above the threshold at whi
 thousand passes) and identified (nearest in a gallery: the sources, and --gallery_dir).
 """
 
-from __future__ import annotations
-
 import math
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from scoring import Metric, Tensor, script
 
 
 def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:
@@ -55,8 +46,7 @@ def identified(embeddings: Tensor, references: Tensor, gallery: Tensor, own: Ten
 def metrics_by(who: str, suffix: str, title: str) -> dict[str, Metric]:
     """Makes the three metrics of a recogniser: by --what."""
     faces = (f"{who}_edits", f"{who}_sources")
-    verified = (*faces, "undetected", f"{who}_threshold")
-    nearest = (*faces, f"{who}_gallery", "own")
+    verified, nearest = (*faces, "undetected", f"{who}_threshold"), (*faces, f"{who}_gallery", "own")
     return {
         "similarity": Metric(f"facial{suffix}", f"FR{title} ↓", facial_similarity, faces),
         "recognised": Metric(f"recognised{suffix}", f"recognised{title} ↓", recognised, verified),
@@ -65,9 +55,7 @@ def metrics_by(who: str, suffix: str, title: str) -> dict[str, Metric]:
 
 
 BY = {"recognizer": metrics_by("recognizer", "", ""), "judge": metrics_by("judge", "_judge", ", judge")}
-NO_FACE = Metric(
-    "no_face", "no face", lambda found: found, needs=("undetected",), counts="no face was found in"
-)
+NO_FACE = Metric("no_face", "no face", lambda found: found, ("undetected",), counts="no face was found in")
 METRICS = [*BY["recognizer"].values(), *BY["judge"].values(), NO_FACE]
 parse_args, main = script(BY["recognizer"]["similarity"], __doc__, by=BY, also=[NO_FACE])
 

@@ -9,17 +9,10 @@ distance (to the source), and a distance of two edits says that they differ, not
 eval_facial.py for that. --models mini: the bundled stand-in, whose values compare with no others.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-SMALLEST = 32  # px; from here on each trunk's last layer has pixels left
+from scoring import Metric, Tensor, script
 
 
 def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:
@@ -31,7 +24,8 @@ def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:
         return network(images.to(like), references.to(like)).flatten().float().cpu()
 
 
-METRIC = Metric("lpips", "LPIPS ↑", lpips_distance, needs=("perceptual", "edits", "clean"), smallest=SMALLEST)
+# From 32 px on, each trunk's last layer has pixels left
+METRIC = Metric("lpips", "LPIPS ↑", lpips_distance, needs=("perceptual", "edits", "clean"), smallest=32)
 parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":

@@ -8,15 +8,9 @@ Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A h
 says that they differ, not that the person is gone: see eval_facial.py for that.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from scoring import Metric, Tensor, script
 
 
 def psnr(images: Tensor, references: Tensor) -> Tensor:

@@ -8,17 +8,9 @@ Writes ssim_metric.csv into the working directory. 1 for identical images. A low
 that they differ, not that the person is gone: see eval_facial.py for that.
 """
 
-from __future__ import annotations
-
 import sys
-from typing import TYPE_CHECKING
 
-from command import Metric, script
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-WINDOW = 11  # px, the side of the Gaussian window of sigma 1.5: scikit-image cuts it off at 3.5 sigma
+from scoring import Metric, Tensor, script
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:
@@ -37,7 +29,7 @@ def ssim(images: Tensor, references: Tensor) -> Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-METRIC = Metric("ssim", "SSIM ↓", ssim, needs=("edits", "clean"), smallest=WINDOW)
+METRIC = Metric("ssim", "SSIM ↓", ssim, needs=("edits", "clean"), smallest=11)  # px, the window's side
 parse_args, main = script(METRIC, __doc__)
 
 if __name__ == "__main__":

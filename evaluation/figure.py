@@ -20,19 +20,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import outputs
-from chain import Manifests, check_edits, check_pair
-from command import add_prompt_arguments, edits_of
 from directories import protected_rows
 from eval_all import METRICS
-from pairing import Edits, Key
+from pairing import Edits, Key, Manifests, check_edits, check_pair
+from scoring import add_prompt_arguments, edits_of
 
 import utils
 from images import images_by_stem, load_image
 from utils import UserError
 
 if TYPE_CHECKING:
-    import numpy as np
     import pandas as pd
     from matplotlib.figure import Figure
 
@@ -57,23 +56,19 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     kinds = parser.add_subparsers(required=True, metavar="grid|plot")
     grid = kinds.add_parser("grid", help="portraits and their edits", description=GRID, **look)
     grid.set_defaults(run=run_grid)
-    grid.add_argument("--src_dir", type=utils.path, required=True, help="the source images")
-    grid.add_argument("--clean_edit_dir", type=utils.path, required=True, help="edits of the sources")
-    images = "the protected images of each method"
-    grid.add_argument("--protected_dirs", type=utils.path, nargs="+", required=True, help=images)
-    edits = "edits of the protected images, each holding seed{S}/"
-    grid.add_argument("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=edits)
-    titles = "of the methods (default: their directories, if there are several)"
-    grid.add_argument("--titles", nargs="+", help=titles)
+    path = {"type": utils.path, "required": True}
+    grid.add_argument("--src_dir", help="the source images", **path)
+    grid.add_argument("--clean_edit_dir", help="edits of the sources", **path)
+    grid.add_argument("--protected_dirs", nargs="+", help="the protected images of each method", **path)
+    grid.add_argument("--defend_edit_dirs", nargs="+", help="edits of them, each holding seed{S}/", **path)
+    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, if several)")
     grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
     add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
-    added = f"a column with the protection itself, x{AMPLIFY}"
-    grid.add_argument("--difference", action="store_true", help=added)
+    grid.add_argument("--difference", action="store_true", help=f"a column of what was added, x{AMPLIFY}")
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)
     plot.set_defaults(run=run_plot)
-    files = "CSV files, each with its place"
-    plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help=files)
+    plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files")
     plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
     plot.add_argument("--xlabel", help="default: budget, or nothing")
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
@@ -99,14 +94,9 @@ def save(figure: Figure, output: Path) -> None:
     utils.write_file(output, buffer.getvalue())
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the grid
-
-
 def run_grid(args: argparse.Namespace) -> int:
     """Draws the grid that the flags name -> exit status."""
-    edits = edits_of(args)
-    make_grid(edits, args.protected_dirs, args.output, args.names, args.titles, args.difference)
+    make_grid(edits_of(args), args.protected_dirs, args.output, args.names, args.titles, args.difference)
     return 0
 
 
@@ -118,10 +108,7 @@ def make_grid(
     titles: Sequence[str] | None = None,
     with_difference: bool = False,
 ) -> None:
-    """Draws portraits with their protected forms and edits of one seed, a line a portrait and instruction.
-
-    protected_dirs: in the order of the rows. Raises UserError, also for pictures that don't belong together.
-    """
+    """Draws portraits, their protected forms (in the rows' order) and edits of a seed. Raises UserError."""
     protected = protected_rows(protected_dirs)
     titles = titles or ([row.method for row in edits.rows] if len(edits.rows) > 1 else [""])
     if not len(edits.rows) == len(protected) == len(titles):
@@ -135,13 +122,12 @@ def make_grid(
     check_edits(edits, manifests)
     files = [images_by_stem(directory) for directory in protected]
     for row, directory, found in zip(edits.rows, protected, files, strict=True):
-        lacking = [name for name in edits.names if name not in found]
-        if lacking:
+        if lacking := [name for name in edits.names if name not in found]:
             raise UserError(f"{directory}: no image {', '.join(lacking)}")
         check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
-    shown = [edits.path(row, key) for row in edits.every_row for key in keys]
-    shown += [*edits.sources.values(), *(path for found in files for path in found.values())]
-    outputs.check_outputs([output], shown, FORMATS, is_figure)
+    read = [edits.path(row, key) for row in edits.every_row for key in keys]
+    read += [*edits.sources.values(), *(path for found in files for path in found.values())]
+    outputs.check_outputs([output], read, FORMATS, is_figure)
 
     cells = []
     for key in keys:
@@ -151,13 +137,12 @@ def make_grid(
             image = load_image(found[key.name]).pixels
             if image.shape != source.shape:
                 raise UserError(f"{found[key.name]}: has another size than its source")
-            added = [difference(image, source)] if with_difference else []
-            line += [image, *added, load_image(edits.path(row, key)).pixels]
+            line += [image, *([difference(image, source)] if with_difference else [])]
+            line.append(load_image(edits.path(row, key)).pixels)
         cells.append(line)
     labels = [f"{key.name}\n{edits.texts.get(key.prompt, f'prompt {key.prompt}')}" for key in keys]
     columns = ["source", "edit of source"]
-    for title in titles:
-        method = f"\n{title}" if title else ""
+    for method in (f"\n{title}" if title else "" for title in titles):
         added = [f"difference x{AMPLIFY}"] if with_difference else []
         columns += [f"protected{method}", *added, f"edit of protected{method}"]
     save(draw(cells, labels, columns), output)
@@ -166,8 +151,6 @@ def make_grid(
 
 def difference(image: np.ndarray, source: np.ndarray) -> np.ndarray:
     """Shows what was added to the source, AMPLIFY times, around grey: (H, W, 3) uint8."""
-    import numpy as np
-
     return np.clip(128 + AMPLIFY * (image.astype(int) - source.astype(int)), 0, 255).astype(np.uint8)
 
 
@@ -177,26 +160,21 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
 
     figure = Figure(figsize=(CELL * (len(columns) + 1), CELL * len(cells) + 0.5), dpi=DPI)
     axes = figure.subplots(len(cells), len(columns), squeeze=False)
-    for line, (pictures, label) in enumerate(zip(cells, labels, strict=True)):
-        for column, picture in enumerate(pictures):
-            axis = axes[line, column]
-            axis.imshow(picture, interpolation="nearest" if picture.shape[0] <= 256 else "antialiased")
-            axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_visible(False)
-            if line == 0:
-                axis.set_title(columns[column], fontsize=8)
-        axes[line, 0].set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
+    for axis, picture in zip(axes.flat, [picture for line in cells for picture in line], strict=True):
+        axis.imshow(picture, interpolation="nearest" if picture.shape[0] <= 256 else "antialiased")
+        axis.set(xticks=[], yticks=[])
+        axis.spines[:].set_visible(False)
+    for axis, title in zip(axes[0], columns, strict=True):
+        axis.set_title(title, fontsize=8)
+    for axis, label in zip(axes[:, 0], labels, strict=True):
+        axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
     figure.tight_layout(pad=0.3)
     return figure
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the plot
-
-
 def run_plot(args: argparse.Namespace) -> int:
     """Draws the plot that the flags name -> exit status."""
-    files = {}
+    files: dict[str, Path] = {}
     for given in args.tables:
         label, _, file = ("", "", given) if Path(given).exists() else given.rpartition("=")
         if label in files:
@@ -248,23 +226,19 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
         points = points.astype({"value": float, "low": float, "high": float})
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
-    points = points.dropna(subset="value").reset_index(drop=True)
-    points["place"] = label
+    points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
     for at, name in points["method"].items():
         parts = [part for part in Path(name).parts if part != "/"]
-        budgets = [part[7:] for part in parts if re.fullmatch(f"budget_{NUMBER}", part)]
+        budget = next((part[7:] for part in parts[::-1] if re.fullmatch(f"budget_{NUMBER}", part)), "")
         rest = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
-        budget, method = (budgets or [""])[-1], rest[-1] if rest else name
+        method = rest[-1] if rest else name
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
         points.loc[at, "place"] = label or budget
     return points
 
 
 def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
-    """Draws a line a method over numbers, to scale, or points beside each other over names.
-
-    A row without a place is a dashed line.
-    """
+    """Draws a line a method over numbers, to scale, or points over names; a row without a place is dashed."""
     from matplotlib.figure import Figure
 
     places = [place for place in points["place"].unique() if place]

@@ -35,10 +35,11 @@ from PIL import Image
 
 import models.sets
 import runs
+import transforms
 import utils
-from images import Portrait, from_working, load_image, save_png, to_tensor, to_uint8
-from models.editors import load_vae
-from models.loading import shown
+from images import Portrait, load_image, save_png, to_tensor, to_uint8
+from models.loading import recorded
+from models.vaes import load_vae
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -55,12 +56,10 @@ def jpeg(pixels: np.ndarray, generator: torch.Generator, quality: int) -> np.nda
 
 
 def blur(pixels: np.ndarray, generator: torch.Generator, side: int, sigma: float) -> np.ndarray:
-    """Blurs by a Gaussian of a kernel's side and a sigma in px, reflecting at the borders, by torchvision."""
-    from torchvision.transforms.functional import gaussian_blur
-
+    """Blurs as `transforms.blur` does."""
     if side // 2 >= min(pixels.shape[:2]):
         raise UserError(f"blur:{side}: the image's side is only {min(pixels.shape[:2])} px")
-    return to_uint8(gaussian_blur(to_tensor(pixels), [side, side], [sigma, sigma]))[0]
+    return to_uint8(transforms.blur(to_tensor(pixels), side, sigma))[0]
 
 
 def rotate(pixels: np.ndarray, generator: torch.Generator, most: float) -> np.ndarray:
@@ -104,7 +103,7 @@ def through_vae(chosen: models.sets.Chosen) -> Callable[..., np.ndarray]:
         with torch.no_grad():
             latent = vae.encode(to_tensor(pixels).to(chosen.device)).latent_dist.mean
             images = vae.decode(latent).sample.float()
-        return to_uint8(from_working(images, pixels.shape[:2], vae.resolution))[0]
+        return to_uint8(chosen.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
 
     return vae_trip
 
@@ -221,7 +220,7 @@ def purify_directory(
     method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
     settings = {"seed": seed, "method": method}
     if with_vae:
-        settings |= {"dtype": chosen.dtype_name, "model_id": shown(chosen.model_id)}
+        settings |= {"dtype": chosen.dtype_name, "model_id": recorded(chosen.model_id)}
         settings |= {"resolution": chosen.resolution}
 
     def prepare() -> Callable[..., np.ndarray] | None:

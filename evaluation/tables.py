@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import directories  # noqa: F401 (finds the project's modules)
+import numpy as np
 
 import utils
 
@@ -24,15 +25,8 @@ FEWEST = 5  # images; below this there is no interval
 FEW_IMAGES = 30  # below this a bootstrap interval is only a hint
 
 
-# ---------------------------------------------------------------------------------------------------------
-# statistics
-
-
 def image_means(values: pd.DataFrame, groups: Sequence[str]) -> pd.Series:
-    """Averages each image's finite values in each group; summed in order, since pandas' own sums differ in
-    their last bits, on which ties of the bootstrap's resamples depend.
-    """
-    import numpy as np
+    """Averages each image's finite values by group; summed in order, on which ties of resamples depend."""
     import pandas as pd
 
     finite = values[np.isfinite(values["value"])]
@@ -45,28 +39,21 @@ def means(values: pd.DataFrame) -> pd.DataFrame:
     """Averages over images, with a 95 % BCa bootstrap interval over images (Efron 1987, by scipy).
 
     An image counts once: as the mean of its finite values over prompts and seeds, which are not independent.
-    Returns mean, low, high, n (images), n_inf (values left out because they are infinite), by method and
-    metric in the order in which they come.
+    Returns mean, low, high, n (images), n_inf (infinite values), by method and metric as they come.
     """
-    import numpy as np
-
     groups = ["method", "metric"]
-    infinite = np.isinf(values["value"])
-    table = infinite.groupby([values[group] for group in groups], observed=True, sort=False).sum()
-    table = table.to_frame("n_inf")
+    infinite = values.assign(n_inf=np.isinf(values["value"]))
+    table = infinite.groupby(groups, observed=True, sort=False)[["n_inf"]].sum()
     grouped = image_means(values, groups).groupby(groups, observed=True)
     table["mean"] = grouped.mean()
     table["n"] = grouped.size().reindex(table.index, fill_value=0)
     ends = {place: interval(samples.tolist()) for place, samples in grouped}
-    for number, end in enumerate(("low", "high")):
-        table[end] = [ends[place][number] if place in ends else math.nan for place in table.index]
+    table[["low", "high"]] = np.reshape([ends.get(place, (np.nan, np.nan)) for place in table.index], (-1, 2))
     return table[["mean", "low", "high", "n", "n_inf"]]
 
 
 def differences(values: pd.DataFrame, baseline: str) -> pd.DataFrame:
     """Averages paired differences to a row, edit by edit, where both are finite; otherwise as `means`."""
-    import numpy as np
-
     edit = ["seed", "prompt", "name", "metric"]
     of_baseline = values.loc[values["method"] == baseline, [*edit, "value"]]
     pairs = values[values["method"] != baseline].merge(of_baseline, on=edit, suffixes=("", "_baseline"))
@@ -77,25 +64,14 @@ def differences(values: pd.DataFrame, baseline: str) -> pd.DataFrame:
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Gives the ends of the interval of a mean; NaN for fewer than 5 samples or all equal.
-
-    Equal up to rounding, that is: the interval of rounding errors would say nothing.
-    """
-    import numpy as np
+    """Gives the ends of a mean's interval; NaN for fewer than 5 samples or all equal up to rounding."""
     from scipy import stats
 
     if len(samples) < FEWEST or max(samples) - min(samples) <= 1e-6 * max(map(abs, samples)):
         return math.nan, math.nan
-    found = stats.bootstrap(
-        (np.asarray(samples),),
-        np.mean,
-        confidence_level=CONFIDENCE,
-        n_resamples=RESAMPLES,
-        batch=AT_ONCE,
-        method="BCa",
-        rng=np.random.default_rng(0),
-    ).confidence_interval
-    return float(found.low), float(found.high)
+    how = {"confidence_level": CONFIDENCE, "n_resamples": RESAMPLES, "batch": AT_ONCE, "method": "BCa"}
+    found = stats.bootstrap((np.asarray(samples),), np.mean, **how, rng=np.random.default_rng(0))
+    return float(found.confidence_interval.low), float(found.confidence_interval.high)
 
 
 def about_intervals(counts: Iterable[int]) -> str:
@@ -106,10 +82,6 @@ def about_intervals(counts: Iterable[int]) -> str:
     few = f"fewer than {FEWEST} images, no intervals" if min(counts) < FEWEST else ""
     some = f"fewer than {FEW_IMAGES} images, the intervals are approximate" if max(counts) >= FEWEST else ""
     return "; ".join(filter(None, (few, some)))
-
-
-# ---------------------------------------------------------------------------------------------------------
-# for the eye
 
 
 def shown(value: float, digits: int = 3, sign: str = "") -> str:
@@ -133,25 +105,17 @@ def harmless(name: str) -> str:
 def as_text(frame: pd.DataFrame, form: str) -> str:
     """Writes a table of texts, by tabulate, in one of its forms: the first column left, others right."""
     sides = ("left", *("right" for _ in frame.columns[1:]))
-    cells = frame.astype(object).map(harmless)
-    cells.columns = map(harmless, frame.columns)
+    cells = frame.astype(object).map(harmless).rename(columns=harmless)
     return cells.to_markdown(index=False, tablefmt=form, disable_numparse=True, colalign=sides)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the tables
-
-
 def one_metric(values: pd.DataFrame, baseline: str | None, infinite: bool) -> pd.DataFrame:
-    """Makes the table of one metric: method, prompt{i}..., mean, ci_low, ci_high, n, n_inf, diff...
-
-    infinite: whether n_inf is told.
-    """
-    of_prompts = image_means(values, ["method", "prompt"])
-    of_prompts = of_prompts.groupby(["method", "prompt"], observed=True).mean().unstack("prompt")
+    """Makes one metric's table: method, prompt{i}..., mean, ci_low, ci_high, n, diff...; n_inf if asked."""
+    place = ["method", "prompt"]
+    of_prompts = image_means(values, place).groupby(place, observed=True).mean().unstack("prompt")
     found = means(values).droplevel("metric")
     table = of_prompts.reindex(index=found.index, columns=sorted(values["prompt"].unique()))
-    table.columns = [f"prompt{number}" for number in table.columns]
+    table = table.add_prefix("prompt")
     table[["mean", "ci_low", "ci_high", "n"]] = found[["mean", "low", "high", "n"]]
     if infinite:
         table["n_inf"] = found["n_inf"]
@@ -166,74 +130,55 @@ def for_screen(table: pd.DataFrame, metric: str, baseline: str | None) -> str:
     """Writes the table of one metric as a person reads it: mean, interval, n, difference to the baseline."""
     import pandas as pd
 
-    text = pd.DataFrame({"method": table["method"].astype(object)})
+    text, form = pd.DataFrame({"method": table["method"].astype(object)}), "{} to {}"
     text[metric] = table["mean"].map(shown)
     ends = zip(table["ci_low"], table["ci_high"], strict=True)
-    text[f"{CONFIDENCE:.0%} interval"] = [shown_interval(*pair, 3, "", "{} to {}") or "-" for pair in ends]
+    text[f"{CONFIDENCE:.0%} interval"] = [shown_interval(*pair, 3, "", form) or "-" for pair in ends]
     text["n"] = table["n"].map(str)
     if "n_inf" in table:
         text["inf"] = table["n_inf"].map(str)
     if baseline is not None:
-        pairs = table[["diff", "diff_low", "diff_high"]].itertuples(index=False)
         text[f"minus {baseline}"] = [
-            f"{shown(mean, 3, '+')} ({shown_interval(*ends, 3, '+', '{} to {}') or '-'})"
-            for mean, *ends in pairs
+            "" if pd.isna(n) else f"{shown(mean, 3, '+')} ({shown_interval(*ends, 3, '+', form) or '-'})"
+            for mean, *ends, n in table[["diff", "diff_low", "diff_high", "diff_n"]].itertuples(index=False)
         ]
-        text.loc[table["diff_n"].isna(), f"minus {baseline}"] = ""
     note = about_intervals(table["n"])
     return as_text(text, "plain") + (f"\n({note})" if note else "")
 
 
-def all_metrics(found: pd.DataFrame, metrics: Sequence[Metric], rows: Sequence[str]) -> pd.DataFrame:
-    """Makes the table of several metrics: method, and value, _low, _high, _n (and _n_inf) of each."""
+def all_metrics(
+    found: pd.DataFrame, metrics: Sequence[Metric], rows: Sequence[str], note: str, sign: str = ""
+) -> tuple[pd.DataFrame, str]:
+    """Makes the table of several metrics: method; value, _low, _high, _n and perhaps _n_inf of each; and the
+    same as Markdown, under a note that says of what it is.
+    """
     import pandas as pd
 
     table = pd.DataFrame({"method": pd.Series(rows, dtype=object)})
+    text, counts = table.copy(), pd.DataFrame(index=table.index)
     for metric in metrics:
-        of_rows = _of_metric(found, metric.name, rows)
+        of_rows = found[found.index.get_level_values("metric") == metric.name].droplevel("metric")
+        of_rows.index = of_rows.index.astype(object)
+        of_rows = of_rows.reindex(list(rows)).astype({"n": "Int64", "n_inf": "Int64"})
         table[metric.name] = of_rows["mean"].to_numpy()
         for column in ("low", "high", "n", *(["n_inf"] if metric.infinite else [])):
             table[f"{metric.name}_{column}"] = of_rows[column].array
-    return table
-
-
-def per_image(values: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Makes a table with a line an edit and a column a metric."""
-    edit = ["method", "seed", "prompt", "name"]
-    wide = values.pivot(index=edit, columns="metric", values="value").reindex(columns=metrics)
-    return wide.reset_index()
-
-
-def markdown(
-    found: pd.DataFrame, metrics: Sequence[Metric], rows: Sequence[str], note: str, sign: str = ""
-) -> str:
-    """Makes a Markdown table of means with their intervals, under a line that says of what."""
-    import pandas as pd
-
-    text = pd.DataFrame({"method": pd.Series(rows, dtype=object)})
-    counts = pd.DataFrame(index=range(len(rows)))
-    for metric in metrics:
-        of_rows = _of_metric(found, metric.name, rows)
-        text[metric.title] = [_cell(*line, metric.digits, sign) for line in of_rows.itertuples(index=False)]
+        cells = []
+        for line in of_rows.itertuples():
+            ends = shown_interval(line.low, line.high, metric.digits, sign, " [{}, {}]")
+            infinite = "" if pd.isna(line.n_inf) or not line.n_inf else f" ({line.n_inf} inf)"
+            cells.append(shown(line.mean, metric.digits, sign) + ends + infinite)
+        text[metric.title] = cells
         counts[metric.name] = of_rows["n"].array
     text["n"] = [
         " to ".join(str(n) for n in sorted({line.min(), line.max()})) if len(line := row.dropna()) else "0"
         for _, row in counts.iterrows()
     ]
     note = "; ".join(filter(None, (note, about_intervals(found["n"]))))
-    return f"{harmless(note)}:\n\n{as_text(text, 'pipe')}"
+    return table, f"{harmless(note)}:\n\n{as_text(text, 'pipe')}"
 
 
-def _of_metric(found: pd.DataFrame, metric: str, rows: Sequence[str]) -> pd.DataFrame:
-    """The lines of `means` of one metric, in the order of the rows; NaN where there is no value."""
-    of_rows = found[found.index.get_level_values("metric") == metric].droplevel("metric")
-    of_rows.index = of_rows.index.astype(object)
-    return of_rows.reindex(list(rows)).astype({"n": "Int64", "n_inf": "Int64"})
-
-
-def _cell(mean: float, low: float, high: float, n: int, n_inf: int, digits: int, sign: str) -> str:
-    """`0.412 [0.38, 0.44]`, with the count of infinite values where there are any."""
-    import pandas as pd
-
-    ends = shown_interval(low, high, digits, sign, " [{}, {}]")
-    return shown(mean, digits, sign) + ends + (f" ({n_inf} inf)" if not pd.isna(n_inf) and n_inf else "")
+def per_image(values: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
+    """Makes a table with a line an edit and a column a metric."""
+    edit = ["method", "seed", "prompt", "name"]
+    return values.pivot(index=edit, columns="metric", values="value").reindex(columns=metrics).reset_index()

@@ -80,8 +80,7 @@ def load_views(
         if f"{name}_edits" in needs
     }
     if recognizers:
-        detector = FaceDetector(chosen.detect_faces, chosen.device)
-        views.append(FaceView(recognizers, detector, chosen.device, gallery))
+        views.append(FaceView(recognizers, FaceDetector(chosen.device), chosen.device, gallery))
     return views
 
 
@@ -161,15 +160,12 @@ class FaceView(View):
 
     def _enter(self, stem: str, pixels: np.ndarray) -> Box | None:
         """Puts a portrait that shows a face into the gallery -> the face's box."""
-        box = self._largest(pixels)
+        box = next(iter(self.detector(pixels)), None)
         if box:
             self.stems.append(stem)
             for recognizer, embeddings in self._embed(pixels[None], [box]).items():
                 self.gallery[recognizer].append(embeddings[0])
         return box
-
-    def _largest(self, pixels: np.ndarray) -> Box | None:
-        return next(iter(self.detector(pixels)), None)
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Finds the edits' faces and embeds them."""
@@ -177,7 +173,7 @@ class FaceView(View):
 
         size = images.shape[1:3]
         of_sources = [self.boxes[key.name, size] for key in keys]
-        found = [self._largest(image) for image in images]
+        found = [next(iter(boxes), None) for boxes in self.detector.find(images)]
         whole = (0, 0, size[1], size[0])  # stands in where there is no value to be had
         boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
         measured = torch.tensor([source is not None for source in of_sources])

@@ -12,12 +12,16 @@ as the project's scripts do it. The models are stand-ins: nothing here says how 
 from __future__ import annotations
 
 import argparse
+import itertools
+import math
 import statistics
 import sys
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import crops
 import numpy as np
 import portraits
 import torch
@@ -26,23 +30,29 @@ import train_editor
 import train_recognizer
 import train_vae
 import world
+from eval_facial import BY  # of evaluation/
+from pairing import Key
+from purify import chain, purify
+from views import FaceView
 
 import defend
 from images import save_png, to_tensor, to_uint8_within
-from models.faces import face_similarity_to, load_recognizer
+from models.faces import load_recognizer
 from protection import Protector
 from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
 SPLITS = {
     "validation": portraits.VALIDATION,
     # Below are the demo's, the people whom earlier weights were measured on, and those of docs/results.md.
-    "test": range(portraits.TEST_FROM + 3_000, portraits.TEST_FROM + 4_000),
+    "test": range(portraits.TEST_FROM + 4_000, portraits.TEST_FROM + 5_000),
 }
 PEOPLE = 20  # of the edits and of the defenses
-PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS = 50, 100, 200
+PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS, PEOPLE_ALTERED = 50, 100, 200, 60
 PROMPTS = (0, 4, 5, 10, 13, 19)  # of the defenses and of the paper's guidance: hair, face, skin, clothes, ...
 BUDGET = 0.06
-RECOGNISERS = ("recognizer", "judge")
+RECOGNISERS = tuple(BY)
+PURIFIER = "jpeg:75+resize:0.5"
+LEFT = {"shifted": 0.95, "mirrored": 0.9, "gamma": 0.9, "saturated": 0.9, "blurred": 0.85, "scaled": 0.95}
 
 CPU = torch.device("cpu")
 
@@ -77,18 +87,30 @@ class Models:
         self.recognizers = {
             name: load_recognizer(getattr(self.chosen, name), CPU, torch.float32) for name in RECOGNISERS
         }
+        self.views: dict[range, FaceView] = {}
 
-    @torch.no_grad()
-    def similarity(self, name: str, edits: np.ndarray, sources: np.ndarray) -> np.ndarray:
-        """Measures FR of edits (N, P, H, W, 3) to the sources (N, H, W, 3) -> (N, P)."""
-        box = [[(0, 0, edits.shape[3], edits.shape[2])]]
-        values = []
-        for images, source in zip(edits, sources, strict=True):
-            to_source = face_similarity_to(
-                self.recognizers[name], to_tensor(source).expand(len(images), -1, -1, -1), box * len(images)
-            )
-            values.append(to_source(to_tensor(images)).numpy())
-        return np.stack(values)
+    def faces(self, people: range, edits: np.ndarray) -> dict[str, dict[str, float]]:
+        """Measures edits (N, P, H, W, 3) of the first N people, the rest being strangers in the gallery.
+
+        Returns by recogniser: `similarity` (FR), `recognised`, `identified`, the means over all edits, and
+        `by_prompt`, FR's means (P,).
+        """
+        if people not in self.views:
+            self.views[people] = view = FaceView(self.recognizers, crops.detector(), CPU)
+            for person in people[:PEOPLE_OF_RECOGNISERS]:
+                view.add_source(str(person), world.render([(person, 0, None)])[0])
+        values: dict[str, dict[str, list]] = {name: {what: [] for what in BY[name]} for name in RECOGNISERS}
+        for person, images in zip(people, edits, strict=False):
+            seen = self.views[people](images, [Key(0, n, str(person)) for n in range(len(images))])
+            for who, what in itertools.product(RECOGNISERS, BY["judge"]):
+                metric = BY[who][what]
+                values[who][what].append(metric.function(*(seen[need] for need in metric.needs)).numpy())
+        found = {
+            name: {what: float(np.nanmean(of)) for what, of in by.items()} for name, by in values.items()
+        }
+        for name in RECOGNISERS:
+            found[name]["by_prompt"] = np.nanmean(values[name]["similarity"], axis=0)
+        return found
 
 
 def check_vae(table: Table, people: range, loaded: Models) -> None:
@@ -99,8 +121,8 @@ def check_vae(table: Table, people: range, loaded: Models) -> None:
     table.row(
         f"VAE reconstruction, {len(pictures)} pictures of {PEOPLE_OF_VAE} people",
         f"{values.mean():.2f} dB (lowest {values.min():.1f}; the face alone {face.mean():.1f})",
-        ">= 30 dB",
-        bool(values.mean() >= 30),
+        ">= 28 dB",
+        bool(values.mean() >= 28),
     )
 
 
@@ -115,30 +137,34 @@ def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.
         ">= 24",
         found.prompts_met() >= 24,
     )
-    psnrs = {"the source outside the mask": found.outside, "the generator's edit": found.whole}
-    for name, values in psnrs.items():
+    psnrs = {"the source outside the mask": (found.outside, 25), "the generator's edit": (found.whole, 24)}
+    for name, (values, least) in psnrs.items():
         mean, by_prompt = np.nanmean(values), np.nanmean(values, axis=0)
         lowest = int(np.nanargmin(by_prompt))
         table.row(
             f"... PSNR to {name}",
             f"{mean:.2f} dB (lowest: {edit_prompts[lowest]!r}, {by_prompt[lowest]:.1f})",
-            ">= 26 dB",
-            bool(mean >= 26),
+            f">= {least} dB",
+            bool(mean >= least),
         )
-    for name in RECOGNISERS:
-        values = loaded.similarity(name, found.edits, found.sources)
-        by_prompt = values.mean(axis=0)
-        lowest = int(by_prompt.argmin())
-        of_truth = loaded.similarity(name, found.truth, found.sources).mean()
+    edited, truth = (loaded.faces(people, edits) for edits in (found.edits, found.truth))
+    for name, of in edited.items():
+        lowest, fr = int(of["by_prompt"].argmin()), of["similarity"]
         table.row(
             f"... FR(source, edit) by the {name}",
-            f"{values.mean():.3f} (lowest: {edit_prompts[lowest]!r}, {by_prompt[lowest]:.2f}; "
-            f"the generator's own edits {of_truth:.3f})",
+            f"{fr:.3f} (lowest: {edit_prompts[lowest]!r}, {of['by_prompt'][lowest]:.2f}; "
+            f"the generator's own edits {truth[name]['similarity']:.3f})",
             ">= 0.75",
-            bool(values.mean() >= 0.75),
+            fr >= 0.75,
+        )
+        table.row(
+            f"... identified by the {name} among {PEOPLE_OF_RECOGNISERS} (recognised)",
+            f"{of['identified']:.1%} ({of['recognised']:.1%})",
+            ">= 95 %",
+            of["identified"] >= 0.95,
         )
     seconds = found.seconds
-    table.row("... time of an edit, in batches of 25", f"{seconds:.2f} s", "<= 1.0 s", seconds <= 1)
+    table.row("... time of an edit, in batches of 25", f"{seconds:.2f} s", "<= 0.5 s", seconds <= 0.5)
     return found.edits[:, list(PROMPTS)]
 
 
@@ -155,24 +181,37 @@ def check_guidance(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_recognisers(table: Table, people: range, loaded: Models) -> None:
-    """Measures how well recogniser and judge tell people apart."""
+    """Measures how well recogniser and judge tell people apart, and how little else sways the judge."""
     for name in RECOGNISERS:
         found = train_recognizer.evaluate(
             loaded.recognizers[name], people[:PEOPLE_OF_RECOGNISERS], print_nothing
         )
         what = f"{name}, {PEOPLE_OF_RECOGNISERS} people"
-        plain, edited, other = found["eer_plain"], found["eer_edited"], found["cosine_different"]
-        table.row(f"{what}: equal error rate", f"{plain:.2%}", "<= 1.5 %", plain <= 0.015)
+        plain, edited, identified = found["eer_plain"], found["eer_edited"], found["identified"]
+        table.row(f"{what}: equal error rate", f"{plain:.2%}", "<= 1 %", plain <= 0.01)
         table.row("... with one of the two edited", f"{edited:.2%}", "<= 4 %", edited <= 0.04)
         table.row(
-            "... mean cosine of different people (of one person's pictures)",
-            f"{other:.3f} ({found['cosine_same']:.3f})",
-            "<= 0.25",
-            other <= 0.25,
+            "... identified by the generator's edits among the sources",
+            f"{identified:.1%}",
+            ">= 95 %",
+            identified >= 0.95,
         )
         table.row(
             "... cosine that one pair of strangers in a thousand exceeds (its verification threshold)",
             f"{found['verification']:.3f} ({loaded.recognizers[name].threshold})",
+        )
+        table.row(
+            "... mean cosine of different people (of one person's pictures)",
+            f"{found['cosine_different']:.3f} ({found['cosine_same']:.3f})",
+        )
+    judge = loaded.recognizers["judge"]
+    left = train_recognizer.evaluate_altered(judge, people[:PEOPLE_ALTERED], print_nothing)
+    for name, share in left.items():
+        table.row(
+            f"judge's FR of the generator's edits {name}, {PEOPLE_ALTERED} people",
+            f"{share:.3f} x of unaltered",
+            f">= {LEFT[name]} x",
+            share >= LEFT[name],
         )
 
 
@@ -188,28 +227,64 @@ def check_clip(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarray) -> None:
-    """Measures FR of the edits of protected portraits beside that of the unprotected ones, `clean`."""
-    people = people[:PEOPLE]
-    sources = np.array(world.render([(person, 0, None) for person in people]))  # (N, H, W, 3)
-    unprotected = {name: loaded.similarity(name, clean, sources).mean() for name in RECOGNISERS}
-    limits = {"noise": {"recognizer": 0.95, "judge": 0.95}, "facelock": {"recognizer": 0.4, "judge": 0.75}}
+    """Measures protected portraits, what the VAE makes of them, and their edits beside `clean`, those of the
+    unprotected ones."""
+    sources = np.array(world.render([(person, 0, None) for person in people[:PEOPLE]]))  # (N, H, W, 3)
+    through = partial(train_vae.reconstruct, loaded.editor.pipeline.vae, device=CPU)
+    edit = partial(train_editor.apply, loaded.editor, prompts=PROMPTS, seed=0)
+    plain, unprotected = through(sources), loaded.faces(people, clean)
     for method in ("noise", "encoder", "vae", "facelock"):
-        protected, seconds = protect(method, people, sources)
-        edits = train_editor.apply(loaded.editor, protected, PROMPTS, seed=0)
-        if method == "facelock":
-            middle = statistics.median(seconds)
-            table.row("one facelock protection, 100 iterations", f"{middle:.1f} s", "<= 15 s", middle <= 15)
-        for name in RECOGNISERS:
-            value = loaded.similarity(name, edits, sources).mean()
-            share, limit, met = value / unprotected[name], limits.get(method, {}).get(name), None
-            if limit:
-                met = share >= limit if method == "noise" else share <= limit
+        protected, seconds = protect(method, people[:PEOPLE], sources)
+        before, after = decibels(sources, protected), decibels(plain, through(protected))
+        gain = before - after
+        met = gain >= 8 if method == "encoder" else None
+        what = f"{method} at {BUDGET}, {PEOPLE} people: the VAE's gain, PSNR in - PSNR out"
+        table.row(what, f"{before:.1f} - {after:.1f} = {gain:.1f} dB", "" if met is None else ">= 8 dB", met)
+        edits = edit(protected)
+        apart = decibels(clean, edits)
+        least, most = (32, math.inf) if method == "noise" else (0, 22 if method != "vae" else math.inf)
+        target = {"noise": ">= 32 dB", "vae": ""}.get(method, "<= 22 dB")
+        what = f"... PSNR between the edits by {len(PROMPTS)} prompts of protected and clean"
+        table.row(what, f"{apart:.1f} dB", target, least <= apart <= most if target else None)
+        for name, of in loaded.faces(people, edits).items():
+            whole = unprotected[name]
+            share = of["similarity"] / whole["similarity"]
+            attacked = method == "facelock" and name == "recognizer"
             table.row(
-                f"{method} at {BUDGET}, {PEOPLE} people x {len(PROMPTS)} prompts: FR by the {name}",
-                f"{value:.3f} of {unprotected[name]:.3f}: {share:.2f} x",
-                f"{'>=' if method == 'noise' else '<='} {limit} x" if limit else "",
-                met,
+                f"... FR by the {name}; recognised; identified among {PEOPLE_OF_RECOGNISERS}",
+                f"{of['similarity']:.3f} of {whole['similarity']:.3f}: {share:.2f} x; "
+                f"{of['recognised']:.0%} of {whole['recognised']:.0%}; "
+                f"{of['identified']:.0%} of {whole['identified']:.0%}",
+                "<= 0.45 x" if attacked else "",
+                share <= 0.45 if attacked else None,
             )
+    middle = statistics.median(seconds)  # of facelock, the last
+    table.row("one facelock protection, 100 iterations", f"{middle:.1f} s", "<= 15 s", middle <= 15)
+    steps = chain(PURIFIER)
+    of_protected, of_sources = (
+        decibels(clean, edit(np.stack([purify(image, steps, 0, str(n)) for n, image in enumerate(images)])))
+        for images in (protected, sources)
+    )
+    share = (of_protected - apart) / (of_sources - apart)
+    table.row(
+        f"share of facelock's effect on the edits' PSNR that {PURIFIER} takes back",
+        f"{apart:.1f} -> {of_protected:.1f} dB, of {of_sources:.1f} for the purified sources: {share:.0%}",
+        ">= 33 %",
+        share >= 1 / 3,
+    )
+    began = time.perf_counter()
+    view = FaceView(loaded.recognizers, crops.detector(), CPU)
+    for person, source, images in zip(people, sources, edits, strict=False):
+        view.add_source(str(person), source)
+        view(images, [Key(0, n, str(person)) for n in range(len(images))])
+    seconds_of_500 = (time.perf_counter() - began) / (PEOPLE * len(PROMPTS)) * 500
+    what = "faces of 500 edits found, and embedded by both"
+    table.row(what, f"{seconds_of_500:.0f} s", "<= 40 s", seconds_of_500 <= 40)
+
+
+def decibels(a: np.ndarray, b: np.ndarray) -> float:
+    """Computes the mean PSNR of pictures (..., H, W, 3) uint8, in dB."""
+    return float(train_vae.psnr(*(images.reshape(-1, *images.shape[-3:]) for images in (a, b))).mean())
 
 
 def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
@@ -220,12 +295,12 @@ def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np
     )
     protector = Protector(args)
     protector.preload()
-    box = [[(0, 0, sources.shape[2], sources.shape[1])]]
     files, seconds = [], []
     for person, source in zip(people, sources, strict=True):
         began = time.perf_counter()
         seeds = [start_seed(args.seed, f"portrait_{person}")]
-        images = protector.protect(to_tensor(source), box, seeds)
+        boxes = crops.boxes_of(crops.largest([source]))
+        images = protector.protect(to_tensor(source), boxes, seeds)
         seconds.append(time.perf_counter() - began)
         files.append(to_uint8_within(images, source[None], BUDGET)[0])
     return np.stack(files), seconds

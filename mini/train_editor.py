@@ -39,7 +39,7 @@ from diffusers import (
 from diffusers.models.attention_processor import AttnProcessor
 from tokenizer import build_tokenizer
 from torch import nn
-from train_vae import psnr, reconstruct
+from train_vae import CHANNELS, psnr, reconstruct
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from images import save_png, to_tensor, to_uint8
@@ -47,7 +47,7 @@ from models import editors
 from utils import edit_prompts, pick_device, positive_int
 
 NAME = "editor"
-LATENT = (16, 16, 16)  # channels, height, width of a 128x128 portrait's latent
+LATENT = (CHANNELS, 16, 16)  # height and width of a 128x128 portrait's latent
 WIDTH = 128  # of the text embedding
 DROPOUT = 0.05  # each: the instruction alone, the image alone, both (Brooks et al. 2023, section 3.2.1)
 MASK_LEVEL = 8  # of 255: where the generator's edit differs by more is the edit's mask
@@ -94,7 +94,7 @@ class Editor(nn.Module):
     def forward(
         self, noisy: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor, tokens: torch.Tensor
     ) -> torch.Tensor:
-        """Predicts v, (B, 16, 16, 16). noisy, image: (B, 16, 16, 16); tokens: (B, 32)."""
+        """Predicts v, (B, 5, 16, 16). noisy, image: (B, 5, 16, 16); tokens: (B, 32)."""
         text = self.text_encoder(tokens)[0]  # (B, 32, 128)
         return self.unet(torch.cat([noisy, image], dim=1), timesteps, text).sample
 
@@ -140,7 +140,7 @@ def requests(
 
 @torch.no_grad()
 def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) -> torch.Tensor:
-    """Encodes as the pipeline does, vae.encode(image).latent_dist.mode() -> float16 (N, 16, 16, 16).
+    """Encodes as the pipeline does, vae.encode(image).latent_dist.mode() -> float16 (N, 5, 16, 16).
 
     Cached in mini/checkpoints/data under a hash of the generator's version, requests and autoencoder.
     """
@@ -207,7 +207,7 @@ def make_loss(
         timesteps = torch.where(noisier, (last - 1 - NOISY * timesteps).long(), timesteps).to(device)
         sources, edits, no_image = sources.to(device), edits.to(device), no_image.to(device)
 
-        source, target = latents[sources].float(), latents[edits].float()  # (B, 16, 16, 16)
+        source, target = latents[sources].float(), latents[edits].float()  # (B, 5, 16, 16)
         changed = ((target - source).abs().mean(1, keepdim=True) / 0.5).clamp(max=1)  # (B, 1, 16, 16)
         weight = 1 + args.mask_weight * changed
         weight = weight / weight.mean()

@@ -25,7 +25,8 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # the scripts of mini/ use the project's own modules, as a user's script would
+# the scripts of mini/ use the project's own modules, as a user's script would
+sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
 from images import to_tensor, to_uint8
 from models.sets import Chosen, choose
@@ -36,6 +37,8 @@ WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data,
 
 # Flags with other values of which a training may go on
 FREE = {"device", "out", "work", "export_only", "steps", "eval_identities"}
+
+SIDE = 128  # px, of a portrait
 
 Request = tuple[int, int, int | None]  # identity, variation, prompt: the arguments of portraits.portrait
 
@@ -121,19 +124,6 @@ def jitter(
     strength = noise * _draw(generator, images, count, 1, 1, 1)
     images = images + strength * torch.randn(images.shape, generator=generator).to(images.device)
     return images.clamp(-1, 1)
-
-
-def change_surroundings(images: torch.Tensor, generator: torch.Generator, share: float) -> torch.Tensor:
-    """Gives a share of (B, 3, H, W) portraits what is around another one's face: its hair, clothes and
-    background (CutMix, Yun et al. 2019, with an ellipse about the face), the face staying as it is."""
-    count, _, height, width = images.shape
-    y = torch.linspace(-1, 1, height, device=images.device).view(1, 1, height, 1)
-    x = torch.linspace(-1, 1, width, device=images.device).view(1, 1, 1, width)
-    half_width = 0.40 + 0.16 * _draw(generator, images, count, 1, 1, 1)  # of half a side
-    half_height = 0.46 + 0.16 * _draw(generator, images, count, 1, 1, 1)
-    face = (x / half_width).square() + ((y - 0.06) / half_height).square() < 1  # (B, 1, H, W)
-    keep = _draw(generator, images, count, 1, 1, 1) >= share
-    return torch.where(face | keep, images, images.roll(1, 0))
 
 
 def generator(seed: int, step: int) -> torch.Generator:

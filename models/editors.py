@@ -1,4 +1,4 @@
-"""The editors, a class each, and their autoencoders alone, which is all that most defenses need.
+"""The editors, a class each.
 
 An editor has no safety checker: a checker that blanks an edit would be counted as protection. To add one,
 write its class, enter it in EDITORS, and give its hub id to a set of sets.py.
@@ -7,11 +7,12 @@ write its class, enter it in EDITORS, and give its hub id to a set of sets.py.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from images import from_working, to_working
-from models.loading import compiled, fp16_only, from_hub, frozen, loading
+from images import from_working, resize, to_uint8, to_working, working_size
+from models.loading import from_hub, load_networks, loading
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -26,20 +27,36 @@ class Editor:
     """
 
     pipeline_class: ClassVar[str]
-    networks: ClassVar[dict[str, str]] = {  # part -> its class, of diffusers or transformers
-        "vae": "AutoencoderKL",
-        "unet": "UNet2DConditionModel",
-        "text_encoder": "CLIPTextModel",
+    options: ClassVar[dict[str, Any]] = {  # of its from_pretrained; None: a part that isn't loaded
+        **dict.fromkeys(("safety_checker", "feature_extractor", "image_encoder")),
+        "requires_safety_checker": False,
     }
-    unused: ClassVar[tuple[str, ...]] = ("safety_checker", "feature_extractor", "image_encoder")
     scheduler: ClassVar[str | None] = "EulerAncestralDiscreteScheduler"  # None: the checkpoint's own
     resolution: ClassVar[int] = 512  # px, long side of what it works on
     multiple: ClassVar[int] = 8  # of whose px its sides must be
+    half: ClassVar[str] = "fp16"  # the 16 bits that its networks were made for
+    fp32_vae: ClassVar[bool] = False  # whether its VAE overflows in float16
+    tokenizer: ClassVar[tuple[str, int | None]] = ("tokenizer", None)  # and tokens read; None: its own limit
     knobs: ClassVar[dict[str, float]] = {}  # keywords of the pipeline's call, with their defaults
 
     @classmethod
     def check(cls, settings: dict[str, Any]) -> None:
         """Refuses settings that the pipeline can't work with. Raises UserError."""
+
+    @classmethod
+    def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
+        """Gives the size, before padding, at which an image of `size` = (H, W) is seen. Raises UserError."""
+        return working_size(size, resolution)
+
+    @classmethod
+    def to_working(cls, images: Tensor, resolution: int) -> Tensor:
+        """Brings (B, 3, H, W) in [-1, 1] to what the editor takes; differentiable. Raises UserError."""
+        return to_working(images, resolution, cls.multiple)
+
+    @classmethod
+    def from_working(cls, images: Tensor, size: Sequence[int], resolution: int) -> Tensor:
+        """Undoes `to_working`, for an image of `size` = (H, W)."""
+        return from_working(images, size, resolution)
 
     def __init__(
         self,
@@ -66,22 +83,30 @@ class Editor:
         """
         import torch
 
-        working = to_working(images, self.resolution, self.multiple)
+        working = self.to_working(images, self.resolution)
         for prompt in prompts:
-            _warn_if_cut(self.pipeline, prompt)
+            _warn_if_cut(self.pipeline, prompt, *self.tokenizer)
         with torch.no_grad():
-            edited = self.pipeline(
-                prompt=list(prompts),
-                image=(working + 1) / 2,  # diffusers takes and gives tensors in [0, 1]
-                generator=[torch.Generator().manual_seed(seed) for _ in prompts],
-                output_type="pt",
-                **self.knobs,
-            ).images
+            edited = self.edit(working, list(prompts), [torch.Generator().manual_seed(seed) for _ in prompts])
         if not edited.isfinite().all():  # as a file it would be black, and count as protection
             hint = "" if edited.dtype == torch.float32 else "; try --dtype fp32"
             raise UserError(f"the edit has NaN or infinite pixels{hint}")
         edited = (edited.float() * 2 - 1).to(images.device)
-        return from_working(edited, images.shape[-2:], self.resolution)
+        return self.from_working(edited, images.shape[-2:], self.resolution)
+
+    def edit(self, images: Tensor, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        """Edits images at the working size, (B, 3, h, w) in [-1, 1] -> the same in [0, 1]."""
+        return self.pipeline(
+            prompt=prompts,
+            image=(images + 1) / 2,  # diffusers takes and gives tensors in [0, 1]
+            generator=generators,
+            output_type="pt",
+            **self.more(*images.shape[-2:]),
+        ).images
+
+    def more(self, height: int, width: int) -> dict[str, Any]:
+        """Gives the call's other keywords: the knobs, and what an image of this size needs."""
+        return self.knobs
 
 
 class InstructPix2Pix(Editor):
@@ -104,15 +129,155 @@ class StableDiffusion(Editor):
             raise UserError(f"{steps} steps at strength {strength:g} are less than one")
 
 
-EDITORS: dict[str, type[Editor]] = {"instruct-pix2pix": InstructPix2Pix, "stable-diffusion": StableDiffusion}
+class SDXLInstructPix2Pix(Editor):
+    """InstructPix2Pix on Stable Diffusion XL (Podell et al. 2023), with the pipeline's defaults."""
+
+    pipeline_class = "StableDiffusionXLInstructPix2PixPipeline"
+    options: ClassVar = {"add_watermarker": False}  # else edits depend on what else is installed
+    scheduler = None
+    resolution = 768
+    fp32_vae = True
+    knobs: ClassVar = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.5}
+
+    def more(self, height: int, width: int) -> dict[str, Any]:
+        return {**self.knobs, "height": height, "width": width}
+
+
+class TokenEditor(Editor):
+    """What is common to editors that read the image as tokens beside those they denoise.
+
+    They work at an area: `resolution` is the side of the square that has it. An image is resized to about
+    that in its own shape and handed over alone, as the 8-bit pixels that these pipelines take.
+    """
+
+    options: ClassVar = {}
+    scheduler = None
+    resolution = 1024
+    multiple = 16
+    half = "bf16"
+    enlarges: ClassVar[bool] = True  # smaller images, too
+
+    @classmethod
+    def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
+        scale = resolution / math.sqrt(size[0] * size[1])
+        if not cls.enlarges:
+            scale = min(scale, 1)
+        fit = round if cls.enlarges else math.floor  # what is over the area would be reduced once more
+        height, width = (max(1, fit(side * scale / cls.multiple)) * cls.multiple for side in size)
+        return height, width
+
+    @classmethod
+    def to_working(cls, images: Tensor, resolution: int) -> Tensor:
+        return resize(images, cls.working_size(images.shape[-2:], resolution))
+
+    @classmethod
+    def from_working(cls, images: Tensor, size: Sequence[int], resolution: int) -> Tensor:
+        return resize(images, size)
+
+    def edit(self, images: Tensor, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
+        import torch
+        from PIL import Image
+
+        height, width = images.shape[-2:]
+        how = {"height": height, "width": width, "output_type": "pt", **self.more(height, width)}
+        pictures = [Image.fromarray(pixels) for pixels in to_uint8(images)]
+        return torch.cat(
+            [
+                self.pipeline(image=picture, prompt=prompt, generator=generator, **how).images
+                for picture, prompt, generator in zip(pictures, prompts, generators, strict=True)
+            ]
+        )
+
+
+class FluxKontext(TokenEditor):
+    """FLUX.1 Kontext [dev] (Black Forest Labs 2025), with the guidance of diffusers' example.
+
+    An image takes the nearest in shape of the 17 sizes for which it was trained.
+    """
+
+    pipeline_class = "FluxKontextPipeline"
+    tokenizer = ("tokenizer_2", 512)  # the other one's gives no more than a summary
+    knobs: ClassVar = {"num_inference_steps": 28, "guidance_scale": 2.5}
+
+    @classmethod
+    def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
+        from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+        shape = size[1] / size[0]
+        width, height = min(PREFERRED_KONTEXT_RESOLUTIONS, key=lambda one: abs(shape - one[0] / one[1]))
+        step = cls.multiple * cls.resolution / resolution  # px of those sizes
+        return max(1, round(height / step)) * cls.multiple, max(1, round(width / step)) * cls.multiple
+
+    def more(self, height: int, width: int) -> dict[str, Any]:
+        return {**self.knobs, "max_area": height * width, "_auto_resize": False}
+
+
+class Flux2Klein(TokenEditor):
+    """FLUX.2 [klein] (Black Forest Labs 2026): four steps and no guidance, for which it was distilled."""
+
+    pipeline_class = "Flux2KleinPipeline"
+    tokenizer = ("tokenizer", 512)
+    enlarges = False
+    knobs: ClassVar = {"num_inference_steps": 4, "guidance_scale": 1.0}
+
+    @classmethod
+    def check(cls, settings: dict[str, Any]) -> None:
+        if settings["resolution"] > cls.resolution:
+            raise UserError(f"--resolution: over {cls.resolution}, its pipeline would reduce images again")
+
+    @classmethod
+    def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
+        height, width = super().working_size(size, resolution)
+        if min(height, width) < 64 or max(height, width) > 8 * min(height, width):
+            raise UserError(f"an image worked on at {width}x{height}: under 64 px, or over 8:1, is refused")
+        return height, width
+
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if self.pipeline.config.is_distilled and self.knobs["guidance_scale"] > 1:
+            warn("--guidance_scale is ignored: this editor was distilled to work without")
+
+
+class QwenImageEdit(TokenEditor):
+    """Qwen-Image-Edit (Qwen team 2025), with the pipeline's defaults; its text encoder sees images, too."""
+
+    pipeline_class = "QwenImageEditPlusPipeline"
+    multiple = 32
+    knobs: ClassVar = {"num_inference_steps": 50, "guidance_scale": 4.0}
+
+    def more(self, height: int, width: int) -> dict[str, Any]:
+        from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
+
+        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = height * width  # to which it would bring the image else
+        guidance = self.knobs["guidance_scale"]
+        negative = " " if guidance > 1 else None  # without one, there is no guidance
+        steps = self.knobs["num_inference_steps"]
+        return {"num_inference_steps": steps, "true_cfg_scale": guidance, "negative_prompt": negative}
+
+
+EDITORS: dict[str, type[Editor]] = {
+    "instruct-pix2pix": InstructPix2Pix,
+    "stable-diffusion": StableDiffusion,
+    "sdxl-instruct-pix2pix": SDXLInstructPix2Pix,
+    "flux-kontext": FluxKontext,
+    "flux2-klein": Flux2Klein,
+    "qwen-image-edit": QwenImageEdit,
+}
 
 
 @functools.cache
-def _warn_if_cut(pipeline: Any, prompt: str) -> None:
+def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: int | None) -> None:
     """Says once that an instruction is longer than its encoder reads."""
-    n_tokens, most = len(pipeline.tokenizer(prompt).input_ids), pipeline.tokenizer.model_max_length
+    tokenizer = getattr(pipeline, name)
+    n_tokens, most = len(tokenizer(prompt).input_ids), most or tokenizer.model_max_length
     if n_tokens > most:
         warn(f"the editor reads {most} tokens; the last {n_tokens - most} are cut: {prompt!r}")
+
+
+def unload() -> None:
+    """Forgets the pipelines that are loaded, so that the memory has room for another."""
+    _warn_if_cut.cache_clear()
+    _load_pipeline.cache_clear()
 
 
 @functools.cache
@@ -124,91 +289,12 @@ def _load_pipeline(
 
     with loading("the editor", model_id):
         name, where = from_hub(model_id)
-        parts = dict.fromkeys(editor.unused) | _load_networks(editor.networks, name, where, device, dtype)
-        pipeline = getattr(diffusers, editor.pipeline_class).from_pretrained(
-            name, requires_safety_checker=False, **parts, **where
-        )
+        kind = getattr(diffusers, editor.pipeline_class)
+        index = kind.load_config(name, **where).items()  # part -> [library, class], and more
+        parts = {part: entry[1] for part, entry in index if isinstance(entry, list | tuple)}
+        classes = {part: entry for part, entry in parts.items() if part not in editor.options}
+        networks = load_networks(classes, name, where, device, dtype)
+        pipeline = kind.from_pretrained(name, **editor.options, **networks, **where)
         if scheduler is not None:
             pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     return pipeline
-
-
-def _load_networks(
-    classes: dict[str, str], name: str, where: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Parts of a pipeline, each straight to its place; the pipeline's own device_map knows no "cuda:1"."""
-    import diffusers
-    import transformers
-
-    variant, how = fp16_only(name, where), {"dtype": dtype, "device_map": {"": device}, **where}
-    networks = {}
-    for part, class_name in classes.items():
-        network = getattr(diffusers, class_name, None) or getattr(transformers, class_name)
-        loaded = network.from_pretrained(name, subfolder=part, **variant.get(part, {}), **how)
-        networks[part] = frozen(loaded, device, dtype)
-    return networks
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the autoencoder alone
-
-
-class WorkingVAE:
-    """The VAE as the defenses get it: images of any size go in, and are first brought to the working size.
-
-    `encode` applies `images.to_working`, the very function that an editor applies, so what is optimised is
-    what the editor will see. Casts images and latents to the network's dtype.
-    """
-
-    def __init__(self, vae: Any, resolution: int, multiple: int = 8) -> None:
-        self.vae = vae
-        self.resolution = resolution
-        self.multiple = multiple
-
-    def encode(self, images: Tensor) -> Any:
-        """Encodes (B, 3, H, W) in [-1, 1] at the working size -> diffusers' encoder output."""
-        working = to_working(images, self.resolution, self.multiple)
-        return self.vae.encode(working.to(self.vae.dtype))
-
-    def decode(self, latents: Tensor) -> Any:
-        """Decodes latents -> diffusers' decoder output at the working size, with its padding."""
-        return self.vae.decode(latents.to(self.vae.dtype))
-
-
-@functools.cache
-def load_vae(
-    editor: type[Editor],
-    model_id: str,
-    resolution: int,
-    device: torch.device,
-    dtype: torch.dtype,
-    checkpointing: bool = False,
-    compile: bool = False,
-) -> WorkingVAE:
-    """Loads an editor's autoencoder alone, from its `vae` folder; once a process. Raises UserError.
-
-    checkpointing: a gradient computes activations again instead of keeping them. compile: with torch.compile.
-    """
-    with loading("the VAE of", model_id):
-        networks = _load_networks({"vae": editor.networks["vae"]}, *from_hub(model_id), device, dtype)
-        vae = networks["vae"]
-    if checkpointing:
-        _checkpoint(vae)
-    if compile:
-        compiled(vae.encoder)
-        compiled(vae.decoder)
-    return WorkingVAE(vae, resolution, editor.multiple)
-
-
-def _checkpoint(vae: Any) -> None:
-    """Gradient checkpointing in two levels: diffusers' own, by blocks, and within them by residual blocks.
-
-    The outermost block at 1024x1024 alone would take some 20 GB while its activations are computed again.
-    """
-    from diffusers.models.resnet import ResnetBlock2D
-    from torch.utils.checkpoint import checkpoint
-
-    vae.enable_gradient_checkpointing()
-    for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
-            module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)

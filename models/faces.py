@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from models.loading import compiled, frozen, loading, read_state
 
@@ -28,6 +28,22 @@ FACENET_CROP = 160  # px
 FACENET_MEAN = [0.5] * 3  # its fixed standardisation (v - 127.5) / 128, for values in [0, 1]
 FACENET_STD = [64 / 127.5] * 3
 DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks at them
+
+
+class Look(NamedTuple):
+    """One of the detector's looks at a picture."""
+
+    min_face_size: int  # px; it steers the sizes at which MTCNN sees the picture, too
+    sepia: bool = False  # whether the picture's colours are exchanged for those of an old photo
+
+
+# Each look is given the pictures in which those before found no face. In colour alone MTCNN misses most blue
+# and green faces, which the paper's edits make, and by its pyramid's steps some of a picture of 128 px.
+LOOKS = (Look(32), Look(32, sepia=True), Look(40))
+PHOTO_SIDE = 256  # px; faces may be smaller in pictures above it: the first look is facenet-pytorch's own
+PHOTO_LOOKS = (Look(20), *LOOKS[1:])
+LUMA, SEPIA = (0.299, 0.587, 0.114), (1.12, 0.97, 0.88)  # weights of R, G, B; R, G, B of a grey of 1
+DETECTED_AT_ONCE = 32 * PHOTO_SIDE**2  # px, of all the pictures in one batch
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -148,34 +164,72 @@ def _facenet(member: str) -> torch.nn.Module:
 
 
 class FaceDetector:
-    """Finds faces with MTCNN, whose weights come inside facenet-pytorch; or, in the mini world, doesn't.
+    """Finds faces with MTCNN, whose weights come inside facenet-pytorch, in float32.
 
-    find: whether to look at all; if not, every image has one face, the whole of it.
+    Zhang et al. 2016, arXiv 1604.02878; the thresholds and pyramid are facenet-pytorch's own.
     """
 
-    def __init__(self, find: bool, device: torch.device) -> None:
-        self.mtcnn = None
-        if find:
-            from facenet_pytorch import MTCNN
+    def __init__(self, device: torch.device) -> None:
+        from facenet_pytorch import MTCNN
 
-            self.mtcnn = MTCNN(keep_all=True, device=device)
+        sizes = {look.min_face_size for look in LOOKS + PHOTO_LOOKS}
+        self.mtcnn = {size: MTCNN(keep_all=True, min_face_size=size, device=device) for size in sizes}
+        self.device = device
 
     def __call__(self, pixels: np.ndarray) -> list[Box]:
         """Gives the boxes in an image (H, W, 3) uint8, the largest first, cut to the image; margin 0."""
-        from PIL import Image
+        return self.find([pixels])[0]
 
-        height, width = pixels.shape[:2]
-        if self.mtcnn is None:
-            return [(0, 0, width, height)]
-        image = Image.fromarray(pixels)
-        scale = max(1.0, max(width, height) / DETECTION_SIDE)
-        if scale > 1:
-            image = image.resize((round(width / scale), round(height / scale)), Image.Resampling.BILINEAR)
-        if min(image.size) < self.mtcnn.min_face_size:  # no face fits, and its pyramid would be empty
-            return []
-        found, _ = self.mtcnn.detect(image)
-        boxes = [] if found is None else [clip_box(box * scale, (height, width)) for box in found]
-        return sorted((box for box in boxes if box), key=_area, reverse=True)
+    def find(self, images: Sequence[np.ndarray]) -> list[list[Box]]:
+        """Gives the boxes in each of several images of one size, as a call with it alone does, but faster."""
+        import numpy as np
+
+        found: list[list[Box]] = [[] for _ in images]
+        if not len(images):
+            return found
+        size = images[0].shape[:2]
+        scale = max(1.0, max(size) / DETECTION_SIDE)
+        height, width = (round(side / scale) for side in size)
+        at_once = max(1, DETECTED_AT_ONCE // (height * width))
+        for look in PHOTO_LOOKS if max(size) > PHOTO_SIDE else LOOKS:
+            if min(height, width) < look.min_face_size:  # no face fits, and the pyramid would be empty
+                continue
+            left = [row for row, boxes in enumerate(found) if not boxes]
+            for start in range(0, len(left), at_once):
+                rows = left[start : start + at_once]
+                batch = np.stack([_reduced(images[row], (height, width)) for row in rows])
+                for row, boxes in zip(rows, self._look(look, batch), strict=True):
+                    inside = [box for one in boxes if (box := clip_box(one * scale, size))]
+                    found[row] = sorted(inside, key=_area, reverse=True)
+        return found
+
+    def _look(self, look: Look, images: np.ndarray) -> list[np.ndarray]:
+        """Looks once at images (B, H, W, 3) uint8 -> the boxes in each, (n, 4)."""
+        import numpy as np
+        import torch
+
+        images = sepia(images) if look.sepia else images
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            found, _ = self.mtcnn[look.min_face_size].detect(images)
+        return [np.zeros((0, 4)) if boxes is None else np.asarray(boxes, np.float64) for boxes in found]
+
+
+def sepia(images: np.ndarray) -> np.ndarray:
+    """Gives images (..., 3) uint8 the colours of an old photo: whatever their hue, skin is brown to MTCNN."""
+    import numpy as np
+
+    luma = images.astype(np.float32) @ np.array(LUMA, np.float32)  # (...)
+    return np.clip(np.rint(luma[..., None] * np.array(SEPIA, np.float32)), 0, 255).astype(np.uint8)
+
+
+def _reduced(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Reduces an image (H, W, 3) uint8 to a size (H, W)."""
+    import numpy as np
+    from PIL import Image
+
+    if pixels.shape[:2] == size:
+        return pixels
+    return np.asarray(Image.fromarray(pixels).resize(size[::-1], Image.Resampling.BILINEAR))
 
 
 def _area(box: Box) -> int:

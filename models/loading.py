@@ -7,6 +7,8 @@ functions.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,14 +39,26 @@ def quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.getLogger("torch.hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
+    warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
     # of lpips' call
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
 
 
 def shown(member: str) -> str:
-    """Writes a bundled model's path relative to the repository, as --help and run.json have it."""
+    """Writes a bundled model's path relative to the repository, as --help and messages have it."""
     path = Path(member)
     return str(path.relative_to(ROOT)) if path.is_relative_to(ROOT) else member
+
+
+@functools.cache
+def recorded(member: str) -> str:
+    """Writes a model as run.json has it: of a bundled one its weights, too: later versions replace them."""
+    path = Path(member)
+    if not path.is_relative_to(ROOT):
+        return member
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    seen = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    return f"{shown(member)} {seen.hexdigest()[:8]}"
 
 
 @contextlib.contextmanager
@@ -76,7 +90,12 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     five retries; without a network, what an earlier run has downloaded is used.
     """
     from huggingface_hub import HfApi
-    from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HFValidationError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     if Path(member).is_dir():
         return member, {"local_files_only": True}
@@ -85,8 +104,15 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     name, _, revision = member.partition("@")
     fixed = {"revision": revision} if revision else {}
     try:
-        HfApi().model_info(name, timeout=10, **fixed)
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):  # a gated one is among them
+        info = HfApi().model_info(name, timeout=10, **fixed)
+        if getattr(info, "gated", False):  # anybody may read about it
+            HfApi().auth_check(name)
+    except GatedRepoError:
+        page = f"https://huggingface.co/{name}"
+        raise UserError(
+            f"'{name}' is gated: accept its licence at {page}, log in by `hf auth login`, and run this again"
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
         if not _cache_of(name).exists():
@@ -121,9 +147,32 @@ def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
     return {part: {"variant": "fp16"} for part, found in is_variant.items() if all(found)}
 
 
+def load_networks(
+    classes: dict[str, str | None], name: str, where: dict[str, Any], device: torch.device, dtype: torch.dtype
+) -> dict[str, Any]:
+    """Loads the networks among a pipeline's parts, part -> class of diffusers or transformers, and no others.
+
+    Each goes straight to its place; the pipeline's own device_map knows no "cuda:1".
+    """
+    import diffusers
+    import torch
+    import transformers
+
+    variant, how = fp16_only(name, where), {"dtype": dtype, "device_map": {"": device}, **where}
+    networks = {}
+    for part, class_name in classes.items():
+        kind = getattr(diffusers, str(class_name), None) or getattr(transformers, str(class_name), None)
+        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
+            loaded = kind.from_pretrained(name, subfolder=part, **variant.get(part, {}), **how)
+            networks[part] = frozen(loaded, device, dtype)
+    return networks
+
+
 def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
     """Readies a network for inference: no dropout, no gradients for its parameters."""
-    network = network.to(device=device, dtype=dtype, memory_format=memory_format(device))
+    network = network.to(device=device, dtype=dtype)
+    if all(weights.ndim < 5 for weights in network.parameters()):  # torch has no such format for videos
+        network = network.to(memory_format=memory_format(device))
     return network.eval().requires_grad_(False)
 
 

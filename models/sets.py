@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import utils
 from models.editors import EDITORS, Editor
 from models.faces import FACENET_URLS
-from models.loading import ROOT, quiet, shown
+from models.loading import ROOT, from_hub, loading, quiet, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
 from utils import UserError, warn
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MINI = ROOT / "assets" / "mini"
 HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
+NAME_HELP = "each a kind as of --model, KIND=ID, or an ID of --model's kind (default: the one of --model)"
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,6 @@ class ModelSet:
     judge: str  # a recogniser that no attack ever sees
     perceptual: str
     clip: str
-    detect_faces: bool  # MTCNN finds the face; else the box is the whole image
     settings: dict[str, Any] = field(default_factory=dict)  # instead of the editor's own
     only_size: int | None = None  # px; the one portrait size that the models were made for
 
@@ -44,12 +44,15 @@ MODEL_SETS = {
         editors={
             "instruct-pix2pix": "timbrooks/instruct-pix2pix",
             "stable-diffusion": "stable-diffusion-v1-5/stable-diffusion-v1-5",
+            "sdxl-instruct-pix2pix": "diffusers/sdxl-instructpix2pix-768",
+            "flux-kontext": "black-forest-labs/FLUX.1-Kontext-dev",
+            "flux2-klein": "black-forest-labs/FLUX.2-klein-4B",
+            "qwen-image-edit": "Qwen/Qwen-Image-Edit-2509",
         },
         recognizer="vggface2",
         judge="casia-webface",
         perceptual="vgg",
         clip="openai/clip-vit-base-patch32",
-        detect_faces=True,
     ),
     "mini": ModelSet(
         editors={"instruct-pix2pix": str(MINI / "editor")},
@@ -57,7 +60,6 @@ MODEL_SETS = {
         judge=str(MINI / "judge"),
         perceptual=str(MINI / "perceptual"),
         clip=str(MINI / "clip"),
-        detect_faces=False,
         settings={
             "num_inference_steps": 20,
             "guidance_scale": 1.0,
@@ -82,7 +84,6 @@ class Chosen:
     judge: str
     perceptual: str
     clip: str
-    detect_faces: bool
     only_size: int | None
     device: torch.device
     dtype: torch.dtype
@@ -106,9 +107,14 @@ class Chosen:
         """Loads the editing pipeline, or takes it from an earlier call. Raises UserError."""
         return self.editor(self.model_id, self.settings, self.device, self.dtype, progress)
 
+    def check_editor(self) -> None:
+        """Raises UserError if the editing pipeline can't be had, which `load_editor` would find out later."""
+        with loading("the editor", self.model_id):
+            from_hub(self.model_id)
+
     def edit_settings(self) -> dict[str, Any]:
         """Gives all that decides about an edit's pixels beside image, instruction and seed, for run.json."""
-        id_ = shown(self.model_id)
+        id_ = recorded(self.model_id)
         return {"model": self.kind, "model_id": id_, "dtype": self.dtype_name, **self.settings}
 
     def warn_of(self, sizes: Iterable[Sequence[int] | None], texts: Iterable[str] = ()) -> None:
@@ -156,11 +162,27 @@ def choose(args: argparse.Namespace) -> Chosen:
         model_id=given.get("model_id") or models.editors[kind],
         settings=settings,
         **members,
-        detect_faces=models.detect_faces,
         only_size=models.only_size,
         device=device,
-        dtype=utils.pick_dtype(args.dtype, device),
+        dtype=utils.pick_dtype(args.dtype, device, editor.half),
     )
+
+
+def choose_editor(args: argparse.Namespace, name: str) -> Chosen:
+    """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of --model's kind."""
+    kind, is_kind, id_ = name.partition("=")
+    if kind not in EDITORS:
+        kind, id_ = vars(args).get("model"), name
+    elif not is_kind:
+        id_ = None
+    return choose(argparse.Namespace(**vars(args) | {"model": kind, "model_id": id_}))
+
+
+def choose_vaes(args: argparse.Namespace) -> list[Chosen]:
+    """Chooses the editors whose VAEs are attacked: those of --vae_ids, else that of --model."""
+    names = vars(args).get("vae_ids") or ()
+    unread = argparse.Namespace(**vars(args) | dict.fromkeys(EDIT_KNOBS))  # of whoever edits, if anybody does
+    return [choose_editor(unread, name) for name in names] or [choose(args)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -190,14 +212,24 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") ->
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
     kinds, names = tuple(EDITORS), ("--model", "--target_model")
-    text = "kind of editor: instruct-pix2pix, or stable-diffusion's img2img"
+    text = "kind of editor; stable-diffusion is its img2img"
     parser.add_argument(*names, dest="model", choices=kinds, default=kinds[0], help=text)
     ids = "; ".join(
         f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
     )
     parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
-    text = setting_help("long side in px at which the editor works; larger images are reduced", "resolution")
+    text = setting_help(
+        "long side in px at which the editor works; larger images are reduced; for FLUX and Qwen, "
+        "the side of the square that has the area at which they work",
+        "resolution",
+    )
     parser.add_argument("--resolution", type=utils.positive_int, help=text)
+
+
+def add_vaes_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --vae_ids."""
+    text = f"attack the VAEs of several editors at once, by the mean of the objective: {NAME_HELP}"
+    parser.add_argument("--vae_ids", nargs="+", metavar="EDITOR", help=text)
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
@@ -231,12 +263,14 @@ def add_clip_argument(parser: argparse.ArgumentParser) -> None:
 
 def setting_help(text: str, name: str) -> str:
     """Writes a flag's help with the value that each set has for it, in place of the default None."""
-    editor = next((one for one in EDITORS.values() if name in one.knobs), Editor)
-    own = editor.knobs.get(name, getattr(editor, name, None))
-    values = ", ".join(f"{key}: {models.settings.get(name, own)}" for key, models in MODEL_SETS.items())
-    kinds = [kind for kind, one in EDITORS.items() if name in one.knobs]
-    only = f", {' and '.join(kinds)} only" if 0 < len(kinds) < len(EDITORS) else ""
-    return f"{text}{only} (default: {values})"
+    own = {kind: one.knobs.get(name, getattr(one, name, None)) for kind, one in EDITORS.items()}
+    own = {kind: value for kind, value in own.items() if value is not None}
+    first = next(iter(own.values()))
+    others = [f"{kind} {value}" for kind, value in own.items() if value != first]
+    values = {key: models.settings.get(name, first) for key, models in MODEL_SETS.items()}
+    values["full"] = f"{first} ({', '.join(others)})" if others else first
+    only = f", {' and '.join(own)} only" if len(own) < len(EDITORS) else ""
+    return f"{text}{only} (default: {', '.join(f'{key}: {value}' for key, value in values.items())})"
 
 
 def _of_each_set(member: str) -> str:

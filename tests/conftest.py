@@ -35,10 +35,10 @@ def refuse_name():
 @pytest.fixture
 def fresh_loaders():
     """Forgets the networks that other tests have loaded, before a test and after it."""
-    from models import clip, editors, faces, perceptual
+    from models import clip, editors, faces, perceptual, vaes
 
     loaders = (
-        editors.load_vae,
+        vaes.load_vae,
         editors._load_pipeline,
         faces.load_recognizer,
         perceptual.load_perceptual,
@@ -66,6 +66,17 @@ def tiny_models(tmp_path_factory) -> SimpleNamespace:
         perceptual=tiny.write_perceptual(root / "perceptual"),
         clip=tiny.write_clip(root / "clip"),
     )
+
+
+@pytest.fixture
+def whole_images(monkeypatch):
+    """Takes all of an image for its face: MTCNN rightly sees none in the blobs of `tiny.portrait`."""
+    import tiny
+
+    import protection
+
+    for module in (protection, pytest.importorskip("views")):
+        monkeypatch.setattr(module, "FaceDetector", tiny.WholeImage)
 
 
 @pytest.fixture(scope="session")

@@ -58,8 +58,8 @@ def test_the_plain_facelock_is_the_projects(args, tiny_models):
 
 @both_forms
 def test_facelock_and_start_up_run(args, plain):
-    assert against_release.facelock_time(args, plain) > 0
-    assert against_release.loading_time(args, plain) > 0
+    assert against_release.facelock(args, plain) > 0
+    assert against_release.start_up("seconds", args, plain) > 0
 
 
 @both_forms
@@ -74,7 +74,7 @@ def test_the_whole_editor_is_loaded_by_the_plain_form_alone(args, plain, monkeyp
         return load(cls, *given, **keywords)
 
     monkeypatch.setattr(diffusers.DiffusionPipeline, "from_pretrained", classmethod(note))
-    against_release.start_up(args, plain)
+    against_release.start_up("memory", args, plain)
     assert bool(loaded) is plain
 
 
@@ -86,24 +86,22 @@ def test_each_image_is_embedded_once_or_for_each_pair_and_metric(args, monkeypat
     monkeypatch.setattr(
         Clip, "embed_images", lambda self, images: counts.append(len(images)) or embed(self, images)
     )
-    assert against_release.clip_time(args, plain) > 0
+    assert against_release.scoring("clip", args, plain) > 0
     assert sum(counts) == seen
 
 
 @pytest.mark.parametrize(("plain", "seen"), [(True, 2 * 4 * 2), (False, 1 + 4)])
 def test_each_face_is_looked_for_once_or_for_each_pair_and_recogniser(args, monkeypatch, plain, seen):
     looks = []
-    look = FaceDetector.__call__
-    monkeypatch.setattr(
-        FaceDetector, "__call__", lambda self, pixels: looks.append(pixels) or look(self, pixels)
-    )
-    assert against_release.face_time(args, plain) > 0
+    find = FaceDetector.find
+    monkeypatch.setattr(FaceDetector, "find", lambda self, images: looks.extend(images) or find(self, images))
+    assert against_release.scoring("faces", args, plain) > 0
     assert len(looks) == seen
 
 
 @both_forms
 def test_edits_run(args, plain):
-    assert against_release.edit_time(args, plain) > 0
+    assert against_release.edit(args, plain) > 0
 
 
 def test_help_is_measured_of_every_script():
@@ -118,11 +116,10 @@ def test_ratios_and_targets(monkeypatch, capsys, ours, mark):
     plainly = iter([3.0, 1.0, 2.0])
 
     def measure(args, plain):
-        """Seconds of nothing."""
         return next(plainly) if plain else ours
 
     monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
-    monkeypatch.setitem(against_release.COMPARISONS, "help", against_release.Comparison(measure, 2.5))
+    monkeypatch.setitem(against_release.COMPARISONS, "help", (measure, 2.5, "Seconds of nothing."))
     assert against_release.main(["--comparisons", "help", "--device=cpu"]) == 0
     line = capsys.readouterr().out.splitlines()[-1]
     assert line.split()[:5] == ["help", "2.000", f"{ours:.3f}", f"{2 / ours:.2f}", "2.50"]

@@ -7,7 +7,6 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import chain
 import cheats
 import eval_all
 import eval_psnr
@@ -22,6 +21,8 @@ from PIL import Image
 
 import main_edit
 import records
+
+pytestmark = pytest.mark.usefixtures("whole_images")
 
 NAMES = ("anna", "ben", "cleo")
 BUDGETS = ("budget_0.02", "budget_0.03")
@@ -198,16 +199,16 @@ def test_a_chain_of_real_runs(tmp_path, edit_flags):
     assert purify.purify_directory(place["in"], place["jpeg"], purify.chain("jpeg:75")) == 0
     flags = f"--src_dir {place['jpeg']} --edit_dir {place['edits']} --seed 1 --prompts 0,3".split()
     assert main_edit.main([*edit_flags, *flags]) == 0
-    edits = pairing.find_edits([place["edits"]], [1], src_dir=place["jpeg"])
-    assert cheats.make_cheats(edits, place["cheats"], None, ["mirrored", "source"]) == 0
+    flags = f"--src_dir {place['jpeg']} --clean_edit_dir {place['edits']} --output_dir {place['cheats']}"
+    assert cheats.main([*flags.split(), "--seed", "1", "--cheats", "mirrored", "source"]) == 0
     edits = pairing.find_edits([place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["in"])
     assert len(edits.rows) == 2
-    chain.check_edits(edits, chain.Manifests())
+    pairing.check_edits(edits, pairing.Manifests())
     foreign = pairing.find_edits(
         [place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["other"]
     )
-    with pytest.raises(chain.UserError, match="of other pictures than those in"):
-        chain.check_edits(foreign, chain.Manifests())
+    with pytest.raises(pairing.UserError, match="of other pictures than those in"):
+        pairing.check_edits(foreign, pairing.Manifests())
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -66,6 +66,7 @@ def world(tmp_path, monkeypatch) -> Path:
     (tmp_path / "out").mkdir()
     monkeypatch.chdir(tmp_path / "out")
     monkeypatch.setattr(tables, "FEWEST", 2)  # so that three images have an interval
+    monkeypatch.setattr(views, "FaceDetector", tiny.WholeImage)
     return tmp_path
 
 
@@ -810,9 +811,14 @@ def test_the_judge_has_a_file_and_values_of_its_own(facial_args):
     assert recognizer[1]["mean"] != judge[1]["mean"]
 
 
-def faces_in_bright_images(threshold: float = 100):
+class FacesInBrightImages(tiny.WholeImage):
     """A detector that finds a face, the upper left corner, in bright images only."""
-    return lambda pixels: [(0, 0, 16, 16), (0, 0, 4, 4)] if pixels.mean() > threshold else []
+
+    def __init__(self, threshold: float = 100) -> None:
+        self.threshold = threshold
+
+    def __call__(self, pixels):
+        return [(0, 0, 16, 16), (0, 0, 4, 4)] if pixels.mean() > self.threshold else []
 
 
 class MeanColour:
@@ -861,7 +867,7 @@ def test_a_gallery_makes_it_harder_to_be_identified(world, facial_args, tmp_path
 
 def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
     recognizer = MeanColour()
-    view = views.FaceView({"judge": recognizer}, faces_in_bright_images(), torch.device("cpu"))
+    view = views.FaceView({"judge": recognizer}, FacesInBrightImages(), torch.device("cpu"))
     view.add_source("x", np.full((32, 32, 3), 200, np.uint8))
     edits = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (10, 180)])
     key = pairing.Key(0, 0, "x")
@@ -882,7 +888,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     """`cleo` is darkened in source and edits."""
     for path in world.rglob("cleo.png"):
         write(path, tiny.portrait(32, seed=2) // 8)
-    monkeypatch.setattr(views, "FaceDetector", lambda find, device: faces_in_bright_images(60))
+    monkeypatch.setattr(views, "FaceDetector", lambda device: FacesInBrightImages(60))
     assert eval_all.main([*all_args, "--per_image", "each.csv"]) == 1
     assert "cleo" in capsys.readouterr().err
     with_faces = [row["name"] for row in table(Path("each.csv")) if row["facial"]]
@@ -891,7 +897,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     assert "cleo" in capsys.readouterr().err
     assert {row["name"] for row in table(Path("each.csv"))} == {"anna", "ben"}
     assert [row["n"] for row in table(Path("facial_metric.csv"))] == ["2", "2", "2"]
-    monkeypatch.setattr(views, "FaceDetector", lambda find, device: faces_in_bright_images(300))
+    monkeypatch.setattr(views, "FaceDetector", lambda device: FacesInBrightImages(300))
     assert eval_facial.main(facial_args) == 1
     assert "nothing could be scored: no face found in the source" in capsys.readouterr().err
 

@@ -146,7 +146,7 @@ def test_face_similarity_is_the_mean_cosine_of_each_images_faces(recognizer):
 
 @pytest.fixture(scope="session")
 def detector() -> FaceDetector:
-    return FaceDetector(True, CPU)
+    return FaceDetector(CPU)
 
 
 @pytest.fixture(scope="session")
@@ -185,8 +185,43 @@ def test_no_face(detector, pixels):
     assert detector(pixels) == []
 
 
-def test_without_detection_the_face_is_the_whole_image():
-    assert FaceDetector(False, CPU)(np.zeros((45, 70, 3), np.uint8)) == [(0, 0, 70, 45)]
+@pytest.fixture(scope="session")
+def portraits() -> list[np.ndarray]:
+    """Three bundled portraits, one of them with a blue face, as an edit makes it."""
+    paths = sorted((ROOT / "assets/portraits/mini").glob("*.png"))[:3]
+    found = [load_image(path).pixels for path in paths]
+    grey = found[0].astype(float).mean(axis=2, keepdims=True)
+    return [np.clip(grey * [0.5, 0.8, 1.3], 0, 255).astype(np.uint8), *found[1:]]
+
+
+def test_several_pictures_at_once_give_what_each_gives_alone(detector, portraits, monkeypatch):
+    alone = [detector(pixels) for pixels in portraits]
+    assert detector.find(portraits) == alone and all(len(boxes) == 1 for boxes in alone)
+    assert detector.find([]) == []
+    monkeypatch.setattr(models.faces, "DETECTED_AT_ONCE", 1)
+    assert detector.find(portraits) == alone
+
+
+def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits, monkeypatch):
+    looks = []
+    look_once = detector._look
+
+    def look(look, images):
+        looks.append((look, len(images)))
+        return look_once(look, images) if len(looks) > 1 else [np.zeros((0, 4)), *look_once(look, images[1:])]
+
+    monkeypatch.setattr(detector, "_look", look)
+    assert all(detector.find(portraits))
+    assert looks[:2] == [(models.faces.Look(32), 3), (models.faces.Look(32, sepia=True), 1)]
+    looks.clear()
+    detector(np.zeros((300, 257, 3), np.uint8))  # no face
+    assert [look.min_face_size for look, _ in looks] == [20, 32, 40]
+
+
+def test_faces_are_found_in_float32_whatever_is_around(detector, astronaut):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = detector(astronaut)
+    assert found == detector(astronaut)
 
 
 @pytest.mark.parametrize(

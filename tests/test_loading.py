@@ -13,13 +13,15 @@ import huggingface_hub
 import pytest
 import tiny
 import torch
-from huggingface_hub.errors import RepositoryNotFoundError
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 
+from models import loading
 from models.clip import load_clip
-from models.editors import InstructPix2Pix, WorkingVAE, load_vae
+from models.editors import InstructPix2Pix
 from models.faces import load_recognizer
-from models.loading import ROOT, fp16_only, from_hub, shown
+from models.loading import ROOT, fp16_only, from_hub, recorded, shown
 from models.perceptual import load_perceptual
+from models.vaes import WorkingVAE, load_vae
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -77,6 +79,24 @@ def test_a_model_that_the_hub_does_not_know(monkeypatch):
     with pytest.raises(UserError, match="404: no such repository or a gated one") as caught:
         load_any_vae(ABSENT)
     assert ABSENT in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_gated_model_says_how_to_get_in(monkeypatch):
+    """The hub tells anybody about it, and refuses the files."""
+
+    def refuse(self, name):
+        response = SimpleNamespace(headers={}, request=None, status_code=403)
+        raise GatedRepoError(f"403: access to {name} is restricted", response=response)
+
+    hub = huggingface_hub.HfApi
+    monkeypatch.setattr(hub, "model_info", lambda *_, **__: SimpleNamespace(gated="auto"))
+    monkeypatch.setattr(hub, "auth_check", refuse)
+    with pytest.raises(UserError) as caught:
+        load_any_vae(ABSENT)
+    text = str(caught.value)
+    assert f"https://huggingface.co/{ABSENT}" in text and "hf auth login" in text and "\n" not in text
+    monkeypatch.setattr(hub, "auth_check", lambda *_: None)
+    assert from_hub(ABSENT) == (ABSENT, {})
 
 
 def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):
@@ -227,3 +247,17 @@ def test_a_bundled_member_is_shown_from_the_repository_on(tmp_path):
     assert shown(str(ROOT / "assets" / "mini" / "vae")) == "assets/mini/vae"
     assert shown("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
     assert shown(str(tmp_path)) == str(tmp_path)
+
+
+def test_a_bundled_member_is_recorded_with_its_weights(tmp_path, monkeypatch):
+    """A later version brings other weights under the same path: what the earlier ones made is not theirs."""
+    assert recorded("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
+    monkeypatch.setattr(loading, "ROOT", tmp_path)
+    names = []
+    for number in (1, 2, 1):
+        (tmp_path / "mini" / "vae").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "mini" / "vae" / "model.safetensors").write_bytes(bytes([number]))
+        recorded.cache_clear()
+        names.append(recorded(str(tmp_path / "mini")))
+    recorded.cache_clear()
+    assert names[0].startswith("mini ") and names[0] == names[2] != names[1]

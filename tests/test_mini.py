@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import dataclasses
 import hashlib
 import itertools
+import json
 import pathlib
 
 import check
+import crops
 import numpy as np
 import portraits
 import pytest
@@ -16,17 +19,21 @@ import torch
 import train_clip
 import train_editor
 import train_recognizer
+import train_vae
 import world
+from drawing import texture
+from drawing.choices import Edit
 from drawing.people import Identity
 from PIL import Image
 
 from images import to_tensor
-from models.editors import load_vae
 from models.faces import load_recognizer
+from models.vaes import load_vae
 from utils import edit_prompts
 
 PEOPLE = portraits.VALIDATION[500:506]  # nobody who was tuned on, nor of the final figures
 BUNDLED = sorted((world.ROOT / "assets" / "portraits" / "mini").glob("*.png"))
+CPU = torch.device("cpu"), torch.float32
 CHANGED = (
     "the generator draws otherwise than it did for the bundled models: if that is wanted, raise VERSION in "
     "mini/portraits.py, make the bundled portraits and models anew, and put the new values into this test"
@@ -80,7 +87,8 @@ def test_bundled_portraits_are_the_generators(path):
         there = np.asarray(image.convert("RGB")).astype(int)
     made = pixels(identity)
     assert made.shape == there.shape == (128, 128, 3)
-    assert np.abs(made - there).max() <= 1, CHANGED  # 1: another build of the renderer may round otherwise
+    # Another build of the renderer may round otherwise, which JPEG makes more of
+    assert np.abs(made - there).max() <= 16 and np.abs(made - there).mean() <= 0.5, CHANGED
 
 
 def test_sources_and_edits_are_drawn_as_they_were():
@@ -89,7 +97,21 @@ def test_sources_and_edits_are_drawn_as_they_were():
     for person in PEOPLE:
         for prompt in (None, *edit_prompts):
             drawn.update(portraits.draw(person, 1, prompt).svg.text().encode())
-    assert (portraits.VERSION, drawn.hexdigest()[:16]) == (1, "ddbce79e6f57f1b8"), CHANGED
+    assert (portraits.VERSION, drawn.hexdigest()[:16]) == (2, "5a3caee345c257bb"), CHANGED
+
+
+def test_the_texture_is_the_same_on_every_machine():
+    tables = b"".join(table.astype("<f4").tobytes() for table in texture._tables())
+    assert hashlib.sha256(tables).hexdigest()[:16] == "fe42faaee4cf98f7", CHANGED
+
+
+def test_an_edit_keeps_the_noise_of_what_it_leaves():
+    """Pairs differ by the edit alone; JPEG spreads it within its blocks."""
+    for person in PEOPLE:
+        changed = np.abs(pixels(person, 0, Edit.BOWTIE) - pixels(person, 0)).max(axis=-1)
+        assert changed[:80].max() == 0 and changed[96:].max() > 50
+    noise = [pixels(PEOPLE[0], 0), pixels(PEOPLE[0], 1)]
+    assert not np.array_equal(noise[0][:16, :16], noise[1][:16, :16])
 
 
 def test_an_identity_keeps_what_a_variation_changes_not():
@@ -168,19 +190,50 @@ def test_rendered_pictures_are_kept(work, monkeypatch):
 
 
 def test_augmentation_is_drawn_from_the_step_alone():
-    images = to_tensor(np.stack([pixels(person).astype(np.uint8) for person in PEOPLE[:3]]))
+    pictures = to_tensor(np.stack([pixels(person).astype(np.uint8) for person in PEOPLE[:3]]))
+    boxes = torch.tensor([[30.0, 30, 90, 100]] * 3)
 
     def augment(step: int) -> torch.Tensor:
         draws = world.generator(0, step)
-        mixed = world.change_surroundings(images, draws, share=1.0)
-        assert torch.equal(mixed[:, :, 60:70, 60:70], images[:, :, 60:70, 60:70])  # the face stays
-        assert torch.equal(mixed[:, :, :8], images.roll(1, 0)[:, :, :8])  # another one's hair and background
-        return world.jitter(mixed, draws, **train_recognizer.AUGMENT)
+        return crops.photograph(crops.cut(pictures, boxes, draws, 64), draws)
 
+    assert augment(7).shape == (3, 3, 64, 64) and augment(7).abs().max() <= 1
     assert torch.equal(augment(7), augment(7)) and not torch.equal(augment(7), augment(8))
-    assert augment(7).abs().max() <= 1
-    still = dict.fromkeys(train_recognizer.AUGMENT, 0.0)
-    torch.testing.assert_close(world.jitter(images, world.generator(0, 0), **still), images)
+    still = dict.fromkeys(train_clip.AUGMENT, 0.0)
+    torch.testing.assert_close(world.jitter(pictures, world.generator(0, 0), **still), pictures)
+
+
+def test_a_crop_shows_the_face_mirrored_or_not(monkeypatch):
+    """Without jitter it is the box."""
+    for name in ("CENTRE", "HEIGHT", "WIDTH"):
+        monkeypatch.setattr(crops, name, 0.0)
+    pictures = torch.rand(1, 3, 128, 128, generator=world.generator(0, 0)).expand(40, -1, -1, -1)
+    boxes = torch.tensor([[20.0, 30, 84, 94]]).expand(40, -1)
+    plain = pictures[0, :, 30:94, 20:84]
+    mirrored = 0
+    for crop in crops.cut(pictures, boxes, world.generator(0, 1), 64):
+        is_mirrored = bool((crop - plain.flip(-1)).abs().max() < 1e-3)
+        assert is_mirrored or (crop - plain).abs().max() < 1e-3
+        mirrored += is_mirrored
+    assert 10 <= mirrored <= 30
+
+
+def test_blur_and_jpeg_keep_what_is_flat():
+    flat = torch.full((2, 3, 64, 64), 0.25)
+    torch.testing.assert_close(crops.blur(flat, 1.5), flat)
+    torch.testing.assert_close(crops.blur(flat, 0.0), flat)
+    torch.testing.assert_close(crops.jpeg(flat, world.generator(0, 0)), flat, atol=0.02, rtol=0)
+    assert crops.jpeg(flat[:0], world.generator(0, 0)).shape == (0, 3, 64, 64)
+
+
+def test_found_faces_are_kept(work, monkeypatch):
+    requests = [(PEOPLE[0], 0, None), (PEOPLE[1], 0, None)]
+    first = crops.find(requests, processes=1)
+    assert first.shape == (2, 4) and first.dtype == np.int16
+    assert ((first[:, 2:] - first[:, :2]) > 40).all()
+    monkeypatch.setattr(crops, "largest", lambda _: pytest.fail("looked again"))
+    assert np.array_equal(crops.find(requests), first)
+    assert crops.boxes_of(np.array([[0, 0, 0, 0], [1, 2, 3, 4]])) == [[(0, 0, 128, 128)], [(1, 2, 3, 4)]]
 
 
 def tiny_training(
@@ -282,6 +335,19 @@ def test_noisy_timesteps_can_be_drawn_more_often(noisy, lowest):
     assert drawn.mean() == pytest.approx((lowest + 999) / 2, abs=20)
 
 
+def test_a_recogniser_starts_from_a_finished_one(work):
+    requests = [(person, variation, None) for person in PEOPLE[:2] for variation in range(2)]
+    model = train_recognizer.CosFace(train_recognizer.build(judge=False), 2)
+    found = crops.find(requests, processes=1)
+    pictures = world.render(requests, processes=1)
+    train_recognizer.take_over(model, world.ASSETS / "recognizer", pictures, found)
+    finished = load_recognizer(str(world.ASSETS / "recognizer"), *CPU)
+    embeddings = train_recognizer.embed(finished, pictures, found)
+    assert torch.equal(model.centres.detach(), embeddings.view(2, 2, -1).mean(dim=1))
+    theirs = finished.network.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in model.backbone.state_dict().items())
+
+
 @torch.no_grad()
 def test_a_finished_editor_can_be_trained_further():
     """Its weights come back, and the attention that is fast to train computes what diffusers' own does."""
@@ -295,8 +361,67 @@ def test_a_finished_editor_can_be_trained_further():
     assert torch.allclose(ours(noisy, image, torch.tensor([500]), tokens), theirs, atol=1e-4)
 
 
+def test_standardising_a_vae_leaves_its_reconstructions():
+    chosen = world.mini_set()
+    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    vae = copy.deepcopy(vae).requires_grad_(False)
+    pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)
+    before = train_vae.reconstruct(vae, pictures, CPU[0]).astype(int)
+    for each in (False, True):
+        train_vae.standardise(vae, pictures, each)
+        latents = train_vae.encode(vae, pictures, CPU[0]).transpose(0, 1).flatten(1)
+        assert (
+            abs(float(latents.var(1).mean()) - 1) < 0.01
+            and (float(latents.mean(1).abs().max()) < 0.01) == each
+        )
+        assert np.abs(train_vae.reconstruct(vae, pictures, CPU[0]) - before).max() <= 1
+
+
+@pytest.mark.parametrize("kind", sorted(set(train_vae.ATTACKS)))
+def test_the_calibrations_attacks_reach_what_they_are_after(kind):
+    chosen = world.mini_set()
+    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    x = to_tensor(np.stack([pixels(person) for person in PEOPLE[:2]]).astype(np.uint8))
+    adv = train_vae.perturb(vae, x, kind, 0.06, world.generator(0, 0))
+    assert (adv - x).abs().max() <= 0.06 + 1e-6 and adv.abs().max() <= 1
+    with torch.no_grad():
+        z0, z = (vae.encode(images).latent_dist.mode() for images in (x, adv))
+        y0, y = (vae.decode(latent).sample for latent in (z0, z))
+    before, after = {"zero": (z0, z), "grey": (y0, y), "latent": (0.2 * z0, z - z0)}[kind]
+    rose = train_vae.power(after) > train_vae.power(before)
+    assert (rose == (kind == "latent")).all()
+
+
+def test_what_a_purifier_leaves_is_a_picture():
+    x = to_tensor(pixels(PEOPLE[0]).astype(np.uint8)[None])
+    for step in range(6):
+        seen = train_vae.purified(x, world.generator(0, step))
+        assert seen.shape == x.shape and 20 < float(train_vae.decibels(seen, x)) < 50
+
+
 # ---------------------------------------------------------------------------------------------------------
 # measures
+
+
+def test_an_edit_without_a_face_gets_its_sources_box(work):
+    edited = [(PEOPLE[0], 0, Edit.BOWTIE), (PEOPLE[0], 0, Edit.SNOW)]
+    found = np.array([[0, 0, 0, 0], [1, 2, 3, 4]])
+    (of_source,) = crops.find([(PEOPLE[0], 0, None)], processes=1)
+    assert np.array_equal(train_recognizer.found_or_source(edited, found), [of_source, [1, 2, 3, 4]])
+
+
+def test_the_threshold_stands_beside_the_weights(tmp_path):
+    (tmp_path / "preprocessor_config.json").write_text('{"size": {"height": 64}}')
+    train_recognizer.write_threshold(tmp_path, 0.31234)
+    wanted = json.loads((tmp_path / "preprocessor_config.json").read_text())
+    assert wanted == {"size": {"height": 64}, "verification_threshold": 0.312}
+
+
+def test_scaling_keeps_size_and_middle():
+    image = Image.fromarray(pixels(PEOPLE[0]).astype(np.uint8))
+    larger = np.asarray(train_recognizer.scaled(image)).astype(int)
+    assert larger.shape == (128, 128, 3)
+    assert np.abs(larger[60:68, 60:68] - pixels(PEOPLE[0])[60:68, 60:68]).mean() < 8
 
 
 def test_equal_error_rate():
@@ -371,9 +496,6 @@ def test_check_exits_1_where_a_target_is_missed(monkeypatch, capsys, share, stat
 
 # ---------------------------------------------------------------------------------------------------------
 # the bundled models, on people whom nothing was tuned on
-
-
-CPU = torch.device("cpu"), torch.float32
 
 
 def test_the_editor_edits(work):

@@ -13,7 +13,7 @@ from types import SimpleNamespace
 import pytest
 
 import processes
-from processes import LONGEST_WAIT, Lock, Stop, Team
+from processes import LONGEST_WAIT, Team, listening, locked
 from utils import UserError
 
 ROOT = Path(processes.__file__).resolve().parent
@@ -78,62 +78,52 @@ def test_an_error_of_the_first_is_everybodys_and_told_once(monkeypatch, rank):
 # the lock
 
 
-def take(directory: Path) -> Lock:
-    lock = Lock(directory)
-    try:
-        lock.take(Team())
-    except UserError:
-        lock.release()
-        raise
-    return lock
-
-
 def test_a_second_run_is_kept_out_while_the_first_lives(tmp_path):
     code = (
-        "import sys, time; from pathlib import Path; from processes import Lock, Team\n"
-        "lock = Lock(Path(sys.argv[1])); lock.take(Team())\n"
-        "print('in', flush=True); time.sleep(60)\n"
+        "import sys, time; from pathlib import Path; from processes import Team, locked\n"
+        "with locked(Path(sys.argv[1]), Team()): print('in', flush=True); time.sleep(60)\n"
     )
     first = subprocess.Popen(
         [sys.executable, "-c", code, tmp_path / "out"], cwd=ROOT, stdout=subprocess.PIPE, text=True
     )
     assert first.stdout.readline() == "in\n"
-    with pytest.raises(UserError, match=f"another run is writing into it .process {first.pid} on"):
-        take(tmp_path / "out")
+    another = pytest.raises(UserError, match=f"another run is writing into it .process {first.pid} on")
+    with another, locked(tmp_path / "out", Team()):
+        pytest.fail("was let in")
     assert str(first.pid) in (tmp_path / "out/.lock").read_text()  # a refused one doesn't empty it
     first.kill()
     first.communicate()
     for _ in range(2):  # it does not outlive a killed run, nor one that has ended
-        lock = take(tmp_path / "out")
-        assert (tmp_path / "out/.lock").read_text().startswith(f"process {os.getpid()} on ")
-        lock.release()
+        with locked(tmp_path / "out", Team()):
+            assert (tmp_path / "out/.lock").read_text().startswith(f"process {os.getpid()} on ")
 
 
 def test_a_lock_that_is_a_link_is_not_followed(tmp_path):
     (tmp_path / "precious").write_text("precious")
     (tmp_path / "out").mkdir()
     (tmp_path / "out/.lock").symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="out/.lock: can't be opened as a lock"):
-        Lock(tmp_path / "out")
+    refused = pytest.raises(UserError, match="out/.lock: can't be opened as a lock")
+    with refused, locked(tmp_path / "out", Team()):
+        pytest.fail("was let in")
     assert (tmp_path / "precious").read_text() == "precious"
 
 
 def test_a_lock_that_is_a_directory(tmp_path):
     (tmp_path / ".lock").mkdir()
-    with pytest.raises(UserError, match=".lock: can't be opened as a lock .Is a directory"):
-        Lock(tmp_path)
+    refused = pytest.raises(UserError, match=".lock: can't be opened as a lock .Is a directory")
+    with refused, locked(tmp_path, Team()):
+        pytest.fail("was let in")
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
-def test_a_disk_that_is_full_at_the_lock(tmp_path):
-    lock = Lock(tmp_path)
-    full = os.open("/dev/full", os.O_RDWR)
-    os.dup2(full, lock.file.fileno())
-    os.close(full)
-    lock.file.truncate = lambda size: None  # a device can't
-    with pytest.raises(UserError, match=".lock: can't be written .No space left on device"):
-        lock.take(Team())
-    lock.release()
+def test_a_disk_that_is_full_at_the_lock(tmp_path, monkeypatch):
+    full = open("/dev/full", "a")  # noqa: SIM115 (closed with the lock)
+    full.truncate = lambda size: None  # a device can't
+    monkeypatch.setattr(os, "fdopen", lambda *_: full)
+    refused = pytest.raises(UserError, match=".lock: can't be written .No space left on device")
+    with refused, locked(tmp_path, Team()):
+        pytest.fail("was let in")
+    assert full.closed
 
 
 def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
@@ -141,10 +131,11 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(processes.fcntl, "flock", refuse)
-    take(tmp_path).release()
-    assert "can't be locked (Operation not supported)" in capsys.readouterr().err
+    with locked(tmp_path, Team()):
+        assert "can't be locked (Operation not supported)" in capsys.readouterr().err
     monkeypatch.setattr(processes, "fcntl", None)  # Windows
-    take(tmp_path).release()
+    with locked(tmp_path, Team()):
+        assert (tmp_path / ".lock").exists()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -156,10 +147,9 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch, capsys):
 )
 def test_once_is_noted_and_twice_stops_at_once(capsys, number, again):
     before = signal.getsignal(number)
-    stop = Stop()
-    with stop.listening():
+    with listening() as heard:
         os.kill(os.getpid(), number)
-        assert stop.signal == number
+        assert heard == [number]
         assert "stopping after this batch" in capsys.readouterr().err
         with pytest.raises(again) as caught:
             os.kill(os.getpid(), number)
@@ -171,9 +161,9 @@ def test_once_is_noted_and_twice_stops_at_once(capsys, number, again):
 def test_sigterm_twice_ends_with_143():
     """As a command: after Ctrl-C, too, and whatever the batch is at."""
     code = (
-        "import argparse, time, utils; from processes import Stop\n"
+        "import argparse, time, utils; from processes import listening\n"
         "def run(args):\n"
-        "    with Stop().listening():\n"
+        "    with listening():\n"
         "        print('in', flush=True)\n"
         "        try: time.sleep(60)\n"
         "        except Exception: pass\n"

@@ -12,11 +12,12 @@ import torch
 import torch._dynamo
 from tiny import noise
 
+import defend
 from images import load_image, save_png, to_tensor
 from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
-from models.editors import WorkingVAE
 from models.faces import face_similarity_to
-from protection import Protector, Report
+from models.vaes import WorkingVAE
+from protection import Protector, Report, knobs
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -51,7 +52,16 @@ SETTINGS = {  # method -> beside seed, defend_method, attack_budget, code and th
     "vae": {**RUN, **VAE},
     "cw": {**VAE, "num_iters": 3, "lr": 0.03, "c": 0.03, "targeted": False},
     "facelock": {**RUN, **VAE, "faces": "largest"},
-}
+    "facelock-dim": {
+        **RUN, **VAE, "step_size": 0.02, "faces": "largest", "transforms": "resize", "samples": 2,
+    },
+    "photoguard": {**RUN, **VAE, "unrolled": 4},
+    "sds": {**RUN, **VAE, "targeted": True},
+    "blurguard": {**RUN, **VAE, "targeted": True},
+    "dctshield": {**RUN, **VAE, "targeted": True},
+    **{name: {**RUN, **VAE} for name in ("advdm", "mist", "pid", "editshield", "diffusionguard")},
+}  # fmt: skip
+FACELOCKS = {"facelock", "facelock-dim"}
 
 
 @every_method
@@ -62,31 +72,50 @@ def test_settings(method, protector, tiny_models):
     expected = {"seed": 0, "defend_method": method, "attack_budget": 0.03, **SETTINGS[method]}
     if method != "noise":
         expected["model_id"] = str(tiny_models.editor)
+    if method in FACELOCKS:
+        expected["recognizer"] = str(tiny_models.recognizer)
     if method == "facelock":
-        expected |= {"recognizer": str(tiny_models.recognizer), "lpips": str(tiny_models.perceptual)}
-        found.pop("detect_faces")
+        expected["lpips"] = str(tiny_models.perceptual)
     assert found == expected
 
 
-ITERATED = {"encoder", "vae", "cw", "facelock"}
+def test_the_papers_methods_are_those_of_earlier_outputs(protector):
+    """A change here makes everybody's protected portraits stale."""
+    codes = {
+        "noise": "dd1cffdb4fe03b5c",
+        "encoder": "d043f9e956c9199d",
+        "vae": "28ad1ca5e4ed18bf",
+        "cw": "e26fe6eb98803634",
+        "facelock": "f522ab144b6d6688",
+    }
+    assert {name: protector(f"--defend_method {name}").settings()["code"] for name in codes} == codes
+
+
 ALL = set(METHODS)
+ITERATED = ALL - {"noise"}
+STEPPED = ITERATED - {"cw"}
+MOVED = {"noise", "encoder", "vae", "cw", "facelock", "facelock-dim", "advdm"}  # whose pixels are looked at
 CHANGES = {  # flags -> the methods whose pixels they change
     "--seed 1": ALL,
     "--attack_budget 0.04": ALL,
-    "--step_size 0.003": {"encoder", "vae", "facelock"},
+    "--step_size 0.003": STEPPED,
     "--num_iters 2": ITERATED,
     "--num_iters 0": ITERATED,
     "--targeted": {"cw"},  # the default of encoder
-    "--untargeted": {"encoder"},
+    "--untargeted": {"encoder", "sds", "blurguard", "dctshield"},
     "--c 0.5": {"cw"},
     "--lr 0.1": {"cw"},
-    "--faces all": {"facelock"},
-    "--recognizer {judge}": {"facelock"},
+    "--unrolled 2": {"photoguard"},
+    "--samples 3": {"facelock-dim"},
+    "--transforms jpeg": {"facelock-dim"},
+    "--budget_mask texture": ALL,
+    "--faces all": FACELOCKS,
+    "--recognizer {judge}": FACELOCKS,
     "--judge {recognizer}": set(),
     "--lpips {heads}": {"facelock"},
     "--model_id {img2img}": ITERATED,
     "--resolution 48": ITERATED,
-    "--dtype bf16": {"encoder", "vae", "facelock"},  # cw keeps to float32
+    "--dtype bf16": STEPPED,  # cw keeps to float32
     "--device cpu --debug": set(),
     "--check": set(),
     "--checkpointing": set(),
@@ -108,24 +137,25 @@ def members(tmp_path_factory, tiny_models) -> dict[str, Path]:
 
 @pytest.mark.parametrize("flags", CHANGES)
 def test_settings_differ_where_pixels_do(flags, protector, portrait, members):
+    """Pixels of some methods, and of all that a flag is for."""
     for method in METHODS:
         first = protector(f"--defend_method {method}")
         other = protector(f"--defend_method {method} {flags.format(**members)}")
         changed = method in CHANGES[flags]
         assert (other.settings() != first.settings()) == changed, method
+        if method not in MOVED and len(CHANGES[flags]) > 4:
+            continue
+        if method not in MOVED and not changed:
+            continue
         same = torch.equal(protected(other, portrait), protected(first, portrait))
         assert same == (not changed), method
 
 
-def test_whether_faces_are_looked_for_is_a_setting_of_facelock_alone(protector, tiny_models):
-    """--models full and mini with the same members differ in nothing else than that."""
+def test_the_model_set_is_no_setting(protector, tiny_models):
+    """--models full and mini with the same members and resolution make the same files."""
     for method in METHODS:
-        found = []
-        for models in ("full", "mini"):
-            tool = protector(f"--defend_method {method} --models {models}")
-            found.append((tool.chosen.detect_faces, tool.settings()))
-        (one, first), (other, second) = found
-        assert (first != second) == (method == "facelock" and one != other)
+        full, mini = (protector(f"--defend_method {method} --models {name}") for name in ("full", "mini"))
+        assert full.settings() == mini.settings()
 
 
 def test_compile_is_no_setting(protector):
@@ -160,8 +190,11 @@ def test_the_code_of_a_method_is_its_objective_and_its_loop(protector, monkeypat
 @pytest.mark.parametrize(
     ("flags", "readers"),
     [
-        ("--targeted", {"encoder", "cw"}),
-        ("--untargeted", {"encoder", "cw"}),
+        ("--targeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
+        ("--untargeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
+        ("--unrolled 3", {"photoguard"}),
+        ("--transforms light", {"facelock-dim"}),
+        ("--samples 3", {"facelock-dim"}),
         ("--c 0.1", {"cw"}),
         ("--lr 0.1", {"cw"}),
     ],
@@ -178,6 +211,10 @@ def test_a_flag_that_a_method_does_not_read_is_ignored_with_a_warning(flags, rea
         else:
             assert told.startswith(f"warning: {flag} is ignored: {method} has no") and told.count("\n") == 1
             assert (tool.settings(), tool.knobs) == (plain.settings(), plain.knobs)
+
+
+def test_every_knob_is_a_flag():
+    assert set(knobs()) == {*defend.KNOBS, "targeted"}
 
 
 def test_clamp_min_and_clamp_max_are_taken_with_one_warning(protector, capsys):
@@ -203,7 +240,7 @@ def test_compile_and_checkpointing_dont_go_together(protector):
         protector("--compile --checkpointing")
 
 
-@every_method
+@pytest.mark.parametrize("method", ALL - {"blurguard", "dctshield"})  # which see it through blur and DCT
 def test_without_iterations_the_random_start_is_left(method, protector, portrait):
     tool = protector(f"--defend_method {method} --num_iters=0")
     image = to_tensor(load_image(portrait).pixels)
@@ -242,6 +279,9 @@ NOTHING = "--recognizer /none --judge /none --lpips /none"
         ("encoder", NOTHING, None),
         ("vae", f"{NOTHING} --model_id /none", "the VAE of '/none'"),
         ("facelock", "--judge /none", None),
+        ("facelock-dim", "--judge /none --lpips /none", None),
+        ("advdm", NOTHING, None),
+        ("sds", f"{NOTHING} --model_id /none", "the VAE of '/none'"),
         ("facelock", "--recognizer /none", "the face recogniser '/none'"),
         ("facelock", "--lpips /none", "LPIPS '/none'"),
     ],
@@ -255,10 +295,20 @@ def test_preload_loads_what_the_method_needs(method, flags, missing, protector):
             tool.preload()
 
 
-def test_a_batch_is_one_by_one(tmp_path, protector):
+def test_only_who_names_the_editor_loads_its_denoiser(protector, monkeypatch):
+    loaded = []
+    monkeypatch.setattr("protection.Denoiser", lambda *given: loaded.append(given))
+    for method in METHODS:
+        loaded.clear()
+        protector(f"--defend_method {method}").preload()
+        assert bool(loaded) == ("editor" in METHODS[method].parameters), method
+
+
+@pytest.mark.parametrize("method", ["facelock", "advdm"])
+def test_a_batch_is_one_by_one(method, tmp_path, protector):
     """Also with different numbers of faces."""
     paths = tiny.write_portraits(tmp_path, 3)
-    tool = protector("--faces all")
+    tool = protector(f"--faces all --defend_method {method}")
     subjects = []
     for path, count in zip(paths, (1, 2, 1), strict=True):
         subjects.append(with_faces(tool, FACES[:count]).load(path))
@@ -370,6 +420,44 @@ def test_a_report_in_words_and_as_facts():
     assert report.facts() == {**facts, "recognizer_before": 0.934, "recognizer_after": 0.206}
     report.similarity, report.faceless = dict.fromkeys(("recognizer", "judge")), True
     assert str(report).endswith("recognizer not measured (no face found), judge not measured (no face found)")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# masks of the budget
+
+
+def test_a_mask_is_recorded_only_if_there_is_one(protector):
+    flags = "", "--budget_mask face"
+    plain, masked = (protector(f"--defend_method vae {flag}").settings() for flag in flags)
+    assert "budget_mask" not in plain
+    assert masked.pop("budget_mask") == "face" and len(masked.pop("mask_code")) == 16
+    assert masked.pop("faces") == "largest"
+    assert masked == plain
+
+
+@pytest.mark.parametrize("method", ["noise", "vae", "cw", "dctshield"])
+@pytest.mark.parametrize("kind", ["face", "texture", "face+texture"])
+def test_the_saved_file_keeps_to_the_mask(kind, method, protector, tmp_path):
+    """At an image's own size, which is not the working size."""
+    (path,) = tiny.write_portraits(tmp_path, 1, (128, 96))
+    flags = f"--defend_method {method} --budget_mask {kind} --attack_budget 0.1"
+    tool = with_faces(protector(flags), [(20, 30, 60, 80)])
+    subject = tool.load(path)
+    assert subject.boxes == [(10, 15, 30, 40)] if "face" in kind else not subject.boxes
+    tool.save([subject], [tmp_path / "out.png"])
+    source, saved = (load_image(place).pixels.astype(int) for place in (path, tmp_path / "out.png"))
+    mask = tool.budget_mask(to_tensor(source.astype(np.uint8)), [subject.boxes])[0, 0].numpy()
+    change = np.abs(saved - source).max(axis=2) * 2 / 255
+    assert (change <= 0.1 * mask + 1e-6).all() and change.max() > 0.05
+    if "face" in kind:
+        assert (mask[40:70, 30:50] > 0).all() and (mask[:, 75:] == 0).all()
+
+
+def test_a_face_mask_needs_a_face_and_a_texture_mask_none(protector, portrait):
+    with pytest.raises(UserError, match="face0.png: no face found"):
+        with_faces(protector("--defend_method vae --budget_mask face"), []).load(portrait)
+    tool = with_faces(protector("--defend_method vae --budget_mask texture"), [])
+    assert tool.load(portrait).boxes == []
 
 
 def test_a_file_over_the_budget_is_an_error(protector, portrait, tmp_path):

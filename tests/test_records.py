@@ -28,6 +28,13 @@ def write(directory: Path, settings=SETTINGS, prompts=None, sources="in") -> dic
     return records.read_record(directory)
 
 
+def test_code_is_that_of_all_that_is_named_here_and_in_the_files_beside():
+    found = records.code_of(records.read_record)
+    assert "def first_line(error" in found and "def read_record(" in found  # one of utils.py
+    assert '"""' not in found and "def write_record(" not in found
+    assert "NAMED = 5" in records.code_of(records.listed)
+
+
 # ---------------------------------------------------------------------------------------------------------
 # run.json
 
@@ -116,18 +123,14 @@ def entry(name: str, **more) -> str:
 
 
 def test_a_file_in_the_making_and_a_finished_one(tmp_path):
-    manifest = records.Manifest(tmp_path, rank=2)
-    manifest.close()
-    assert os.listdir(tmp_path) == []  # nothing was noted
     output = tmp_path / "prompt0" / "a.png"
-    manifest.begin(output, "source's", "settings'")
+    records.note(tmp_path, 2, output, "source's", "settings'")
     assert records.read_manifest(tmp_path) == {
         "prompt0/a.png": {"output": "prompt0/a.png", "source": "source's", "settings": "settings'"}
     }
     output.parent.mkdir()
     output.write_bytes(b"data")
-    manifest.done(output, "source's", "settings'", {"psnr": 30.0})
-    manifest.close()
+    records.note(tmp_path, 2, output, "source's", "settings'", **records.made(output), psnr=30.0)
     (found,) = records.read_manifest(tmp_path).values()
     assert found == {
         "output": "prompt0/a.png",
@@ -168,10 +171,8 @@ def test_the_parts_of_several_processes_are_gathered(tmp_path):
 
 
 def test_names_that_are_no_text_are_noted(tmp_path):
-    manifest = records.Manifest(tmp_path, rank=0)
     name = os.fsdecode(b"latin\xe9\n.png")
-    manifest.begin(tmp_path / name, "", "")
-    manifest.close()
+    records.note(tmp_path, 0, tmp_path / name, "", "")
     assert list(records.read_manifest(tmp_path)) == [name]
 
 
@@ -200,28 +201,25 @@ class Results:
         for name in "abc":
             (self.sources / f"{name}.png").write_text(f"source {name}")
         self.prompts: dict[int, str] = {}
-        self.items = [
-            (self.directory / f"{name}.png", self.sources / f"{name}.png", None) for name in "abc"
-        ]
+        self.items = [(self.directory / f"{name}.png", self.sources / f"{name}.png", None) for name in "abc"]
         self.settings = dict(SETTINGS)
 
     def make(self, *names: str) -> None:
         records.write_record(self.directory, self.settings, self.prompts, self.sources)
-        manifest = records.Manifest(self.directory, 0)
         for output, source, prompt in self.items:
             if output.stem in names:
                 output.parent.mkdir(exist_ok=True)
                 output.write_text(f"result of {source.read_text()}")
-                key = records.item_key(self.settings, prompt)
-                manifest.done(output, records.digest(source), key, {})
-        manifest.close()
+                key = records.hash_of([self.settings, prompt])
+                made = records.made(output)
+                records.note(self.directory, 0, output, records.digest(source), key, **made)
 
-    def look(self, **flags: bool) -> records.Plan:
+    def look(self, **flags: bool) -> tuple[dict[Path, str], list[Path]]:
         flags = {"overwrite": False, "verify": False} | flags
         return records.make_plan(self.directory, self.items, self.settings, self.prompts, **flags)
 
     def wanted(self, **flags: bool) -> str:
-        return "".join(sorted(path.stem for path in self.look(**flags).wanted))
+        return "".join(sorted(path.stem for path in self.look(**flags)[0]))
 
     def refused(self, why: str, **flags: bool) -> None:
         with pytest.raises(UserError) as caught:
@@ -300,9 +298,7 @@ def test_files_that_would_stay_behind_under_other_settings(results):
 
 
 def test_the_first_five_and_a_count(results):
-    results.items = [
-        (results.directory / f"{n}.png", results.sources / "a.png", None) for n in range(8)
-    ]
+    results.items = [(results.directory / f"{n}.png", results.sources / "a.png", None) for n in range(8)]
     results.make(*map(str, range(8)))
     (results.sources / "a.png").write_text("somebody else")
     why = ", ".join(f"{n}.png: its source has changed" for n in range(5))
@@ -325,10 +321,8 @@ def test_an_instruction_that_changed(results):
 
 def test_the_file_in_flight_is_made_again(results):
     results.make("a", "b")
-    manifest = records.Manifest(results.directory, 0)
     for name in "bc":
-        manifest.begin(results.directory / f"{name}.png", "", "")
-    manifest.close()
+        records.note(results.directory, 0, results.directory / f"{name}.png", "", "")
     (results.directory / "c.png").write_text("whole, but nobody said so")
     assert results.wanted() == "bc"
 
@@ -337,9 +331,9 @@ def test_files_that_nobody_noted_are_known_as_such(results):
     """By hand, or by an older version of this project; an empty one is none."""
     results.make()
     (results.directory / "a.png").write_text("by hand")
-    plan = results.look()
-    assert plan.unknown == [results.directory / "a.png"]
-    assert {path.stem for path in plan.wanted} == {"b", "c"}
+    wanted, unknown = results.look()
+    assert unknown == [results.directory / "a.png"]
+    assert {path.stem for path in wanted} == {"b", "c"}
     (results.directory / "b.png").touch()
     results.refused("b.png: empty")
     assert results.wanted(overwrite=True) == "bc"

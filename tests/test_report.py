@@ -48,7 +48,8 @@ def write_tables(root, values):
     names = list(dict.fromkeys(values["metric"]))
     rows = list(dict.fromkeys(values["method"]))
     known = [metric for metric in METRICS if metric.name in names]
-    outputs.write_csv(root / "all_metric.csv", tables.all_metrics(tables.means(values), known, rows))
+    table, _ = tables.all_metrics(tables.means(values), known, rows, "")
+    outputs.write_csv(root / "all_metric.csv", table)
     outputs.write_csv(root / "per_image.csv", tables.per_image(values, names))
 
 
@@ -83,7 +84,8 @@ def whole(tmp_path_factory):
     write_tables(root, values)
     visible = values[(values["method"] != "clean") & (values["metric"] == "psnr")]
     visible = visible.assign(method=visible["method"].str.replace("/edits/", "/protected/"))
-    frame = tables.all_metrics(tables.means(visible), VISIBILITY[:1], list(dict.fromkeys(visible["method"])))
+    rows = list(dict.fromkeys(visible["method"]))
+    frame, _ = tables.all_metrics(tables.means(visible), VISIBILITY[:1], rows, "")
     frame.to_csv(root / "all_metric_protected.csv", index=False)
     purified = root / "purified/jpeg-75"
     purified.mkdir(parents=True)

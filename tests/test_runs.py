@@ -88,7 +88,8 @@ def test_batches_hold_one_size_in_order_of_their_first_item():
     wide, tall = (64, 96), (96, 64)
     sizes = {"a": wide, "b": tall, "c": wide, "d": None, "e": wide, "f": None}
     items = [item(name, size) for name, size in sizes.items()]
-    cut = [[one.label for one in batch] for batch in runs.batches(items, 2)]
+    found = runs.batches(items, 2, lambda one: one.size or one.output)
+    cut = [[one.label for one in batch] for batch in found]
     assert cut == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
 
 
@@ -200,11 +201,11 @@ def test_an_overwriting_run_that_is_killed_leaves_nothing_that_passes_for_its_ow
     with pytest.raises(UserError, match="how: 'upper' there, 'otherwise' now"):
         job("a b c")
 
-    def kill(self, *_):
+    def kill(*_):
         raise SystemExit
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs._Loop, "run", kill)
+        patch.setattr(runs, "go_through", kill)
         with pytest.raises(SystemExit):
             job("a b c", overwrite=True)
     assert job("a b c") == 0 and job.computed == [["A"], ["B"], ["C"]]

@@ -10,7 +10,7 @@ import torch
 import defend
 import edit
 from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
-from models.loading import ROOT, shown
+from models.loading import ROOT, recorded, shown
 from models.sets import MINI, MODEL_SETS, Chosen, choose, setting_help
 from utils import UserError
 
@@ -38,7 +38,6 @@ FULL = Chosen(
     judge="casia-webface",
     perceptual="vgg",
     clip="openai/clip-vit-base-patch32",
-    detect_faces=True,
     only_size=None,
     **CPU,
 )
@@ -54,7 +53,6 @@ MINIS = Chosen(
         "scheduler": None,
     },
     **{name: str(MINI / name) for name in ("recognizer", "judge", "perceptual", "clip")},
-    detect_faces=False,
     only_size=128,
     **CPU,
 )
@@ -83,7 +81,27 @@ def test_full_has_stable_diffusion_too():
         assert chosen(f"{flag} stable-diffusion") == expected
         assert chosen(f"{flag} stable-diffusion", defend) == expected
     assert (FULL.editor, expected.editor) == (InstructPix2Pix, StableDiffusion)
-    assert {"instruct-pix2pix": InstructPix2Pix, "stable-diffusion": StableDiffusion} == EDITORS
+
+
+ALL = {  # kind -> id, steps, guidance, long side or side of the area
+    "instruct-pix2pix": ("timbrooks/instruct-pix2pix", 100, 7.5, 512),
+    "stable-diffusion": ("stable-diffusion-v1-5/stable-diffusion-v1-5", 100, 7.5, 512),
+    "sdxl-instruct-pix2pix": ("diffusers/sdxl-instructpix2pix-768", 100, 5.0, 768),
+    "flux-kontext": ("black-forest-labs/FLUX.1-Kontext-dev", 28, 2.5, 1024),
+    "flux2-klein": ("black-forest-labs/FLUX.2-klein-4B", 4, 1.0, 1024),
+    "qwen-image-edit": ("Qwen/Qwen-Image-Edit-2509", 50, 4.0, 1024),
+}
+
+
+@pytest.mark.parametrize("kind", EDITORS)
+def test_full_has_every_editor_with_its_own_settings(kind):
+    found = chosen(f"--model {kind}")
+    named = [found.settings[name] for name in ("num_inference_steps", "guidance_scale", "resolution")]
+    assert (found.model_id, *named) == ALL[kind]
+    assert chosen(f"--model {kind}", defend).model_id == found.model_id
+    # those of Stable Diffusion's own solver; the others come with the one they were trained for
+    first = kind in ("instruct-pix2pix", "stable-diffusion")
+    assert found.settings["scheduler"] == ("EulerAncestralDiscreteScheduler" if first else None)
 
 
 def test_mini_set_is_bundled():
@@ -122,7 +140,12 @@ def test_an_empty_name_is_refused(flag):
 
 @pytest.mark.parametrize(
     ("kind", "flag"),
-    [("instruct-pix2pix", "--strength 0.7"), ("stable-diffusion", "--image_guidance_scale 2")],
+    [
+        ("instruct-pix2pix", "--strength 0.7"),
+        ("stable-diffusion", "--image_guidance_scale 2"),
+        ("flux-kontext", "--image_guidance_scale 2"),
+        ("qwen-image-edit", "--strength 0.7"),
+    ],
 )
 def test_a_knob_that_the_editor_has_not_is_ignored_with_a_warning(kind, flag, capsys):
     plain = chosen(f"--model {kind}")
@@ -141,7 +164,7 @@ def test_less_than_one_step_of_img2img_is_refused():
 def test_edit_settings_are_what_decides_about_an_edit():
     assert chosen("--models mini --num_inference_steps 3").edit_settings() == {
         "model": "instruct-pix2pix",
-        "model_id": "assets/mini/editor",
+        "model_id": recorded(MINIS.model_id),
         "dtype": "float32",
         "num_inference_steps": 3,
         "guidance_scale": 1.0,
@@ -152,8 +175,10 @@ def test_edit_settings_are_what_decides_about_an_edit():
 
 
 def test_help_shows_each_sets_value():
-    assert setting_help("steps", "num_inference_steps") == "steps (default: full: 100, mini: 20)"
-    assert setting_help("px", "resolution") == "px (default: full: 512, mini: 128)"
+    others = "flux-kontext 28, flux2-klein 4, qwen-image-edit 50"
+    steps = setting_help("steps", "num_inference_steps")
+    assert steps == f"steps (default: full: 100 ({others}), mini: 20)"
+    assert setting_help("px", "resolution").startswith("px (default: full: 512 (sdxl-instruct-pix2pix 768, ")
     only = "share, stable-diffusion only (default: full: 0.5, mini: 0.5)"
     assert setting_help("share", "strength") == only
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 import lpips
 import numpy as np
@@ -100,6 +101,20 @@ def _text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
     return CLIPTextModel(config).eval()
 
 
+def tiny_editor(
+    shown: bool = True, prediction_type: str = "epsilon", dtype: torch.dtype = torch.float32, seed: int = 0
+) -> SimpleNamespace:
+    """Makes what a Denoiser takes of an editor. shown: as channels (InstructPix2Pix), else img2img."""
+    tokenizer = tiny_tokenizer()
+    parts = {"vae": tiny_vae(seed=seed), "unet": _unet(8 if shown else 4, seed)}
+    parts["text_encoder"] = _text_encoder(tokenizer, seed)
+    for part in parts.values():
+        part.to(dtype).requires_grad_(False)
+    scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
+    kind = type("Img2Img", (SimpleNamespace,), {"knobs": {} if shown else {"strength": 0.5}})
+    return kind(pipeline=SimpleNamespace(tokenizer=tokenizer, scheduler=scheduler, **parts))
+
+
 def write_editor(directory: Path, seed: int = 0) -> Path:
     """Writes a complete StableDiffusionInstructPix2PixPipeline; its VAE is `tiny_vae(seed=seed)`."""
     tokenizer = tiny_tokenizer()
@@ -147,9 +162,7 @@ def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
     vision = {**shape, "image_size": size, "patch_size": 8}
     config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
     CLIPModel(config).eval().save_pretrained(directory)
-    images = CLIPImageProcessor(
-        size={"shortest_edge": size}, crop_size={"height": size, "width": size}
-    )
+    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(directory)
     return directory
 
@@ -236,6 +249,23 @@ def portrait(size: int | Iterable[int] = 64, seed: int = 0) -> np.ndarray:
     for eye in (-0.25, 0.25):
         image[(x - eye) ** 2 + (y + 0.2) ** 2 < 0.01] = 25
     return image.round().clip(0, 255).astype(np.uint8)
+
+
+class WholeImage:
+    """Stands in for FaceDetector, which rightly sees no face in these blobs: all of an image is one.
+
+    A flat one shows none.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def __call__(self, pixels: np.ndarray) -> list[tuple[int, int, int, int]]:
+        height, width = pixels.shape[:2]
+        return [(0, 0, width, height)] if np.ptp(pixels) else []
+
+    def find(self, images: Sequence[np.ndarray]) -> list[list[tuple[int, int, int, int]]]:
+        return [self(pixels) for pixels in images]
 
 
 def write_portraits(directory: Path, n: int = 3, size: int | Iterable[int] = 64) -> list[Path]:

@@ -77,9 +77,12 @@ def _snow(svg: Svg) -> None:
 
 
 def snowfall(svg: Svg) -> None:
-    """Draws flakes at fixed places in front of everything, spread evenly by a low-discrepancy sequence."""
+    """Draws flakes at fixed places in front of everything, spread evenly by a low-discrepancy sequence; none
+    where eyes are."""
     for k in range(1, 49):
         x, y, r = 256 * ((0.7549 * k) % 1), 256 * ((0.5698 * k) % 1), 2.6 + 2.6 * ((0.618 * k) % 1)
+        if abs(x - 128) < 52 and 98 < y < 134:
+            continue
         svg.glow(x, y, 1.9 * r, 1.9 * r, WHITE, 0.9)
         svg.ellipse(x, y, 0.8 * r, 0.8 * r, WHITE, 0.9)
 

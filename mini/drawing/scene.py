@@ -38,6 +38,14 @@ class Scene:
         self.skin = _edited_skin(_skin(p), edit)
         self.skin_dark = mix(mix(self.skin, "#5a1c1c", 0.30), BLACK, 0.20)
         self.skin_light = mix(self.skin, "#fff0dd", 0.30)
+        if edit == Edit.BLUE_SKIN:  # painted skin is shaded as skin is, and shines
+            self.skin_dark = mix(self.skin, "#101a48", 0.50)
+            self.skin_light = mix(self.skin, "#e6f4ff", 0.50)
+            self.brow = mix(self.brow, "#10152e", 0.65)
+        elif edit == Edit.ZOMBIE:
+            self.skin_dark = mix(self.skin, "#231c16", 0.48)
+            self.skin_light = mix(self.skin, "#eef2d6", 0.45)
+            self.brow = mix(self.brow, "#1a1712", 0.5)
         self.lips = _lip_colour(p, self.skin, edit)
         self.light = 24 * self.var.light_side  # x of the face's brightest place
 
@@ -53,16 +61,18 @@ def _edited_skin(skin: Rgb, edit: Edit | None) -> Rgb:
     """Recolours the skin; some of its lightness stays, so that the person can be recognised."""
     light = luminance(skin)
     if edit == Edit.ZOMBIE:
-        return mix("#536748", "#a9bd92", light)
+        return mix("#5c7050", "#b3c49c", light)
     if edit == Edit.BLUE_SKIN:
-        return mix("#1d4a94", "#6db4ee", light)
+        return mix("#2a5fa8", "#84c0f0", light)
     if edit == Edit.GOTH:
         return mix(skin, "#ece9ee", 0.62)
     return skin
 
 
 def _lip_colour(p: Identity, skin: Colour, edit: Edit | None) -> Colour:
-    fixed = {Edit.GOTH: "#1d1220", Edit.PURPLE_MAKEUP: "#8a24a8", Edit.ZOMBIE: "#5b4a55"}
+    fixed = {
+        Edit.GOTH: "#1d1220", Edit.PURPLE_MAKEUP: "#8a24a8", Edit.ZOMBIE: "#5a3f4a", Edit.BLUE_SKIN: "#33306e"
+    }  # fmt: skip
     if edit in fixed:
         return fixed[edit]
     return mix(mix(skin, "#a83a42", 0.40 + 0.38 * p.lip_red), BLACK, 0.06)

@@ -7,6 +7,8 @@ from drawing.colours import Colour
 
 CANVAS = 256  # the drawing's own units; on a person x is measured from the middle line, y from the top
 
+REGIONS = {"skin": "#f00", "hair": "#0f0", "cloth": "#00f", "thing": "#000"}  # in the flat copy
+
 Points = list[tuple[float, float]]
 
 
@@ -45,10 +47,6 @@ def _paint(colour: Colour) -> str:
     return "#" + "".join(f"{round(min(max(c, 0), 255)):02x}" for c in colour)
 
 
-def _fill(colour: Colour, opacity: float) -> str:
-    return f'fill="{_paint(colour)}" fill-opacity="{opacity:.2f}"'
-
-
 def _stops(stops: tuple) -> str:
     text = ""
     for offset, colour, *rest in stops:
@@ -63,6 +61,8 @@ class Svg:
     def __init__(self):
         self.defs: list[str] = []
         self.body: list[str] = []
+        self.outlines: list[str] = []  # the flat copy's elements
+        self.region = ""  # the colour there of what is drawn next; empty for what isn't in it
 
     def _define(self, element: str, attributes: str, content: str) -> str:
         name = f"d{len(self.defs)}"
@@ -79,9 +79,14 @@ class Svg:
         where = f'gradientUnits="userSpaceOnUse" cx="{cx:.1f}" cy="{cy:.1f}" r="{r:.1f}"'
         return self._define("radialGradient", where, _stops(stops))
 
+    def _fill(self, shape: str, fill: Colour, opacity: float) -> None:
+        self.body.append(f'<{shape} fill="{_paint(fill)}" fill-opacity="{opacity:.2f}"/>')
+        if self.region and opacity > 0.7:
+            self.outlines.append(f'<{shape} fill="{self.region}"/>')
+
     def path(self, data: str, fill: Colour, opacity: float = 1.0) -> None:
         """Fills the area that path data encloses."""
-        self.body.append(f'<path d="{data}" {_fill(fill, opacity)}/>')
+        self._fill(f'path d="{data}"', fill, opacity)
 
     def stroke(self, points: Points, colour: Colour, width: float, opacity: float = 1.0) -> None:
         """Draws a line through the points."""
@@ -92,15 +97,14 @@ class Svg:
 
     def ellipse(self, cx: float, cy: float, rx: float, ry: float, fill: Colour, opacity: float = 1.0) -> None:
         """Fills an ellipse."""
-        where = f'cx="{cx:.1f}" cy="{cy:.1f}" rx="{rx:.1f}" ry="{ry:.1f}"'
-        self.body.append(f"<ellipse {where} {_fill(fill, opacity)}/>")
+        self._fill(f'ellipse cx="{cx:.1f}" cy="{cy:.1f}" rx="{rx:.1f}" ry="{ry:.1f}"', fill, opacity)
 
     def rect(
         self, x: float, y: float, width: float, height: float, fill: Colour, opacity: float = 1.0
     ) -> None:
         """Fills a rectangle."""
         where = f'x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}"'
-        self.body.append(f"<rect {where} {_fill(fill, opacity)}/>")
+        self._fill(f"rect {where}", fill, opacity)
 
     def cover(self, fill: Colour, opacity: float = 1.0) -> None:
         """Fills the whole canvas."""
@@ -109,7 +113,9 @@ class Svg:
     def glow(self, cx: float, cy: float, rx: float, ry: float, colour: Colour, opacity: float) -> None:
         """Draws a soft spot, clear at the rim: what a blur would do, at a gradient's price."""
         fill = self._define("radialGradient", "", _stops(((0, colour, opacity), (1, colour, 0))))
+        region, self.region = self.region, ""
         self.ellipse(cx, cy, rx, ry, fill)
+        self.region = region
 
     @contextmanager
     def group(self, transform: str = "", inside: str = "") -> Iterator[None]:
@@ -119,8 +125,26 @@ class Svg:
             clip = self._define("clipPath", "", f'<path d="{inside}"/>')
             attributes += f' clip-path="{clip}"'
         self.body.append(f"<g {attributes}>")
+        self.outlines.append(f'<g transform="{transform}">')
+        region, self.region = self.region, "" if inside else self.region
         yield
+        self.region = region
         self.body.append("</g>")
+        self.outlines.append("</g>")
+
+    @contextmanager
+    def of(self, region: str) -> Iterator[None]:
+        """Counts what is drawn in this context to a region, in the flat copy: one of REGIONS, or ""."""
+        before, self.region = self.region, REGIONS.get(region, "")
+        yield
+        self.region = before
+
+    def flat(self) -> str:
+        """Writes the flat copy: opaque shapes in their regions' colours, clear where the background is."""
+        return (
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {CANVAS} {CANVAS}">'
+            f"{''.join(self.outlines)}</svg>"
+        )
 
     def text(self) -> str:
         """Writes the picture as an SVG file."""

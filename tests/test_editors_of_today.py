@@ -1,0 +1,424 @@
+"""models/editors.py and models/vaes.py beyond Stable Diffusion 1: each editor end to end, tiny and random."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from PIL import Image
+from tiny import noise
+
+import defend
+import edit
+import experiment
+from images import load_image
+from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
+from models.faces import scale_box
+from models.sets import choose, choose_editor
+from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
+from protection import Protector
+from utils import UserError
+
+pytestmark = pytest.mark.usefixtures("whole_images")
+
+CPU = torch.device("cpu")
+F32 = torch.float32
+WRITERS = {
+    "sdxl-instruct-pix2pix": "write_sdxl",
+    "flux-kontext": "write_kontext",
+    "flux2-klein": "write_klein",
+    "qwen-image-edit": "write_qwen",
+}
+TOKENS = [kind for kind in WRITERS if issubclass(EDITORS[kind], TokenEditor)]
+SIDE = 96  # px, --resolution
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Callable[[str], Path]:
+    """Gives the directory of a kind's tiny editor, written once."""
+    root = tmp_path_factory.mktemp("editors")
+
+    def of(kind: str) -> Path:
+        import tiny_editors
+
+        place = root / kind
+        return place if place.exists() else getattr(tiny_editors, WRITERS[kind])(place)
+
+    return of
+
+
+def load(kind: str, directory: Path, **settings) -> Editor:
+    one = EDITORS[kind]
+    own = {**one.knobs, "num_inference_steps": 2, "resolution": SIDE, "scheduler": one.scheduler}
+    return one(str(directory), own | settings, CPU, F32)
+
+
+def test_every_editor_is_tested():
+    assert EDITORS.keys() - WRITERS.keys() == {"instruct-pix2pix", "stable-diffusion"}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# end to end
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_defend_and_edit(kind, directory, tiny_models, tmp_path):
+    """The scripts themselves, with nothing but --model to tell them; a portrait that is no square."""
+    source, protected, edited = (tmp_path / name for name in ("face.png", "protected.png", "edit.png"))
+    Image.fromarray(tiny.portrait((150, 100))).save(source)
+    model = ["--models=mini", f"--model={kind}", f"--model_id={directory(kind)}", "--device=cpu"]
+    model.append(f"--resolution={SIDE}")
+    more = [f"--{member}={getattr(tiny_models, member)}" for member in ("recognizer", "judge")]
+    more += [f"--lpips={tiny_models.perceptual}", "--num_iters=2", f"--output_path={protected}"]
+    assert defend.main([f"--input_path={source}", *model, *more]) == 0
+    changed = np.abs(load_image(protected).pixels.astype(int) - load_image(source).pixels)
+    assert 0 < changed.max() <= 3  # of 255, within 0.03
+    line = [f"--input_path={protected}", "--prompt=hat", "--seed=0", "--num_inference_steps=1", *model]
+    assert edit.main([*line, f"--output_path={edited}"]) == 0
+    assert load_image(edited).size == (150, 100) and load_image(edited).pixels.std() > 1
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_edit_depends_on_seed_prompt_and_image_alone(kind, directory):
+    editor, x = load(kind, directory(kind), num_inference_steps=1), noise(2, 3, 90, 70)
+    batch = editor(x[[0, 1, 0]], ["hat", "beard", "beard"], 7)
+    assert batch.shape == (3, 3, 90, 70) and batch.dtype == F32 and batch.abs().max() <= 1
+    single = editor(x[1:], ["beard"], 7)
+    torch.testing.assert_close(batch[1:2], single, atol=1e-3, rtol=0)
+    for other in (editor(x[1:], ["beard"], 8), batch[2], batch[2] - batch[0] + single):
+        assert (single - other).abs().max() > 1e-4
+    assert getattr(editor.pipeline, "safety_checker", None) is None
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is optimised is what the editor sees
+
+
+def seen(editor: Editor, x: torch.Tensor) -> SimpleNamespace:
+    """What an edit gives to its VAE's encoder and, of that, to its network."""
+    found, encode = SimpleNamespace(), editor.pipeline.vae.encode
+    network = getattr(editor.pipeline, "transformer", None) or editor.pipeline.unet
+
+    def encoding(image, *args, **kwargs):
+        found.image = image
+        return encode(image, *args, **kwargs)
+
+    def hook(module, args, kwargs):
+        found.given = kwargs.get("hidden_states", args[0] if args else None)
+
+    handle = network.register_forward_pre_hook(hook, with_kwargs=True)
+    editor.pipeline.vae.encode = encoding
+    try:
+        editor(x, ["hat"] * len(x), 0)
+    finally:
+        handle.remove()
+        del editor.pipeline.vae.encode
+    return found
+
+
+def packed(z: torch.Tensor) -> torch.Tensor:
+    """2x2 patches as tokens, (B, C, h, w) -> (B, h/2 w/2, 4C): what FLUX.1 and Qwen-Image read."""
+    b, c, h, w = z.shape
+    return z.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h * w // 4, 4 * c)
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+@pytest.mark.parametrize("size", [(150, 100), (90, 70)])
+def test_the_vae_sees_what_the_editor_sees(kind, size, directory, monkeypatch):
+    """Pixels, up to the 8 bits in which a token editor gets them, and the latents that its network gets."""
+    editor, x = load(kind, directory(kind), num_inference_steps=1), noise(1, 3, *size)
+    vae = load_vae(EDITORS[kind], str(directory(kind)), SIDE, CPU, F32)
+    found, is_token = seen(editor, x), kind in TOKENS
+    working = EDITORS[kind].to_working(x, SIDE)
+    pixels = found.image[:, :, 0] if found.image.ndim == 5 else found.image
+    torch.testing.assert_close(pixels, working, atol=0.501 / 127.5 if is_token else 1e-6, rtol=0)
+    monkeypatch.setattr(vae, "editor", SimpleNamespace(to_working=lambda images, _: images))
+    z = vae.encode(pixels).latent_dist.mean
+    if kind == "flux2-klein":  # its patches are channels already
+        expected = z.flatten(2).transpose(1, 2)
+    elif kind == "flux-kontext":
+        config = editor.pipeline.vae.config
+        expected = packed((z - config.shift_factor) * config.scaling_factor)
+    else:
+        expected = packed(z) if is_token else z
+    given = found.given[:, -expected.shape[1] :] if is_token else found.given[:1, -4:]
+    torch.testing.assert_close(given, expected, atol=1e-4, rtol=1e-4)
+    assert z.std() > 0.05
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_a_gradient_reaches_the_portrait(kind, directory):
+    """Through the resize: each pixel of a portrait of another size and shape has its say."""
+    vae = load_vae(EDITORS[kind], str(directory(kind)), SIDE, CPU, F32)
+    x = noise(1, 3, 150, 100).requires_grad_()
+    y = vae.decode(vae.encode(x).latent_dist.mean).sample
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert gradient.isfinite().all() and (gradient != 0).float().mean() > 0.9
+    assert y.shape[-2:] == EDITORS[kind].to_working(x, SIDE).shape[-2:]
+
+
+@pytest.mark.parametrize(
+    ("make", "kind", "adapter"),
+    [("tiny_flux2_vae", Flux2Klein, Flux2VAE), ("tiny_qwen_vae", QwenImageEdit, QwenImageVAE)],
+)
+def test_an_adapter_is_the_usual_vae(make, kind, adapter, tmp_path):
+    """Mean, log variance and decoder of a network's own, by its config's class, from its folder alone."""
+    import tiny_editors
+
+    network, x = getattr(tiny_editors, make)(), noise(2, 3, 64, 96)
+    network.save_pretrained(tmp_path / "vae")
+    vae = load_vae(kind, str(tmp_path), 96, CPU, F32)
+    assert type(vae) is adapter and type(vae.vae) is type(network)
+    vae.editor = Editor  # at the image's own size
+    video = x[:, :, None] if adapter is QwenImageVAE else x
+    own, given = network.encode(video).latent_dist, vae.encode(x).latent_dist
+    back = vae.decode(given.mean).sample
+    reference = network.decode(own.mean).sample
+    torch.testing.assert_close(back, reference[:, :, 0] if video.ndim == 5 else reference, atol=1e-4, rtol=0)
+    assert given.mean.numel() == own.mean.numel() and given.logvar.shape == given.mean.shape
+    narrower = (own.logvar.flatten(1).sum(1) - given.logvar.flatten(1).sum(1)) / 2  # as the mean is
+    expected = scale_of(network).log().sum() * given.mean[0, 0].numel()
+    torch.testing.assert_close(narrower, expected.expand(2), atol=0.01, rtol=1e-4)
+
+
+def scale_of(network: torch.nn.Module) -> torch.Tensor:
+    """By how much an adapter divides each channel."""
+    if hasattr(network, "bn"):
+        return (network.bn.running_var + network.bn.eps).sqrt()
+    return torch.tensor(network.config.latents_std)
+
+
+def test_a_vae_of_another_class_is_loaded_by_its_config(tmp_path):
+    """Whatever the editor's kind: somebody's checkpoint may have another."""
+    import tiny_editors
+
+    tiny_editors.tiny_qwen_vae().save_pretrained(tmp_path / "vae")
+    assert type(load_vae(FluxKontext, str(tmp_path), 64, CPU, F32)) is QwenImageVAE
+    tiny.tiny_vae().save_pretrained(tmp_path / "plain" / "vae")
+    assert type(load_vae(Flux2Klein, str(tmp_path / "plain"), 64, CPU, F32)) is WorkingVAE
+    config = tmp_path / "plain" / "vae" / "config.json"
+    config.write_text(config.read_text().replace("AutoencoderKL", "AutoencoderOfTomorrow"))
+    with pytest.raises(UserError, match="no class AutoencoderOfTomorrow in this version of diffusers"):
+        load_vae(Flux2Klein, str(tmp_path / "plain"), 32, CPU, F32)
+
+
+def test_qwens_vae_is_not_checkpointed(directory):
+    with pytest.raises(UserError, match="--checkpointing: AutoencoderKLQwenImage can't"):
+        load_vae(QwenImageEdit, str(directory("qwen-image-edit")), SIDE, CPU, F32, checkpointing=True)
+
+
+def test_sdxls_vae_is_float32_where_float16_would_overflow(directory):
+    """As the pipeline runs it."""
+    place = str(directory("sdxl-instruct-pix2pix"))
+    kind = EDITORS["sdxl-instruct-pix2pix"]
+    assert load_vae(kind, place, SIDE, CPU, torch.float16).vae.dtype == F32
+    assert load_vae(kind, place, SIDE, CPU, torch.bfloat16).vae.dtype == torch.bfloat16
+
+
+# ---------------------------------------------------------------------------------------------------------
+# sizes
+
+
+def test_kontexts_sizes_are_those_of_its_pipeline():
+    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
+
+    for width, height in PREFERRED_KONTEXT_RESOLUTIONS:
+        assert FluxKontext.working_size((2 * height, 2 * width), 1024) == (height, width)
+    assert FluxKontext.working_size((1350, 1080), 1024) == (1104, 944)  # 4:5, which is not among them
+    assert FluxKontext.working_size((1350, 1080), 512) == (544, 480)
+
+
+def test_qwens_sizes_are_those_of_its_pipeline():
+    from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus import calculate_dimensions
+
+    for height, width in ((300, 200), (1350, 1080), (4000, 6000), (512, 512)):
+        expected = calculate_dimensions(1024**2, width / height)[::-1]
+        assert QwenImageEdit.working_size((height, width), 1024) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [((512, 512),) * 2, ((1350, 1080), (1136, 912)), ((3000, 2000), (1248, 832)), ((99, 75), (96, 64))],
+)
+def test_kleins_sizes_are_never_larger_nor_over_the_area(size, expected):
+    assert Flux2Klein.working_size(size, 1024) == expected
+    assert expected[0] * expected[1] <= 1024**2
+
+
+@pytest.mark.parametrize("size", [(60, 200), (70, 700)])
+def test_klein_refuses_what_its_pipeline_refuses(size):
+    with pytest.raises(UserError, match="under 64 px, or over 8:1"):
+        Flux2Klein.working_size(size, 1024)
+    with pytest.raises(UserError, match="--resolution: over 1024"):
+        choose(edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein", "--resolution=1100"]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what each pipeline is given
+
+
+class Pipeline:
+    """Takes what a pipeline takes, and gives the image back."""
+
+    def __init__(self, **config) -> None:
+        self.calls, self.config = [], SimpleNamespace(**config)
+        self.tokenizer = self.tokenizer_2 = tiny.tiny_tokenizer()
+
+    def set_progress_bar_config(self, **how) -> None:
+        pass
+
+    def __call__(self, image, **given) -> SimpleNamespace:
+        self.calls.append(given)
+        if isinstance(image, Image.Image):
+            image = torch.from_numpy(np.array(image)).permute(2, 0, 1)[None] / 255
+        return SimpleNamespace(images=image)
+
+
+def size(height: int, width: int) -> dict[str, int]:
+    return {"height": height, "width": width}
+
+
+GIVEN = {
+    "sdxl-instruct-pix2pix": {"guidance_scale": 3.0, "image_guidance_scale": 1.5, **size(96, 64)},
+    "flux-kontext": {"guidance_scale": 3.0, "max_area": 8960, "_auto_resize": False, **size(112, 80)},
+    "flux2-klein": {"guidance_scale": 3.0, **size(96, 64)},
+    "qwen-image-edit": {"true_cfg_scale": 3.0, "negative_prompt": " ", **size(128, 64)},
+}
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_what_the_pipeline_is_given(kind, monkeypatch):
+    pipeline = Pipeline(is_distilled=False)
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
+    editor, x = load(kind, Path("me/ed"), guidance_scale=3.0), noise(2, 3, 96, 64)
+    assert editor(x, ["a", "b"], 5).shape == x.shape
+    for number, given in enumerate(pipeline.calls):
+        one = given.pop("generator"), given.pop("prompt")
+        seeds = [generator.initial_seed() for generator in (one[0] if isinstance(one[0], list) else one[:1])]
+        assert set(seeds) == {5} and one[1] == (["a", "b"] if kind not in TOKENS else "ab"[number])
+        assert given == {"output_type": "pt", "num_inference_steps": 2, **GIVEN[kind]}
+    assert len(pipeline.calls) == (2 if kind in TOKENS else 1)
+
+
+def test_without_guidance_qwen_needs_no_negative(monkeypatch):
+    pipeline = Pipeline()
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
+    load("qwen-image-edit", Path("me/ed"), guidance_scale=1.0)(noise(1, 3, 64, 64), ["a"], 0)
+    assert pipeline.calls[0]["negative_prompt"] is None
+
+
+@pytest.mark.parametrize("distilled", [True, False])
+def test_klein_says_that_guidance_is_ignored(distilled, monkeypatch, capsys):
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: Pipeline(is_distilled=distilled))
+    load("flux2-klein", Path("me/ed"), guidance_scale=1.0)
+    assert capsys.readouterr().err == ""
+    load("flux2-klein", Path("me/ed"), guidance_scale=2.0)
+    assert ("--guidance_scale is ignored" in capsys.readouterr().err) is distilled
+
+
+def test_an_instruction_is_cut_where_the_pipeline_cuts_it(monkeypatch, capsys):
+    """512 tokens of T5 for FLUX, though CLIP's tokenizer reads fewer."""
+    pipeline = Pipeline()
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
+    editor, x = load("flux-kontext", Path("me/ed")), noise(1, 3, 64, 64)
+    editor(x, ["h" * 500], 0)
+    assert capsys.readouterr().err == ""
+    editor(x, ["h" * 520], 0)
+    assert "the editor reads 512 tokens; the last 10 are cut" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("instruct-pix2pix", torch.float16), ("flux-kontext", torch.bfloat16)]
+)
+def test_sixteen_bits_are_those_of_the_editor(kind, dtype, monkeypatch):
+    monkeypatch.setattr("utils.pick_device", lambda _: torch.device("cuda"))
+    line = f"--input_path=a --prompt=x --model={kind}".split()
+    assert choose(edit.parse_args(line)).dtype == dtype
+    assert choose(edit.parse_args([*line, "--dtype=fp16"])).dtype == torch.float16
+
+
+# ---------------------------------------------------------------------------------------------------------
+# several at once
+
+
+def ensemble_flags(directory, tiny_models) -> list[str]:
+    """An editor of --model's kind, and one of another, which works at another size and in another shape."""
+    more = [f"--{name}={getattr(tiny_models, name)}" for name in ("recognizer", "judge")]
+    names = [str(tiny_models.editor), f"flux-kontext={directory('flux-kontext')}"]
+    return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae_ids", *names]
+
+
+@pytest.mark.parametrize("method", ["encoder", "facelock"])
+def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_models, monkeypatch):
+    """Each VAE sees the portrait as its own editor does, and the faces where they are in that form."""
+    monkeypatch.setattr("methods.FACE_FROM", 0)  # all terms from the first iteration on
+    monkeypatch.setattr("methods.PERCEPTUAL_FROM", -1)
+    flags = ensemble_flags(directory, tiny_models)
+    line = ["--input_path=a", f"--defend_method={method}", "--num_iters=1", "--resolution=96"]
+    both = Protector(defend.parse_args([*line, *flags]))
+    assert [one.kind for one in both.attacked] == ["instruct-pix2pix", "flux-kontext"]
+    x, boxes, values = noise(1, 3, 150, 100), [[(16, 24, 48, 72)]], []
+    both.protect(x, boxes, [0], lambda _, value: values.append(value))
+    kontext = FluxKontext.working_size((150, 100), 96)
+    carried = [[scale_box(boxes[0][0], (96, 64), kontext)]]
+    for kind, id_, box in (
+        ("instruct-pix2pix", tiny_models.editor, boxes),
+        ("flux-kontext", directory("flux-kontext"), carried),
+    ):
+        alone = [*line, *flags[: flags.index("--vae_ids")], f"--model={kind}", f"--model_id={id_}"]
+        Protector(defend.parse_args(alone)).protect(x, box, [0], lambda _, value: values.append(value))
+    torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
+
+
+def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_models):
+    flags = ensemble_flags(directory, tiny_models)
+    both = Protector(defend.parse_args(["--input_path=a", *flags])).settings()
+    names = [f"instruct-pix2pix={tiny_models.editor}, 128 px"]
+    assert both["vae_ids"] == [*names, f"flux-kontext={directory('flux-kontext')}, 128 px"]
+    plain = [*flags[: flags.index("--vae_ids")], f"--model_id={tiny_models.editor}"]
+    alone = Protector(defend.parse_args(["--input_path=a", *plain])).settings()
+    assert both == alone | {"vae_ids": both["vae_ids"]}
+    noise = Protector(defend.parse_args(["--input_path=a", "--defend_method=noise", *flags])).settings()
+    assert "vae_ids" not in noise
+
+
+def test_an_editor_is_named_by_kind_or_id_or_both():
+    args = edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein"])
+    found = [choose_editor(args, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
+    assert [(one.kind, one.model_id) for one in found] == [
+        ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
+        ("flux-kontext", "me/ed"),
+        ("flux2-klein", "me/ed"),
+        ("flux2-klein", "a=b/c"),
+    ]
+
+
+def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_models, tmp_path, capsys):
+    """Protected once, edited by two."""
+    tiny.write_portraits(tmp_path / "faces", n=2)
+    root, flags = tmp_path / "out", ensemble_flags(directory, tiny_models)
+    cut = flags.index("--vae_ids")
+    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods", "encoder", *flags[:cut]]
+    line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]
+    line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models", *flags[cut + 1 :]]
+    assert experiment.main(line) == 0
+    table = pd.read_csv(root / "transfer.csv")
+    assert list(table["method"]) == ["clean", "encoder/budget_0.03"]
+    assert list(table["attacked"]) == ["none", "instruct-pix2pix-editor"]
+    other = root / "editors" / "flux-kontext-flux-kontext"
+    columns = {"edited by instruct-pix2pix-editor": root, "edited by flux-kontext-flux-kontext": other}
+    assert list(table.columns[2:]) == list(columns)
+    for column, place in columns.items():
+        own = pd.read_csv(place / "all_metric.csv")["facial_judge"]
+        np.testing.assert_allclose(table[column], own, atol=1e-5)
+    assert not (other / "protected").exists()
+    assert "edited by flux-kontext" in (root / "transfer.md").read_text()
+    capsys.readouterr()
+    assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
+    assert "--edit_models: one of them twice" in capsys.readouterr().err

@@ -1,0 +1,129 @@
+"""transforms.py: JPEG and rotation against Pillow, draws of each image's own, gradients, and the two maps."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+import transforms
+from images import to_tensor, to_uint8
+
+NAMES = ["resize", "shift", "mirror", "rotate", "crop", "light", "blur", "jpeg"]
+
+
+def generators(*seeds: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def apply(text: str, images: torch.Tensor, *seeds: int) -> torch.Tensor:
+    (chain,) = transforms.chains(text)
+    return chain(images, generators(*seeds))
+
+
+@pytest.fixture
+def image() -> torch.Tensor:
+    return to_tensor(tiny.portrait((48, 67), seed=1)).double()
+
+
+@pytest.mark.parametrize("name", [*NAMES, "none", "resize+light", "mirror+jpeg"])
+def test_a_transform_keeps_shape_range_and_gradient(name, image):
+    image.requires_grad_(True)
+    out = apply(name, image, 3)
+    assert out.shape == image.shape and out.dtype == image.dtype and out.abs().max() <= 1 + 1e-9
+    (gradient,) = torch.autograd.grad((out * tiny.noise(*out.shape)).sum(), image)
+    assert gradient.isfinite().all() and (gradient != 0).double().mean() > 0.5
+
+
+@pytest.mark.parametrize("name", [*NAMES, "resize+mirror+jpeg"])
+def test_an_image_gets_the_same_alone(name, image):
+    batch = torch.cat([0.5 * image, image, -image])
+    together = apply(name, batch, 1, 2, 3)
+    for i, seed in enumerate((1, 2, 3)):
+        torch.testing.assert_close(apply(name, batch[i : i + 1], seed)[0], together[i], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_draw_is_another(name, image):
+    results = [apply(name, image, seed) for seed in range(12)]
+    assert sum(not torch.equal(results[0], other) for other in results[1:]) >= 3
+
+
+def test_chains_take_turns():
+    ways = transforms.chains("none,light", 3)
+    image = torch.full((1, 3, 4, 4), 0.2)
+    same = [torch.equal(way(image, generators(1)), image) for way in ways]
+    assert same == [True, False, True]
+    with pytest.raises(ValueError, match="'sharpen' is none of none, resize"):
+        transforms.chains("resize+sharpen")
+
+
+def test_geometry_goes_where_it_says(image):
+    """A pixel's centre, through the affine map, in Pillow's and one's own words."""
+    one = image.new_ones(1)
+    moved = transforms._warp(image, one, one * 2 * 5 / 67, one * 2 * -4 / 48)  # 5 px right, 4 px up
+    torch.testing.assert_close(moved[..., :-4, 5:], image[..., 4:, :-5], rtol=0, atol=1e-9)
+    assert moved[..., -4:, :].abs().max() < 1e-9 and moved[..., :5].abs().max() < 1e-9
+    half = transforms._warp(image, 0.5 * one, 0 * one, 0 * one)
+    assert (half[..., :11, :] == 0).all() and (half[..., :16] == 0).all() and half[..., 14:34, 20:47].any()
+    turned = transforms._warp(image, one, 0 * one, 0 * one, one * np.pi / 6)
+    pillow = Image.fromarray(to_uint8(image)[0]).rotate(-30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
+    inside = np.s_[16:32, 20:47]
+    apart = np.abs(to_uint8(turned)[0].astype(int) - np.array(pillow))[inside]
+    assert apart.max() <= 3
+
+
+@pytest.mark.parametrize("quality", [30, 50, 75, 95])
+@pytest.mark.parametrize("size", [(48, 64), (50, 67)])
+def test_jpeg_is_pillows(quality, size):
+    pixels = tiny.portrait(size, seed=2)
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
+    pillow = np.array(Image.open(buffer)).astype(int)
+    ours = to_uint8(transforms.compress(to_tensor(pixels).double(), torch.tensor([quality]).double()))[0]
+    assert np.abs(ours - pillow).mean() < min(1.2, 0.4 * np.abs(pixels.astype(int) - pillow).mean())
+
+
+def test_ycc_and_dct_have_inverses(image):
+    image = image[..., :48, :64]
+    torch.testing.assert_close(transforms.from_ycc(transforms.to_ycc(image)), image, rtol=0, atol=1e-12)
+    planes = transforms.dct(image)
+    torch.testing.assert_close(planes.norm(), image.norm())
+    assert planes[0, 0, 8, 16] == pytest.approx(8 * image[0, 0, 8:16, 16:24].mean().item())
+    torch.testing.assert_close(transforms.dct(planes, inverse=True), image, rtol=0, atol=1e-12)
+
+
+def test_in_coefficients_moves_by_steps_of_the_table(image):
+    moved = transforms.in_coefficients(image, 95)
+    torch.testing.assert_close(moved(torch.zeros_like(image)), image, rtol=0, atol=1e-12)
+    v = 2 * torch.rand(image.shape, dtype=image.dtype) - 1
+    whole = np.s_[..., :48, :64]
+    before, after = (transforms.dct(transforms.to_ycc(x[whole])) for x in (image, moved(v)))
+    tables = np.array(transforms.TABLES)[[0, 1, 1]].reshape(3, 8, 8)
+    steps = np.floor((tables * 10 + 50) / 100).clip(1)  # quality 95 is 10 % of the table
+    expected = v[whole] * torch.from_numpy(steps).repeat(1, 6, 8)
+    torch.testing.assert_close(after - before, expected, rtol=0, atol=1e-9)
+
+
+def test_keeping_spectrum_takes_the_narrowest_blur_that_hides_the_noise(image):
+    """In an image of noise, the first; in an even one, none would do, and the widest is taken."""
+    rough, even = tiny.noise(1, 3, 48, 67, seed=5).double(), 0 * image
+    x = torch.cat([rough, even])
+    noise = 1e-3 * tiny.noise(2, 3, 48, 67).double()
+    blurred = transforms.keeping_spectrum(x, noise)(noise)
+    for i, sigma in enumerate((transforms.SIGMAS[0], transforms.SIGMAS[-1])):
+        side = 2 * round(3 * sigma) + 1
+        torch.testing.assert_close(blurred[i], transforms.blur(noise[i : i + 1], side, sigma)[0])
+    assert blurred.abs().max() <= 1e-3
+    change = transforms.radial_spectrum(rough[0] + blurred[0]) - transforms.radial_spectrum(rough[0])
+    assert change.abs().max() <= transforms.SPECTRUM_CHANGE
+
+
+def test_the_radial_spectrum_of_a_wave_is_one_ring():
+    wave = torch.cos(2 * torch.pi * 5 * torch.arange(64) / 64).expand(3, 64, 64).double()
+    spectrum = transforms.radial_spectrum(2 * wave - 1)  # the constant is 0
+    assert spectrum.argmax() == 5 and (spectrum > 0).sum() == 1

@@ -1,0 +1,255 @@
+"""Tiny random editors beyond the first two, each complete in the layout that `from_pretrained` reads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLFlux2,
+    AutoencoderKLQwenImage,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
+    FluxKontextPipeline,
+    FluxTransformer2DModel,
+    QwenImageEditPlusPipeline,
+    QwenImageTransformer2DModel,
+    StableDiffusionXLInstructPix2PixPipeline,
+    UNet2DConditionModel,
+)
+from tiny import SCHEDULE, TOKENS, WIDTH, tiny_tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLProcessor,
+    Qwen2VLVideoProcessor,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
+
+DEEP = 27  # layers of the text encoder of FLUX.2, whose pipeline reads the 27th's states
+LEVELS = {
+    "block_out_channels": (WIDTH,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+
+
+def _frozen(network: torch.nn.Module) -> torch.nn.Module:
+    return network.eval().requires_grad_(False)
+
+
+def _text_config() -> CLIPTextConfig:
+    tokenizer = tiny_tokenizer()
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=TOKENS,
+        projection_dim=WIDTH,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
+def _bytes_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen2Tokenizer that spells: a token a byte, and those that its templates name."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
+    vocab = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:])
+    turn = "<|im_start|>{{ message.content }}<|im_end|>"
+    tokenizer.chat_template = f"{{% for message in messages %}}{turn}{{% endfor %}}"
+    return tokenizer
+
+
+def write_sdxl(directory: Path) -> Path:
+    """Writes a StableDiffusionXLInstructPix2PixPipeline."""
+    torch.manual_seed(0)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        in_channels=8,
+        out_channels=4,
+        block_out_channels=(WIDTH, WIDTH),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        attention_head_dim=2,
+        norm_num_groups=4,
+        cross_attention_dim=2 * WIDTH,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=WIDTH,
+        projection_class_embeddings_input_dim=7 * WIDTH,  # six numbers and the pooled text
+    )
+    StableDiffusionXLInstructPix2PixPipeline(
+        vae=AutoencoderKL(**LEVELS, latent_channels=4, scaling_factor=0.13025),
+        text_encoder=CLIPTextModel(_text_config()),
+        text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=tiny_tokenizer(),
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**SCHEDULE),
+        add_watermarker=False,
+    ).save_pretrained(directory)
+    return directory
+
+
+def write_kontext(directory: Path) -> Path:
+    """Writes a FluxKontextPipeline."""
+    torch.manual_seed(0)
+    letters = [(chr(code), -1.0) for code in range(ord("!"), ord("~") + 1)]
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    t5 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
+    FluxKontextPipeline(
+        vae=AutoencoderKL(
+            **LEVELS,
+            latent_channels=16,
+            shift_factor=0.1159,
+            scaling_factor=0.3611,
+            use_quant_conv=False,
+            use_post_quant_conv=False,
+        ),
+        text_encoder=CLIPTextModel(_text_config()),
+        text_encoder_2=T5EncoderModel(
+            T5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
+        ),
+        tokenizer=tiny_tokenizer(),
+        tokenizer_2=t5,
+        transformer=FluxTransformer2DModel(
+            in_channels=64,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=WIDTH,
+            pooled_projection_dim=WIDTH,
+            axes_dims_rope=(2, 2, 4),
+            guidance_embeds=True,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ).save_pretrained(directory)
+    return directory
+
+
+def tiny_flux2_vae() -> AutoencoderKLFlux2:
+    """Makes a VAE of 32 latent channels whose batch norm has seen something."""
+    torch.manual_seed(0)
+    vae = AutoencoderKLFlux2(**LEVELS)
+    vae.bn.running_mean.uniform_(-0.5, 0.5)
+    vae.bn.running_var.uniform_(0.2, 2)
+    return _frozen(vae)
+
+
+def write_klein(directory: Path, is_distilled: bool = True) -> Path:
+    """Writes a Flux2KleinPipeline."""
+    vae, tokenizer = tiny_flux2_vae(), _bytes_tokenizer()
+    Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(
+            Qwen3Config(
+                vocab_size=len(tokenizer),
+                hidden_size=WIDTH,
+                intermediate_size=WIDTH,
+                num_hidden_layers=DEEP,
+                num_attention_heads=2,
+                num_key_value_heads=1,
+                head_dim=4,
+            )
+        ),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=128,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=3 * WIDTH,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(2, 2, 2, 2),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        is_distilled=is_distilled,
+    ).save_pretrained(directory)
+    return directory
+
+
+def tiny_qwen_vae() -> AutoencoderKLQwenImage:
+    """Makes a VAE of 16 latent channels with Qwen-Image's statistics."""
+    torch.manual_seed(0)
+    return _frozen(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1))
+
+
+def write_qwen(directory: Path) -> Path:
+    """Writes a QwenImageEditPlusPipeline."""
+    vae, tokenizer = tiny_qwen_vae(), _bytes_tokenizer()
+    numbers = {
+        f"{name}_token_id": tokenizer.convert_tokens_to_ids(f"<|{token}|>")
+        for name, token in (
+            ("image", "image_pad"),
+            ("video", "video_pad"),
+            ("vision_start", "vision_start"),
+            ("vision_end", "vision_end"),
+        )
+    }
+    config = Qwen2_5_VLConfig(
+        text_config={
+            "vocab_size": len(tokenizer),
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 1,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]},
+        },
+        vision_config={
+            "depth": 1,
+            "hidden_size": 16,
+            "intermediate_size": 16,
+            "num_heads": 2,
+            "out_hidden_size": 16,
+            "fullatt_block_indexes": [0],
+        },
+        **numbers,
+    )
+    sizes = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
+    QwenImageEditPlusPipeline(
+        vae=vae,
+        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        tokenizer=tokenizer,
+        processor=Qwen2VLProcessor(
+            image_processor=Qwen2VLImageProcessor(**sizes),
+            tokenizer=tokenizer,
+            video_processor=Qwen2VLVideoProcessor(),
+        ),
+        transformer=QwenImageTransformer2DModel(
+            in_channels=64,
+            out_channels=16,
+            num_layers=1,
+            attention_head_dim=8,
+            num_attention_heads=2,
+            joint_attention_dim=16,
+            axes_dims_rope=(2, 2, 4),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+    ).save_pretrained(directory)
+    return directory

@@ -1,0 +1,272 @@
+"""Random, differentiable transforms of images, for `methods.eot`; the parts of JPEG; a blur.
+
+Every image is (B, 3, H, W) RGB in [-1, 1], and comes back in that shape. What is random is drawn by one CPU
+generator an image, so that neither the batch nor the device has a say.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
+    import torch
+    from torch import Tensor
+
+Transform = Callable[["Tensor", "Sequence[torch.Generator]"], "Tensor"]
+
+
+def chains(text: str, samples: int = 1) -> list[Transform]:
+    """Reads `resize+light,jpeg`: transforms one after the other (+), chains of which take turns (,).
+
+    samples: how many chains. Raises ValueError for an unknown name.
+    """
+    known = {
+        "none": lambda images, generators: images,
+        "resize": resize, "shift": shift, "mirror": mirror, "rotate": rotate, "crop": crop,
+        "light": light, "blur": soften, "jpeg": jpeg,
+    }  # fmt: skip
+    if unknown := [name for name in text.replace("+", ",").split(",") if name not in known]:
+        raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
+
+    def chain(names: Sequence[str]) -> Transform:
+        def apply(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+            for name in names:
+                images = known[name](images, generators)
+            return images
+
+        return apply
+
+    ways = [chain(part.split("+")) for part in text.split(",")]
+    return [ways[place % len(ways)] for place in range(samples)]
+
+
+def uniform(generators: Sequence[torch.Generator], low: float, high: float, like: Tensor) -> Tensor:
+    """Draws a number for each image, in float32 -> (B,) of the dtype of `like`."""
+    import torch
+
+    draws = torch.stack([torch.rand((), generator=generator) for generator in generators])
+    return low + (high - low) * draws.to(like)
+
+
+def normal(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+    """Draws normal noise like `like` (B, ...), in float32 whatever its dtype."""
+    import torch
+
+    return torch.stack([torch.randn(like.shape[1:], generator=each) for each in generators]).to(like)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# geometry: what is outside the image becomes grey
+
+
+def resize(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Shrinks to 80 to 100 % of the sides and pads, at a random place (DIM, Xie et al. 2019)."""
+    scale = uniform(generators, 0.8, 1, images)
+    right, down = ((1 - scale) * uniform(generators, -1, 1, images) for _ in range(2))
+    return _warp(images, scale, right, down)
+
+
+def shift(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Moves by up to 5 % of the sides."""
+    right, down = (uniform(generators, -0.1, 0.1, images) for _ in range(2))  # a side is 2 long
+    return _warp(images, 1 + 0 * right, right, down)
+
+
+def mirror(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Mirrors left and right, half of the time."""
+    import torch
+
+    mirrored = uniform(generators, 0, 1, images).view(-1, 1, 1, 1) < 0.5
+    return torch.where(mirrored, images.flip(-1), images)
+
+
+def rotate(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Rotates by up to 10 degrees."""
+    angle = uniform(generators, -0.1745, 0.1745, images)
+    return _warp(images, 1 + 0 * angle, 0 * angle, 0 * angle, angle)
+
+
+def crop(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Brings the middle 80 to 100 % of the sides back up to the whole size."""
+    scale = 1 / uniform(generators, 0.8, 1, images)
+    return _warp(images, scale, 0 * scale, 0 * scale)
+
+
+def _warp(images: Tensor, scale: Tensor, right: Tensor, down: Tensor, angle: Tensor | None = None) -> Tensor:
+    """Scales, rotates about the middle and moves; all (B,), right and down in half sides. Bilinear."""
+    import torch
+    import torch.nn.functional as F
+
+    angle, aspect = 0 * scale if angle is None else angle, images.shape[-1] / images.shape[-2]
+    cos, sin = angle.cos() / scale, angle.sin() / scale
+    rows = [cos, sin / aspect, -(cos * right + sin / aspect * down)]  # where an output pixel comes from
+    rows += [-sin * aspect, cos, sin * aspect * right - cos * down]
+    grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid, align_corners=False)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# light, blur, JPEG
+
+
+def light(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Changes contrast by up to 20 % and brightness by up to 10 % of the range."""
+    contrast, brightness = (uniform(generators, -0.2, 0.2, images).view(-1, 1, 1, 1) for _ in range(2))
+    return ((1 + contrast) * images + brightness).clamp(-1, 1)
+
+
+def soften(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Blurs by a 5x5 Gaussian of a sigma from 0.5 to 1.5 px."""
+    import torch
+
+    sigmas = uniform(generators, 0.5, 1.5, images).tolist()
+    return torch.cat([blur(image[None], 5, sigma) for image, sigma in zip(images, sigmas, strict=True)])
+
+
+def blur(images: Tensor, side: int, sigma: float) -> Tensor:
+    """Blurs by a Gaussian of a kernel's side and a sigma in px, reflecting at the borders, by torchvision."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    return gaussian_blur(images, [side, side], [sigma, sigma])
+
+
+def jpeg(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Compresses with a whole quality from 50 to 95, as Pillow does; see `compress`."""
+    return compress(images, uniform(generators, 50, 95, images).round())
+
+
+def compress(images: Tensor, quality: Tensor) -> Tensor:
+    """Gives what JPEG of a quality (B,) keeps, colours at half the resolution; gradients pass rounding."""
+    import torch
+    import torch.nn.functional as F
+
+    def coded(planes: Tensor, tables: Tensor) -> Tensor:
+        tables = tables.repeat(1, 1, planes.shape[-2] // 8, planes.shape[-1] // 8)
+        levels = dct(planes) / tables
+        return dct((levels + (levels.round() - levels).detach()) * tables, inverse=True)
+
+    height, width = images.shape[-2:]
+    planes = to_ycc(F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate"))
+    tables = quantisation(quality)
+    light, colour = coded(planes[:, :1], tables[:, :1]), coded(F.avg_pool2d(planes[:, 1:], 2), tables[:, 1:2])
+    colour = F.interpolate(colour, scale_factor=2, mode="bilinear", align_corners=False)
+    return from_ycc(torch.cat([light, colour], dim=1))[..., :height, :width].clamp(-1, 1)
+
+
+# Of ITU-T T.81, annex K: luminance and chrominance
+TABLES = (
+    (
+        16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
+        14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
+        18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
+        49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
+    ),
+    (
+        17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
+        24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
+        *[99] * 32,
+    ),
+)  # fmt: skip
+# Of JFIF: Y, Cb and Cr of red, green and blue, around 0
+TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+
+
+def quantisation(quality: Tensor) -> Tensor:
+    """Makes JPEG's tables of qualities (B,) as libjpeg does -> (B, 3, 8, 8), for Y, Cb and Cr."""
+    import torch
+
+    quality = quality.view(-1, 1, 1, 1)
+    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor()
+    tables = torch.tensor([TABLES[0], TABLES[1], TABLES[1]], dtype=quality.dtype, device=quality.device)
+    return ((tables.view(1, 3, 8, 8) * percent + 50) / 100).floor().clamp(1, 255)
+
+
+def to_ycc(images: Tensor) -> Tensor:
+    """RGB in [-1, 1] -> Y, Cb and Cr in 8-bit levels around 0, which JPEG transforms."""
+    import torch
+
+    return 127.5 * torch.einsum("cd,bdhw->bchw", images.new_tensor(TO_YCC), images) - images.new_tensor(
+        [0.5, 0, 0]
+    ).view(1, 3, 1, 1)
+
+
+def from_ycc(planes: Tensor) -> Tensor:
+    """Undoes `to_ycc`."""
+    import torch
+
+    planes = planes + planes.new_tensor([0.5, 0, 0]).view(1, 3, 1, 1)
+    return torch.einsum("cd,bdhw->bchw", torch.linalg.inv(planes.new_tensor(TO_YCC)), planes) / 127.5
+
+
+def dct(planes: Tensor, inverse: bool = False) -> Tensor:
+    """Transforms each 8x8 block by the orthonormal DCT-II, or back: (B, C, H, W), H and W multiples of 8."""
+    import math
+
+    import torch
+
+    n = torch.arange(8, dtype=planes.dtype, device=planes.device)
+    basis = (math.pi / 8 * (n + 0.5) * n[:, None]).cos() / 2  # (frequency, place)
+    basis[0] /= 2**0.5
+    basis = basis.T if inverse else basis
+    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))  # (B, C, h, 8, w, 8)
+    return torch.einsum("ui,bchiwj,vj->bchuwv", basis, blocks, basis).flatten(4, 5).flatten(2, 3)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# where a perturbation may live instead of in pixels
+
+
+def in_coefficients(x: Tensor, quality: int) -> Callable[[Tensor], Tensor]:
+    """Makes v -> x with each DCT coefficient of Y, Cb and Cr moved by v of JPEG's steps at a quality.
+
+    v is like x, so that of blocks that go beyond it some coefficients stay. Colours keep their resolution,
+    and x is not rounded to whole steps: v = 0 gives x.
+    """
+    import torch.nn.functional as F
+
+    height, width = x.shape[-2:]
+    beyond = (0, -width % 8, 0, -height % 8)
+    planes = dct(to_ycc(F.pad(x, beyond, mode="replicate")))
+    steps = quantisation(x.new_full((1,), quality))
+    steps = steps.repeat(1, 1, planes.shape[-2] // 8, planes.shape[-1] // 8)
+    return lambda v: from_ycc(dct(planes + F.pad(v, beyond) * steps, inverse=True))[..., :height, :width]
+
+
+SIGMAS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # px
+SPECTRUM_CHANGE = 0.01  # the most, of log10 of the power in a ring, as in BlurGuard's code
+
+
+def keeping_spectrum(x: Tensor, noise: Tensor) -> Callable[[Tensor], Tensor]:
+    """Makes the blur of a perturbation after which noise leaves x's spectrum as it is, an image's own sigma.
+
+    The smallest of SIGMAS at which no ring of the spectrum changes by more than SPECTRUM_CHANGE; else the
+    largest. A convex mean of `noise`'s neighbours: what was within a budget stays within it.
+    """
+    import torch
+
+    def blurred(image: Tensor, sigma: float) -> Tensor:
+        side = min(2 * round(3 * sigma) + 1, 2 * ((min(image.shape[-2:]) - 1) // 2) + 1)
+        return blur(image[None], side, sigma)[0]
+
+    def sigma_of(image: Tensor, perturbation: Tensor) -> float:
+        clean = radial_spectrum(image)
+        for sigma in SIGMAS:
+            change = radial_spectrum(image + blurred(perturbation, sigma)) - clean
+            if change.abs().max() <= SPECTRUM_CHANGE:
+                return sigma
+        return SIGMAS[-1]
+
+    sigmas = [sigma_of(*pair) for pair in zip(x, noise, strict=True)]
+    return lambda v: torch.stack([blurred(image, sigma) for image, sigma in zip(v, sigmas, strict=True)])
+
+
+def radial_spectrum(image: Tensor) -> Tensor:
+    """log10 of the power of an image (3, H, W) in rings of whole cycles around frequency 0 -> (rings,)"""
+    import torch
+
+    power = torch.fft.fft2(image / 2 + 0.5).abs().square().sum(dim=0)  # (H, W)
+    down, right = (torch.fft.fftfreq(side, 1 / side, device=image.device) for side in power.shape)
+    ring = (down[:, None] ** 2 + right**2).sqrt().round().long()
+    sums = power.new_zeros(int(ring.max()) + 1).index_add(0, ring.flatten(), power.flatten())
+    return (sums + 1e-8).log10()
