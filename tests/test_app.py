@@ -82,6 +82,7 @@ def visit(defend_flags, tmp_path):
     assert not visit.folder.exists() and not studio.visits
 
 
+@pytest.mark.slow
 def test_of_several_faces_those_chosen_are_protected_and_compared(visit, tmp_path):
     studio, visit = visit
     portraits = [ROOT / "assets" / "portraits" / name for name in ("astronaut.png", "grace_hopper.jpg")]
@@ -102,6 +103,7 @@ def test_of_several_faces_those_chosen_are_protected_and_compared(visit, tmp_pat
     assert np.allclose([*same.values["recognizer"], *same.values["judge"]], 1, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_without_a_face_the_message_is_the_scripts_and_a_box_helps(visit, tmp_path):
     studio, visit = visit
     with pytest.raises(UserError, match="choose a portrait first"):
@@ -269,6 +271,7 @@ def test_cancel_stops_the_loop_and_leaves_nothing(open_page):
     page.get_by_text(SAVED).wait_for()
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_a_bad_file_is_a_sentence(open_page, tmp_path):
     page = open_page()

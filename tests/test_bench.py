@@ -74,6 +74,7 @@ def test_memory_is_read_before_operations_are_counted(monkeypatch, job):
     assert order[:3] == ["peak", "peak", "count"] and order.count("peak") == 2
 
 
+@pytest.mark.slow
 def test_operations_of_an_edit_are_those_of_all_its_steps():
     args = flags("--repeats=2")
     row = bench.run_job("edit", args)
@@ -107,6 +108,7 @@ def test_input_side_is_width_by_height():
     assert bench.parse_args(["--input_side=60x40"]).input_side == (40, 60)
 
 
+@pytest.mark.slow
 def test_memory_is_the_peak_above_the_imports():
     """Whatever the process took that started this one."""
     code = """
@@ -123,6 +125,7 @@ def test_a_row_runs_in_a_process_of_its_own():
     assert bench.in_a_process(os.getpid) != os.getpid()
 
 
+@pytest.mark.slow
 def test_random_weights_are_what_the_scripts_load(tmp_path, here, monkeypatch, capsys):
     """Of tiny sizes, but for the recogniser's, which has one size."""
     heads = {"num_attention_heads": 2, "num_hidden_layers": 1}

@@ -101,6 +101,7 @@ def test_checkpointing_changes_memory_and_no_number(tiny_models, fresh_loaders):
 SIZES = [(64, 64), (56, 64), (64, 48)]
 
 
+@pytest.mark.slow
 def test_a_compiled_vae_takes_any_number_of_sizes(tiny_models, monkeypatch, fresh_loaders):
     """With the tracer alone, without a code generator. Each has its graph, beyond torch's limit, here two."""
     graphs = []

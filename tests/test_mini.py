@@ -509,7 +509,7 @@ def test_the_editor_edits(work):
 @pytest.mark.parametrize("name", ["recognizer", "judge"])
 def test_recognisers_tell_people_apart(work, name):
     recognizer = load_recognizer(getattr(world.mini_set(), name), *CPU)
-    found = train_recognizer.evaluate(recognizer, PEOPLE, print)
+    found = train_recognizer.evaluate(recognizer, PEOPLE[:4], print)
     assert found["eer_plain"] < 0.1 and found["cosine_different"] < 0.25 < found["cosine_same"]
     assert found["fr_edit"] > 0.6
 
