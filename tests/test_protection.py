@@ -336,6 +336,7 @@ def test_what_has_no_output_is_not_saved(tmp_path, protector):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face0.png", "face1.png", "out.png"]
 
 
+@pytest.mark.slow
 def test_compile_gives_what_the_networks_give(protector, monkeypatch, fresh_loaders):
     """All four, by the tracer without a code generator; test_editors has sizes and a code generator."""
     graphs = []
