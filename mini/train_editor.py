@@ -1,7 +1,7 @@
 """Trains the mini editor (UNet and text encoder of an InstructPix2Pix pipeline) -> assets/mini/editor
 
-Needs assets/mini/editor/vae (mini/train_vae.py). About 10 minutes for the latents, made once, and an hour
-and a half of training on two CPU cores; a killed run goes on from its last checkpoint when started again:
+Needs assets/mini/editor/vae (mini/train_vae.py). Latents are made once; a step takes about .6 s on two CPU
+cores; a killed run goes on from its last checkpoint when started again:
     python mini/train_editor.py
 
 Export and measure what an unfinished training has reached:
@@ -47,7 +47,7 @@ from models import editors
 from utils import edit_prompts, pick_device, positive_int
 
 NAME = "editor"
-LATENT = (CHANNELS, 16, 16)  # height and width of a 128x128 portrait's latent
+LATENT = (CHANNELS, 16, 16)  # of a 128x128 portrait
 WIDTH = 128  # of the text embedding
 DROPOUT = 0.05  # each: the instruction alone, the image alone, both (Brooks et al. 2023, section 3.2.1)
 MASK_LEVEL = 8  # of 255: where the generator's edit differs by more is the edit's mask

@@ -4,10 +4,7 @@
     python mini/train_recognizer.py --judge        # -> assets/mini/judge, a transformers ConvNextModel
     python mini/train_recognizer.py --export_only  # the last checkpoint, exported and evaluated again
 
-What made the bundled files: the models before them, which had seen whole pictures of another generator,
-trained further on crops
-    python mini/train_recognizer.py --start_from=OLD/recognizer --steps=2500
-    python mini/train_recognizer.py --judge --start_from=OLD/judge --images=6 --steps=3600
+The commands that made the bundled files are in assets/mini/README.md.
 
 The embedding of a 64x64 crop in [-1, 1] is the model's `pooler_output`, flattened and L2-normalised.
 Trained with CosFace (Wang et al. 2018, arXiv 1801.09414) on MTCNN's crops (crops.py): identity is what stays

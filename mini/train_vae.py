@@ -1,8 +1,8 @@
 """Trains the mini editor's autoencoder (diffusers' AutoencoderKL, f=8, 5 channels) -> assets/mini/editor/vae
 
 In two steps; a killed one goes on from its last checkpoint when started again:
-    python mini/train_vae.py --out=mini/checkpoints/plain    # half an hour on one core
-    python mini/train_vae.py --calibrate --start_from=mini/checkpoints/plain    # half an hour more
+    python mini/train_vae.py --out=mini/checkpoints/plain
+    python mini/train_vae.py --calibrate --start_from=mini/checkpoints/plain --steps=900 --batch=12 --lr=6e-4
 
 The second makes it react to protective perturbations as Stable Diffusion's does. A VAE of this size, trained
 on these pictures alone, passes them on as they are; so every step follows an attack for a few signed-gradient

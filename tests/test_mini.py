@@ -462,6 +462,50 @@ def test_edits_are_compared_with_the_generators(work):
     assert right.sheet(1).shape == (2 * 128 + 4, 4 * 128, 3)
 
 
+def test_faces_are_measured_against_a_gallery(work, monkeypatch):
+    """Two people's own pictures, then each other's: who is taken for whom is known."""
+    monkeypatch.setattr(check, "PEOPLE_OF_RECOGNISERS", 3)
+    own = np.stack([pixels(person) for person in PEOPLE[:2]]).astype(np.uint8)[:, None]  # (2, 1, H, W, 3)
+    loaded = check.Models()
+    same, swapped = loaded.faces(PEOPLE, own), loaded.faces(PEOPLE, own[::-1])
+    for name in check.RECOGNISERS:
+        assert same[name]["similarity"] == pytest.approx(1, abs=1e-3)
+        assert same[name]["by_prompt"] == pytest.approx([1], abs=1e-3)
+        assert (same[name]["recognised"], same[name]["identified"]) == (1, 1)
+        assert (swapped[name]["recognised"], swapped[name]["identified"]) == (0, 0)
+    assert len(loaded.views[PEOPLE].stems) == 3
+
+
+def test_rows_of_the_defenses_say_what_they_measure(work, monkeypatch, capsys):
+    """An editor that leaves the picture: gain, distances and what a purifier takes back can be foretold."""
+    people = PEOPLE[:1]
+    monkeypatch.setattr(check, "PEOPLE", 1)
+    monkeypatch.setattr(check, "PROMPTS", (0,))
+    monkeypatch.setattr(train_editor, "apply", lambda editor, pictures, prompts, seed: pictures[:, None])
+    monkeypatch.setattr(
+        train_vae, "reconstruct", lambda vae, pictures, device: 128 + (pictures.astype(int) - 128) // 4
+    )
+    source = pixels(people[0]).astype(np.uint8)[None]
+    moved = np.clip(source.astype(int) + 8 * (np.indices((128, 128)).sum(0) % 2)[None, ..., None], 0, 255)
+    monkeypatch.setattr(check, "protect", lambda *_: (moved.astype(np.uint8), [20.0]))
+    fr = {"similarity": 0.5, "recognised": 0.5, "identified": 0.5}
+    loaded = argparse.Namespace(
+        editor=argparse.Namespace(pipeline=argparse.Namespace(vae=None)),
+        recognizers=check.Models().recognizers,
+        faces=lambda people, edits: dict.fromkeys(check.RECOGNISERS, fr),
+    )
+    table = check.Table()
+    check.check_defenses(table, people, loaded, source[:, None])
+    rows = {line.split("|")[1].strip(): line for line in capsys.readouterr().out.splitlines()}
+    gains = [line for what, line in rows.items() if "the VAE's gain" in what]
+    assert len(gains) == 4 and ["**missed**" in line for line in gains] == [False, True, False, False]
+    assert "33.1 - 45." in gains[0] and "= -12." in gains[0]  # a quarter of the change is 12 dB less
+    assert "**missed**" in rows["one facelock protection, 100 iterations"]
+    taken = rows["share of facelock's effect on the edits' PSNR that jpeg:75+resize:0.5 takes back"]
+    assert "33.1 ->" in taken
+    assert table.missed >= 4
+
+
 def test_a_missed_target_is_counted(capsys):
     table = check.Table()
     table.row("a", "1", ">= 2", False)
