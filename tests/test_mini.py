@@ -473,6 +473,7 @@ def test_faces_are_measured_against_a_gallery(work, monkeypatch):
         assert same[name]["by_prompt"] == pytest.approx([1], abs=1e-3)
         assert (same[name]["recognised"], same[name]["identified"]) == (1, 1)
         assert (swapped[name]["recognised"], swapped[name]["identified"]) == (0, 0)
+    assert swapped["judge"]["similarity"] != swapped["recognizer"]["similarity"]
     assert len(loaded.views[PEOPLE].stems) == 3
 
 
