@@ -21,7 +21,7 @@ import train_editor
 import train_recognizer
 import train_vae
 import world
-from drawing import texture
+from drawing import camera, texture
 from drawing.choices import Edit
 from drawing.people import Identity
 from PIL import Image
@@ -110,8 +110,16 @@ def test_an_edit_keeps_the_noise_of_what_it_leaves():
     for person in PEOPLE:
         changed = np.abs(pixels(person, 0, Edit.BOWTIE) - pixels(person, 0)).max(axis=-1)
         assert changed[:80].max() == 0 and changed[96:].max() > 50
-    noise = [pixels(PEOPLE[0], 0), pixels(PEOPLE[0], 1)]
-    assert not np.array_equal(noise[0][:16, :16], noise[1][:16, :16])
+
+
+def test_every_photo_has_a_noise_and_a_texture_of_its_own():
+    grey, photos = np.full((32, 32, 3), 128, np.float32), [(1, 0), (1, 1), (2, 0)]
+    scene = portraits.draw(*PEOPLE[:1])
+    for made in (
+        [camera.noise(*photo, grey) for photo in photos],
+        [texture.Texture(scene, *photo, 32).grain(texture.WALL, 0) for photo in photos],
+    ):
+        assert not any(np.array_equal(a, b) for a, b in itertools.combinations(made, 2))
 
 
 def test_an_identity_keeps_what_a_variation_changes_not():
