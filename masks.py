@@ -25,7 +25,7 @@ def budget_mask(images: Tensor, boxes: Sequence[Sequence[Box]], kind: str) -> Te
 
 
 def face_mask(images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
-    """1 within each image's boxes, falling to 0 in half a cosine around them -> (B, 1, H, W)"""
+    """Gives 1 within each image's boxes, falling to 0 in half a cosine around them -> (B, 1, H, W)."""
     import torch
 
     def along(side: int, low: int, high: int) -> Tensor:
@@ -43,7 +43,7 @@ def face_mask(images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
 
 
 def texture_mask(images: Tensor) -> Tensor:
-    """The grey values' standard deviation around a pixel, 1 from twice the image's mean on -> (B, 1, H, W)
+    """Measures grey values' deviation around a pixel, 1 from twice the image's mean on -> (B, 1, H, W).
 
     Where a picture has texture a perturbation is seen less. The surroundings are 1/64 of the long side.
     """

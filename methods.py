@@ -15,6 +15,7 @@ default is something that protection.py must have to offer, one with a default i
 from __future__ import annotations
 
 import inspect
+import itertools
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -127,10 +128,10 @@ def eot(objective: Objective, transforms: str, generators: Draws, samples: int) 
 
         mean over samples of objective(T(image), t)
 
-    transforms: as `transforms.chains` reads them; they take turns over the samples.
+    transforms: as `transforms.chains` reads them; they take turns, from one call to the next, too.
     """
-    ways = chains(transforms, samples)
-    return lambda image, t: sum(objective(way(image, generators), t) for way in ways) / samples
+    ways = itertools.cycle(chains(transforms))
+    return lambda image, t: sum(objective(next(ways)(image, generators), t) for _ in range(samples)) / samples
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -203,10 +204,8 @@ def diffusionguard(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objec
 
     Theirs inpaints through random masks of the face; the image that InstructPix2Pix is shown stands in.
     """
-    first = editor.first
-    return _of_latent(
-        vae, lambda z: _norm(editor.predict_noise(editor.begin(z, normal(generators, z)), first, z))
-    )
+    begin, first = editor.begin, editor.first
+    return _of_latent(vae, lambda z: _norm(editor.predict_noise(begin(z, normal(generators, z)), first, z)))
 
 
 def _of_latent(vae: Any, value: Callable[[Tensor], Tensor]) -> Objective:

@@ -223,13 +223,15 @@ class Protector:
 
     def preload(self) -> None:
         """Loads what the method can't do without, before anything is written. Raises UserError."""
-        members = {"vae": "vae", "face_similarity": "recognizer", "perceptual_distance": "perceptual"}
-        members["editor"] = "editor"
-        for need in self.needs:
-            if need in members:
-                getattr(self, members[need])
-        for one in self.attacked if "vae" in self.needs else ():
-            self.vae_of(one)
+        if "face_similarity" in self.needs:
+            _ = self.recognizer
+        if "perceptual_distance" in self.needs:
+            _ = self.perceptual
+        for one in self.attacked:
+            if "vae" in self.needs:
+                self.vae_of(one)
+            if "editor" in self.needs:
+                self.editor_of(one)
 
     def _if_there(self, member: str) -> Any:
         """A member for a report, or None if it can't be had, which is said and tried once."""

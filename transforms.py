@@ -16,10 +16,10 @@ if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
 Transform = Callable[["Tensor", "Sequence[torch.Generator]"], "Tensor"]
 
 
-def chains(text: str, samples: int = 1) -> list[Transform]:
-    """Reads `resize+light,jpeg`: transforms one after the other (+), chains of which take turns (,).
+def chains(text: str) -> list[Transform]:
+    """Reads `resize+light,jpeg`: transforms one after the other (+), in chains that take turns (,).
 
-    samples: how many chains. Raises ValueError for an unknown name.
+    Raises ValueError for an unknown name.
     """
     known = {
         "none": lambda images, generators: images,
@@ -37,8 +37,7 @@ def chains(text: str, samples: int = 1) -> list[Transform]:
 
         return apply
 
-    ways = [chain(part.split("+")) for part in text.split(",")]
-    return [ways[place % len(ways)] for place in range(samples)]
+    return [chain(part.split("+")) for part in text.split(",")]
 
 
 def uniform(generators: Sequence[torch.Generator], low: float, high: float, like: Tensor) -> Tensor:
@@ -183,7 +182,7 @@ def quantisation(quality: Tensor) -> Tensor:
 
 
 def to_ycc(images: Tensor) -> Tensor:
-    """RGB in [-1, 1] -> Y, Cb and Cr in 8-bit levels around 0, which JPEG transforms."""
+    """Turns RGB in [-1, 1] into Y, Cb and Cr in 8-bit levels around 0, which JPEG transforms."""
     import torch
 
     return 127.5 * torch.einsum("cd,bdhw->bchw", images.new_tensor(TO_YCC), images) - images.new_tensor(
@@ -262,7 +261,7 @@ def keeping_spectrum(x: Tensor, noise: Tensor) -> Callable[[Tensor], Tensor]:
 
 
 def radial_spectrum(image: Tensor) -> Tensor:
-    """log10 of the power of an image (3, H, W) in rings of whole cycles around frequency 0 -> (rings,)"""
+    """Measures log10 of the power of an image (3, H, W) in rings of whole cycles -> (rings,)"""
     import torch
 
     power = torch.fft.fft2(image / 2 + 0.5).abs().square().sum(dim=0)  # (H, W)

@@ -69,7 +69,7 @@ class Denoiser:
         return self.convert(output.to(z_k.dtype), z_k, self._share(k, z_k))
 
     def noised(self, z: Tensor, k: int | Tensor, noise: Tensor) -> Tensor:
-        """z_k = sqrt(a_k) s z + sqrt(1 - a_k) noise"""
+        """Noises z as the diffusion does: z_k = sqrt(a_k) s z + sqrt(1 - a_k) noise"""
         a = self._share(k, z)
         return a.sqrt() * self.scaling * z + (1 - a).sqrt() * noise
 

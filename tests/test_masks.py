@@ -62,6 +62,14 @@ def test_texture_is_the_local_deviation():
     np.testing.assert_allclose(texture_mask(x)[:, 0], expected, atol=1e-4)
 
 
+def test_textures_surroundings_grow_with_the_image():
+    """A point is seen as far as 1/64 of the long side, twice: around it, and around what it moves."""
+    for side, seen in ((64, 5), (320, 9)):
+        x = torch.zeros(1, 3, 32, side)
+        x[..., 16, 32] = 1
+        assert (texture_mask(x)[0, 0, 16] > 0).sum() == seen
+
+
 def test_where_nothing_is_there_is_no_texture():
     x = torch.full((1, 3, 32, 32), 0.3)
     assert texture_mask(x).max() < 1e-3

@@ -166,6 +166,17 @@ def test_sdss_gradient_is_the_denoisers_error(vae, editor):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
+def test_mists_fields_are_square_and_count_on_the_long_side(vae):
+    """The same pattern, cut."""
+    x = image(1)
+    wide = x[:, :, :16]
+    rows, columns = (places // 2 for places in np.indices((16, 32)))
+    pattern = torch.from_numpy(np.where((rows + columns) % 2 == 1, 1.0, -1.0)).expand_as(wide)
+    z, target = (vae.encode(picture).latent_dist.mean for picture in (wide, pattern))
+    found = METHODS["mist"].objective(wide, vae)(wide, 0.5)
+    torch.testing.assert_close(found[0], -(z - target).square().mean())
+
+
 def test_photoguards_steps_are_a_knob(vae, editor):
     x = image()
     values = [value("photoguard", x, x, vae, editor, unrolled=steps) for steps in (1, 4, 4)]
@@ -272,6 +283,14 @@ def test_eot_is_the_mean_of_what_its_ways_give():
     assert objective(x, 0.5).shape == (2,)
 
 
+def test_eots_ways_take_turns_over_the_calls():
+    """Also with fewer samples than there are."""
+    x = image(1)
+    objective = eot(lambda picture, t: similarity(picture), "none,light,mirror+light", generators([1]), 1)
+    same = [torch.equal(objective(x, 0.0), similarity(x)) for _ in range(6)]
+    assert same == [True, False, False] * 2
+
+
 def test_eot_wraps_any_objective(vae):
     """Another method's, of the perturbed image itself."""
     x = image()
@@ -280,7 +299,7 @@ def test_eot_wraps_any_objective(vae):
     out = pgd(x, eot(objective, "jpeg,resize", generators(), 2), run)
 
     def seen(picture):
-        ways = transforms.chains("jpeg,resize", 8)
+        ways = 4 * transforms.chains("jpeg,resize")
         return sum(objective(way(picture, generators([i, i])), 0) for i, way in enumerate(ways))
 
     assert (seen(out) > seen(run.start)).all()
@@ -303,6 +322,13 @@ def test_a_mask_is_each_pixels_share_of_the_budget(name, vae, editor):
     assert (levels * 2 / 255 <= 0.1 * mask.permute(0, 2, 3, 1).numpy() + 1e-9).all() and levels.max() > 2
 
 
+def test_a_mask_scales_the_change():
+    x, mask = image(), torch.rand(2, 1, 32, 32, generator=generators()[0]).double()
+    start = random_start(x, 0.1, [1, 2])
+    out = METHODS["noise"].protect(x, Run(budget=0.1, start=start), mask)
+    torch.testing.assert_close(out, x + mask * (start - x), rtol=0, atol=1e-12)
+
+
 def test_no_mask_and_a_full_one_are_the_same(vae):
     x = image()
     run = Run(num_iters=3)
@@ -320,6 +346,14 @@ def test_blurguards_change_is_smooth(vae):
         return (change.diff(dim=-1).square().mean() / change.square().mean()).item()
 
     assert roughness(smooth) < 0.5 * roughness(rough)
+
+
+def test_dctshield_begins_at_the_starts_share_of_a_step(vae):
+    x = image(reach=0.5)
+    start = random_start(x, 0.1, [1, 2])
+    out = METHODS["dctshield"].protect(x, Run(budget=0.1, num_iters=0, start=start), vae=vae)
+    moved = transforms.in_coefficients(x, 95)((start - x) / 0.1)
+    torch.testing.assert_close(out, moved.clamp(x - 0.1, x + 0.1), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("side", [32, 37])

@@ -17,7 +17,7 @@ from images import load_image, save_png, to_tensor
 from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
 from models.faces import face_similarity_to
 from models.vaes import WorkingVAE
-from protection import Protector, Report, knobs
+from protection import Protector, Report, generator_of, knobs
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -77,6 +77,13 @@ def test_settings(method, protector, tiny_models):
     if method == "facelock":
         expected["lpips"] = str(tiny_models.perceptual)
     assert found == expected
+
+
+def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkeypatch):
+    monkeypatch.setattr("protection.recorded", lambda member: "with weights")
+    found = protector(f"--vae_ids {tiny_models.editor}").settings()
+    assert {found[key] for key in ("model_id", "recognizer", "lpips")} == {"with weights"}
+    assert found["vae_ids"] == ["instruct-pix2pix=with weights, 64 px"]
 
 
 def test_the_papers_methods_are_those_of_earlier_outputs(protector):
@@ -307,8 +314,27 @@ def test_only_who_names_the_editor_loads_its_denoiser(protector, monkeypatch):
     monkeypatch.setattr("protection.Denoiser", lambda *given: loaded.append(given))
     for method in METHODS:
         loaded.clear()
-        protector(f"--defend_method {method}").preload()
-        assert bool(loaded) == ("editor" in METHODS[method].parameters), method
+        protector(f"--defend_method {method} --checkpointing").preload()
+        expected = [True] if "editor" in METHODS[method].parameters else []
+        assert [checkpointing for _, checkpointing in loaded] == expected, method
+
+
+def test_each_of_several_editors_is_attacked_by_its_own_denoiser(protector, tiny_models):
+    """And loaded before anything is written."""
+    names = [f"instruct-pix2pix={tiny_models.editor}", f"stable-diffusion={tiny_models.img2img}"]
+    line, x, values = "--defend_method diffusionguard --num_iters 1 --vae_ids", noise(1, 3, 64, 64), []
+    for some in (names, names[:1], names[1:]):
+        tool = protector(f"{line} {' '.join(some)}")
+        tool.preload()
+        assert len(tool.denoisers) == len(some)
+        tool.protect(x, [[]], [3], lambda _, value: values.append(value))
+    torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
+    assert not torch.equal(values[1], values[2])
+
+
+def test_an_objectives_draws_are_not_those_of_the_start():
+    mine, starts = generator_of(5), torch.Generator().manual_seed(5)
+    assert not torch.equal(torch.rand(9, generator=mine), torch.rand(9, generator=starts))
 
 
 @pytest.mark.parametrize("method", ["facelock", "advdm"])

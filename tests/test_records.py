@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import records
+import transforms
 from utils import UserError
 
 SETTINGS = {"seed": 0, "step_size": 0.01, "defend_method": "vae"}
@@ -33,6 +34,7 @@ def test_code_is_that_of_all_that_is_named_here_and_in_the_files_beside():
     assert "def first_line(error" in found and "def read_record(" in found  # one of utils.py
     assert '"""' not in found and "def write_record(" not in found
     assert "NAMED = 5" in records.code_of(records.listed)
+    assert "TABLES = ((16, 11," in records.code_of(transforms.quantisation)
 
 
 # ---------------------------------------------------------------------------------------------------------
