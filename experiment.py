@@ -22,10 +22,11 @@ import dataclasses
 import math
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
 
@@ -46,6 +47,9 @@ from models import sets
 from models.editors import unload
 from protection import Protector
 from utils import UserError
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
@@ -221,7 +225,7 @@ def run(args: argparse.Namespace) -> int:
     roots = {name_of(chosen): args.output_dir}
     for editor in others:
         roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
-        parts.add(f"make room for {name_of(editor)}", 0, lambda: unload() or 0)
+        parts.add(f"make room for {name_of(editor)}", 0, partial(make_room, protectors.values()))
         add_rows(Rows(root, {"clean": args.image_dir, **protected}, args.seed), editor)
     status = parts.run()
     if status > 128:
@@ -238,6 +242,14 @@ def run(args: argparse.Namespace) -> int:
     print(verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
     report.make_report(args.output_dir, args.output_dir / "report.html")
     return status
+
+
+def make_room(protectors: Iterable[Protector]) -> int:
+    """Forgets the editors that are loaded, whoever holds them -> exit status."""
+    for protector in protectors:
+        protector.denoisers.clear()
+    unload()
+    return 0
 
 
 def make_table(
@@ -276,6 +288,13 @@ def name_of(editor: sets.Chosen) -> str:
     return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
 
 
+def read_table(root: Path) -> pd.DataFrame:
+    """Reads the table of all metrics below a root, by row. Raises UserError."""
+    table = outputs.read_csv(root / "all_metric.csv").set_index("method")
+    table.index = [row.removeprefix(f"{root / 'edits'}/") for row in table.index]
+    return table
+
+
 def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
     """Writes FR by the judge, by row and editor -> the table as a text. Raises UserError.
 
@@ -288,9 +307,7 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> 
     outputs.check_outputs([page], (), (".md",), lambda content: content.startswith(about.encode()))
     columns = {}
     for editor, root in roots.items():
-        table = outputs.read_csv(root / "all_metric.csv").set_index("method")["facial_judge"]
-        table.index = [row.removeprefix(f"{root / 'edits'}/") for row in table.index]
-        columns[f"edited by {editor}"] = table
+        columns[f"edited by {editor}"] = read_table(root)["facial_judge"]
     table = pd.DataFrame(columns)
     table.insert(0, "attacked", [attacked.get(row, "none") for row in table.index])
     table = table.rename_axis("method").reset_index()
@@ -302,9 +319,7 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> 
 
 def verdict(output_dir: Path, models: str, minutes: float) -> str:
     """Says in words what came out, from the table that was written."""
-    table = outputs.read_csv(output_dir / "all_metric.csv").set_index("method")
-    table.index = [row.removeprefix(f"{output_dir / 'edits'}/") for row in table.index]
-    lines = []
+    table, lines = read_table(output_dir), []
     for row, line in table.iterrows():
         lines.append(f"  {row}")
         for who, by in (("recogniser", ""), ("judge", "_judge")):

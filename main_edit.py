@@ -14,6 +14,7 @@ what is finished. edit.py with the same seed reproduces any single file.
 from __future__ import annotations
 
 import argparse
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -86,20 +87,22 @@ def edit_directory(
     if team.is_first:
         chosen.warn_of((size for _, size in images), prompts.values())
 
+    editor = functools.cache(chosen.load_editor)  # once: it may have something to say
+
     def load(item: runs.Item) -> Portrait:
         return load_portrait(item.source, chosen.resolution)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> runs.Facts:
-        edited = edit_portraits(portraits, [item.prompt for item in batch], chosen.load_editor(), seed)
+        edited = edit_portraits(portraits, [item.prompt for item in batch], editor(), seed)
         for item, portrait, pixels, is_wanted in zip(batch, portraits, edited, wanted, strict=True):
             if is_wanted:
                 save_png(item.output, pixels, portrait.alpha)
         return [{}] * sum(wanted)
 
-    settings, prepare = {"seed": seed, **chosen.edit_settings()}, chosen.load_editor
+    settings = {"seed": seed, **chosen.edit_settings()}
     return runs.make(
         items, load, work, directory, settings,
-        options=options, prompts=prompts, prepare=prepare, unit="edit", team=team,
+        options=options, prompts=prompts, prepare=editor, unit="edit", team=team,
     )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ write its class, enter it in EDITORS, and give its hub id to a set of sets.py.
 from __future__ import annotations
 
 import functools
+import gc
 import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -278,6 +279,7 @@ def unload() -> None:
     """Forgets the pipelines that are loaded, so that the memory has room for another."""
     _warn_if_cut.cache_clear()
     _load_pipeline.cache_clear()
+    gc.collect()  # some networks refer to themselves
 
 
 @functools.cache

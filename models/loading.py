@@ -56,8 +56,12 @@ def recorded(member: str) -> str:
     path = Path(member)
     if not path.is_relative_to(ROOT):
         return member
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
-    seen = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files))
+    if not path.exists():  # whoever loads it says so
+        return shown(member)
+    seen = hashlib.sha256()
+    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
+        with open(file, "rb") as weights:
+            seen.update(hashlib.file_digest(weights, "sha256").digest())
     return f"{shown(member)} {seen.hexdigest()[:8]}"
 
 

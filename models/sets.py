@@ -182,7 +182,7 @@ def choose_vaes(args: argparse.Namespace) -> list[Chosen]:
     """Chooses the editors whose VAEs are attacked: those of --vae_ids, else that of --model."""
     names = vars(args).get("vae_ids") or ()
     unread = argparse.Namespace(**vars(args) | dict.fromkeys(EDIT_KNOBS))  # of whoever edits, if anybody does
-    return [choose_editor(unread, name) for name in names] or [choose(args)]
+    return [choose_editor(unread, name) for name in names] or [choose(unread)]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -211,6 +211,22 @@ def test_a_chain_of_real_runs(tmp_path, edit_flags):
         pairing.check_edits(foreign, pairing.Manifests())
 
 
+def test_a_chain_ends_at_a_file_that_was_made_anew_and_after_some_steps(world):
+    portraits, protected = world / "portraits", world / "protected/facelock/budget_0.03"
+
+    def origins() -> list[str]:
+        directory = world / "edits/facelock/budget_0.03/seed5"
+        return pairing.Manifests().origins(directory, "prompt0/ben.png")
+
+    before = origins()
+    assert before == [records.digest(place / "ben.png") for place in (protected, portraits)]
+    note(portraits, protected)  # made of each other
+    assert len(origins()) == pairing.MOST_STEPS
+    write(protected / "ben.png", tiny.portrait(32, seed=7))
+    note(protected, portraits)
+    assert origins() == before[:1]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # seeds
 

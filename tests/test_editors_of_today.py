@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,12 +18,15 @@ from tiny import noise
 import defend
 import edit
 import experiment
+import main_edit
 from images import load_image
+from models import editors
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
 from models.faces import scale_box
 from models.sets import choose, choose_editor
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
 from protection import Protector
+from records import read_record
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("whole_images")
@@ -94,6 +98,26 @@ def test_an_edit_depends_on_seed_prompt_and_image_alone(kind, directory):
     for other in (editor(x[1:], ["beard"], 8), batch[2], batch[2] - batch[0] + single):
         assert (single - other).abs().max() > 1e-4
     assert getattr(editor.pipeline, "safety_checker", None) is None
+
+
+@pytest.mark.parametrize("kind", WRITERS)
+def test_an_unloaded_editor_leaves_its_memory_at_once(kind, directory):
+    editor = load(kind, directory(kind), num_inference_steps=1)
+    editor(noise(1, 3, 64, 64), ["hat"], 0)
+    network = weakref.ref(getattr(editor.pipeline, "transformer", None) or editor.pipeline.unet)
+    del editor
+    holder = SimpleNamespace(denoisers={"me/ed": object()})
+    assert experiment.make_room([holder]) == 0 and not holder.denoisers
+    assert network() is None
+
+
+def test_no_watermark_is_put_into_an_edit(directory, monkeypatch, fresh_loaders):
+    """Also where the package that makes them is installed."""
+    module = "diffusers.pipelines.stable_diffusion_xl.pipeline_stable_diffusion_xl_instruct_pix2pix"
+    monkeypatch.setattr(f"{module}.is_invisible_watermark_available", lambda: True)
+    monkeypatch.setattr(f"{module}.StableDiffusionXLWatermarker", SimpleNamespace, raising=False)
+    kind = "sdxl-instruct-pix2pix"
+    assert load(kind, directory(kind)).pipeline.watermark is None
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -322,6 +346,16 @@ def test_klein_says_that_guidance_is_ignored(distilled, monkeypatch, capsys):
     assert ("--guidance_scale is ignored" in capsys.readouterr().err) is distilled
 
 
+def test_klein_says_it_once_a_directory(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: Pipeline(is_distilled=True))
+    (tmp_path / "ed").mkdir()
+    tiny.write_portraits(tmp_path / "in", n=3)
+    line = [f"--src_dir={tmp_path / 'in'}", f"--edit_dir={tmp_path / 'out'}", "--seed=0", "--prompts=0,3"]
+    more = ["--model=flux2-klein", f"--model_id={tmp_path / 'ed'}", "--guidance_scale=2", "--device=cpu"]
+    assert main_edit.main([*line, *more]) == 0
+    assert capsys.readouterr().err.count("--guidance_scale is ignored") == 1
+
+
 def test_an_instruction_is_cut_where_the_pipeline_cuts_it(monkeypatch, capsys):
     """512 tokens of T5 for FLUX, though CLIP's tokenizer reads fewer."""
     pipeline = Pipeline()
@@ -389,7 +423,7 @@ def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_mode
 
 
 def test_an_editor_is_named_by_kind_or_id_or_both():
-    args = edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein"])
+    args = edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein", "--model_id=my/own"])
     found = [choose_editor(args, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
     assert [(one.kind, one.model_id) for one in found] == [
         ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
@@ -404,21 +438,28 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     tiny.write_portraits(tmp_path / "faces", n=2)
     root, flags = tmp_path / "out", ensemble_flags(directory, tiny_models)
     cut = flags.index("--vae_ids")
-    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods", "encoder", *flags[:cut]]
+    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods"]
+    line += ["encoder", "noise", *flags[:cut]]
     line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]
     line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models", *flags[cut + 1 :]]
     assert experiment.main(line) == 0
     table = pd.read_csv(root / "transfer.csv")
-    assert list(table["method"]) == ["clean", "encoder/budget_0.03"]
-    assert list(table["attacked"]) == ["none", "instruct-pix2pix-editor"]
+    assert list(table["method"]) == ["clean", "encoder/budget_0.03", "noise/budget_0.03"]
+    assert list(table["attacked"]) == ["none", "instruct-pix2pix-editor", "none"]
     other = root / "editors" / "flux-kontext-flux-kontext"
     columns = {"edited by instruct-pix2pix-editor": root, "edited by flux-kontext-flux-kontext": other}
     assert list(table.columns[2:]) == list(columns)
     for column, place in columns.items():
         own = pd.read_csv(place / "all_metric.csv")["facial_judge"]
         np.testing.assert_allclose(table[column], own, atol=1e-5)
+        made = read_record(place / "edits" / "noise" / "budget_0.03" / "seed0")["arguments"]
+        assert column.startswith(f"edited by {made['model']}-")
     assert not (other / "protected").exists()
+    assert editors._load_pipeline.cache_info().currsize == 1  # the first one made room
     assert "edited by flux-kontext" in (root / "transfer.md").read_text()
     capsys.readouterr()
     assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
     assert "--edit_models: one of them twice" in capsys.readouterr().err
+    line[1] = f"--output_dir={tmp_path / 'new'}"
+    assert experiment.main([*line[:-1], "/no/such"]) == 1  # before anything is protected
+    assert "'/no/such' can't be loaded" in capsys.readouterr().err and not (tmp_path / "new").exists()

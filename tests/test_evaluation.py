@@ -1041,3 +1041,11 @@ def test_the_plot_shows_the_clean_edits_as_a_line_and_refuses_what_is_ambiguous(
     Path("two.csv").write_text(text.replace("0.9", "zero"))
     assert figure.main(["plot", "--tables", "two.csv", "--metric", "facial"]) == 1
     assert "two.csv" in capsys.readouterr().err
+
+
+def test_a_difference_is_of_what_is_finite_in_both_rows():
+    lines = [(row, 0, 0, name, "psnr") for name in "abc" for row in ("x", "base")]
+    values = pd.DataFrame(lines, columns=["method", "seed", "prompt", "name", "metric"])
+    values["value"] = [math.inf, 1.0, math.inf, math.inf, 5.0, 3.0]
+    (found,) = tables.differences(values, "base").itertuples()
+    assert (found.mean, found.n, found.n_inf) == (2.0, 1, 0)

@@ -26,6 +26,7 @@ from models.faces import (
     face_similarity_to,
     load_recognizer,
     scale_box,
+    sepia,
 )
 from models.loading import ROOT
 
@@ -198,8 +199,10 @@ def test_several_pictures_at_once_give_what_each_gives_alone(detector, portraits
     alone = [detector(pixels) for pixels in portraits]
     assert detector.find(portraits) == alone and all(len(boxes) == 1 for boxes in alone)
     assert detector.find([]) == []
-    monkeypatch.setattr(models.faces, "DETECTED_AT_ONCE", 1)
-    assert detector.find(portraits) == alone
+    sizes, look = [], detector._look
+    monkeypatch.setattr(detector, "_look", lambda one, some: sizes.append(len(some)) or look(one, some))
+    monkeypatch.setattr(models.faces, "DETECTED_AT_ONCE", 2 * 128**2)
+    assert detector.find(portraits) == alone and sizes[:2] == [2, 1]
 
 
 def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits, monkeypatch):
@@ -216,6 +219,20 @@ def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits,
     looks.clear()
     detector(np.zeros((300, 257, 3), np.uint8))  # no face
     assert [look.min_face_size for look, _ in looks] == [20, 32, 40]
+    looks.clear()
+    detector(np.zeros((256, 256, 3), np.uint8))
+    assert [look.min_face_size for look, _ in looks] == [32, 32, 40]
+
+
+def test_a_look_in_sepia_sees_skin_whatever_its_hue(detector, portraits, monkeypatch):
+    shown, images = [], np.stack(portraits)
+    mtcnn = SimpleNamespace(detect=lambda some: shown.append(some) or ([None] * len(some), None))
+    monkeypatch.setitem(detector.mtcnn, 32, mtcnn)
+    for look in models.faces.LOOKS[:2]:
+        detector._look(look, images)
+    np.testing.assert_array_equal(shown, [images, sepia(images)])
+    colours = np.array([[100, 100, 100], [0, 0, 255], [255, 255, 255]], np.uint8)
+    assert sepia(colours).tolist() == [[112, 97, 88], [33, 28, 26], [255, 247, 224]]
 
 
 def test_faces_are_found_in_float32_whatever_is_around(detector, astronaut):

@@ -253,6 +253,7 @@ def test_a_bundled_member_is_recorded_with_its_weights(tmp_path, monkeypatch):
     """A later version brings other weights under the same path: what the earlier ones made is not theirs."""
     assert recorded("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
     monkeypatch.setattr(loading, "ROOT", tmp_path)
+    assert recorded(str(tmp_path / "mini")) == "mini"  # not there: whoever loads it says so
     names = []
     for number in (1, 2, 1):
         (tmp_path / "mini" / "vae").mkdir(parents=True, exist_ok=True)

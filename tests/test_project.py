@@ -104,6 +104,15 @@ def test_make_table_runs_the_papers_methods(parsed):
     assert (args.budgets, args.prompts, args.methods) == ([0.06, 0.03], [0, 13], ["noise", "vae"])
 
 
+def test_an_experiment_goes_on_after_a_part_that_failed_and_stops_at_a_signal():
+    parts, done = experiment.Parts(), []
+    for name, status in (("a", 0), ("b", 1), ("c", 0), ("d", 130), ("e", 0)):
+        parts.add(name, 1, lambda name=name, status=status: done.append(name) or status)
+    assert parts.run() == 130 and done == ["a", "b", "c", "d"]
+    parts.parts = parts.parts[:3]
+    assert parts.run() == 1
+
+
 @pytest.mark.slow
 def test_make_table_is_the_whole_experiment(tmp_path):
     """One bundled portrait, the control and one method; run again, it has nothing left to make."""

@@ -9,9 +9,10 @@ import torch
 
 import defend
 import edit
+import experiment
 from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
 from models.loading import ROOT, recorded, shown
-from models.sets import MINI, MODEL_SETS, Chosen, choose, setting_help
+from models.sets import MINI, MODEL_SETS, Chosen, choose, choose_vaes, setting_help
 from utils import UserError
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -154,6 +155,14 @@ def test_a_knob_that_the_editor_has_not_is_ignored_with_a_warning(kind, flag, ca
     assert capsys.readouterr().err == f"warning: {flag.split()[0]} is ignored: {kind} has no such knob\n"
 
 
+def test_the_knobs_of_whoever_edits_are_nothing_to_what_is_attacked(capsys):
+    line = "--image_dir=a --output_dir=b --device=cpu --strength=0.7 --image_guidance_scale=2"
+    for kind, flags in (("instruct-pix2pix", ""), ("flux-kontext", "--vae_ids flux-kontext")):
+        (found,) = choose_vaes(experiment.parse_args(f"{line} {flags}".split()))
+        assert found == chosen(f"--model {kind}", defend)
+    assert capsys.readouterr().err == ""
+
+
 def test_less_than_one_step_of_img2img_is_refused():
     line = "--model stable-diffusion --num_inference_steps 3 --strength"
     with pytest.raises(UserError, match="3 steps at strength 0.3 are less than one"):
@@ -172,6 +181,12 @@ def test_edit_settings_are_what_decides_about_an_edit():
         "resolution": 128,
         "scheduler": None,
     }
+
+
+def test_an_editor_that_can_not_be_had_is_known_without_loading_it():
+    chosen("--models mini").check_editor()
+    with pytest.raises(UserError, match=r"the editor '/no/such' can't be loaded \(no such directory\)"):
+        chosen("--model_id /no/such").check_editor()
 
 
 def test_help_shows_each_sets_value():

@@ -46,35 +46,36 @@ SCHEDULE = {
 }
 
 
+UNET = {
+    "sample_size": 8,
+    "out_channels": 4,
+    "block_out_channels": (WIDTH, WIDTH),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "layers_per_block": 1,
+    "attention_head_dim": 2,
+    "norm_num_groups": 4,
+}
+LEVELS = {  # of an autoencoder
+    "block_out_channels": (WIDTH,) * 4,
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 1,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
+
+
 def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoencoderKL:
     """Makes an AutoencoderKL of four levels (f=8) and 4 latent channels, frozen."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(
-        block_out_channels=(WIDTH,) * 4,
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        layers_per_block=1,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-    )
+    vae = AutoencoderKL(**LEVELS, latent_channels=4)
     return vae.to(dtype).eval().requires_grad_(False)
 
 
 def _unet(in_channels: int, seed: int) -> UNet2DConditionModel:
     torch.manual_seed(seed)
-    return UNet2DConditionModel(
-        sample_size=8,
-        in_channels=in_channels,
-        out_channels=4,
-        block_out_channels=(WIDTH, WIDTH),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
-        cross_attention_dim=WIDTH,
-    ).eval()
+    return UNet2DConditionModel(**UNET, in_channels=in_channels, cross_attention_dim=WIDTH).eval()
 
 
 def tiny_tokenizer() -> CLIPTokenizer:
@@ -85,20 +86,26 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def _text_encoder(tokenizer: CLIPTokenizer, seed: int) -> CLIPTextModel:
-    torch.manual_seed(seed)
-    config = CLIPTextConfig(
+def text_config(layers: int) -> CLIPTextConfig:
+    """Makes the configuration of a text encoder for `tiny_tokenizer`."""
+    tokenizer = tiny_tokenizer()
+    return CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
-        num_hidden_layers=1,
+        num_hidden_layers=layers,
         num_attention_heads=2,
         max_position_embeddings=TOKENS,
+        projection_dim=WIDTH,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    return CLIPTextModel(config).eval()
+
+
+def _text_encoder(seed: int) -> CLIPTextModel:
+    torch.manual_seed(seed)
+    return CLIPTextModel(text_config(layers=1)).eval()
 
 
 def tiny_editor(
@@ -107,7 +114,7 @@ def tiny_editor(
     """Makes what a Denoiser takes of an editor. shown: as channels (InstructPix2Pix), else img2img."""
     tokenizer = tiny_tokenizer()
     parts = {"vae": tiny_vae(seed=seed), "unet": _unet(8 if shown else 4, seed)}
-    parts["text_encoder"] = _text_encoder(tokenizer, seed)
+    parts["text_encoder"] = _text_encoder(seed)
     for part in parts.values():
         part.to(dtype).requires_grad_(False)
     scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
@@ -120,7 +127,7 @@ def write_editor(directory: Path, seed: int = 0) -> Path:
     tokenizer = tiny_tokenizer()
     StableDiffusionInstructPix2PixPipeline(
         vae=tiny_vae(seed=seed),
-        text_encoder=_text_encoder(tokenizer, seed),
+        text_encoder=_text_encoder(seed),
         tokenizer=tokenizer,
         unet=_unet(8, seed),
         scheduler=EulerAncestralDiscreteScheduler(**SCHEDULE),
@@ -136,7 +143,7 @@ def write_img2img(directory: Path, seed: int = 0) -> Path:
     tokenizer = tiny_tokenizer()
     StableDiffusionImg2ImgPipeline(
         vae=tiny_vae(seed=seed),
-        text_encoder=_text_encoder(tokenizer, seed),
+        text_encoder=_text_encoder(seed),
         tokenizer=tokenizer,
         unet=_unet(4, seed),
         scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),

@@ -20,9 +20,8 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from tiny import SCHEDULE, TOKENS, WIDTH, tiny_tokenizer
+from tiny import LEVELS, SCHEDULE, UNET, WIDTH, text_config, tiny_tokenizer
 from transformers import (
-    CLIPTextConfig,
     CLIPTextModel,
     CLIPTextModelWithProjection,
     Qwen2_5_VLConfig,
@@ -39,34 +38,11 @@ from transformers import (
 )
 
 DEEP = 27  # layers of the text encoder of FLUX.2, whose pipeline reads the 27th's states
-LEVELS = {
-    "block_out_channels": (WIDTH,) * 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 1,
-    "norm_num_groups": 4,
-    "sample_size": 64,
-}
+BLOCKS = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}  # of a transformer
 
 
 def _frozen(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval().requires_grad_(False)
-
-
-def _text_config() -> CLIPTextConfig:
-    tokenizer = tiny_tokenizer()
-    return CLIPTextConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        intermediate_size=2 * WIDTH,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=TOKENS,
-        projection_dim=WIDTH,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
 
 
 def _bytes_tokenizer() -> Qwen2Tokenizer:
@@ -86,15 +62,8 @@ def write_sdxl(directory: Path) -> Path:
     """Writes a StableDiffusionXLInstructPix2PixPipeline."""
     torch.manual_seed(0)
     unet = UNet2DConditionModel(
-        sample_size=8,
+        **UNET,
         in_channels=8,
-        out_channels=4,
-        block_out_channels=(WIDTH, WIDTH),
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-        layers_per_block=1,
-        attention_head_dim=2,
-        norm_num_groups=4,
         cross_attention_dim=2 * WIDTH,
         addition_embed_type="text_time",
         addition_time_embed_dim=WIDTH,
@@ -102,8 +71,8 @@ def write_sdxl(directory: Path) -> Path:
     )
     StableDiffusionXLInstructPix2PixPipeline(
         vae=AutoencoderKL(**LEVELS, latent_channels=4, scaling_factor=0.13025),
-        text_encoder=CLIPTextModel(_text_config()),
-        text_encoder_2=CLIPTextModelWithProjection(_text_config()),
+        text_encoder=CLIPTextModel(text_config(layers=2)),
+        text_encoder_2=CLIPTextModelWithProjection(text_config(layers=2)),
         tokenizer=tiny_tokenizer(),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
@@ -128,7 +97,7 @@ def write_kontext(directory: Path) -> Path:
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=CLIPTextModel(_text_config()),
+        text_encoder=CLIPTextModel(text_config(layers=2)),
         text_encoder_2=T5EncoderModel(
             T5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
         ),
@@ -136,10 +105,8 @@ def write_kontext(directory: Path) -> Path:
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             in_channels=64,
-            num_layers=1,
+            **BLOCKS,
             num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
             axes_dims_rope=(2, 2, 4),
@@ -178,10 +145,8 @@ def write_klein(directory: Path, is_distilled: bool = True) -> Path:
         tokenizer=tokenizer,
         transformer=Flux2Transformer2DModel(
             in_channels=128,
-            num_layers=1,
+            **BLOCKS,
             num_single_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
             joint_attention_dim=3 * WIDTH,
             timestep_guidance_channels=16,
             axes_dims_rope=(2, 2, 2, 2),
@@ -244,9 +209,7 @@ def write_qwen(directory: Path) -> Path:
         transformer=QwenImageTransformer2DModel(
             in_channels=64,
             out_channels=16,
-            num_layers=1,
-            attention_head_dim=8,
-            num_attention_heads=2,
+            **BLOCKS,
             joint_attention_dim=16,
             axes_dims_rope=(2, 2, 4),
         ),
