@@ -44,7 +44,7 @@ from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 SPLITS = {
     "validation": portraits.VALIDATION,
     # Below are the demo's, the people whom earlier weights were measured on, and those of docs/results.md.
-    "test": range(portraits.TEST_FROM + 4_000, portraits.TEST_FROM + 5_000),
+    "test": range(portraits.TEST_FROM + 6_000, portraits.TEST_FROM + 7_000),
 }
 PEOPLE = 20  # of the edits and of the defenses
 PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS, PEOPLE_ALTERED = 50, 100, 200, 60

@@ -15,8 +15,10 @@ import crops
 import numpy as np
 import portraits
 import pytest
+import safetensors.torch
 import torch
 import train_clip
+import train_decoder
 import train_editor
 import train_recognizer
 import train_vae
@@ -405,6 +407,39 @@ def test_what_a_purifier_leaves_is_a_picture():
     for step in range(6):
         seen = train_vae.purified(x, world.generator(0, step))
         assert seen.shape == x.shape and 20 < float(train_vae.decibels(seen, x)) < 50
+
+
+def test_the_decoders_loss_keeps_what_is_to_stay_and_moves_the_attacked():
+    """Of a decoder that changed nothing, only the distance counts; and it alone is trained."""
+    chosen = world.mini_set()
+    vae = copy.deepcopy(load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae)
+    before = copy.deepcopy(vae)
+    train_decoder.only_decoder(vae)
+    pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)
+    z = train_vae.encode(before, pictures, CPU[0])
+    found = {"plain": z, "noise": z, "purified": z, "attacked": z.roll(1, 0)}
+    loss_fn = train_decoder.make_loss(found, pictures, before, batch=2)
+    losses = loss_fn(vae, 0, world.generator(0, 0))
+    losses["loss"].backward()
+    value = {name: float(part.detach()) for name, part in losses.items()}
+    assert 5 < value["apart"] < train_decoder.APART and 0 < value["l1"] < 0.05  # a third of it is not 0
+    missed = train_decoder.OVER * (train_decoder.APART - value["apart"])
+    assert value["loss"] == pytest.approx(value["l1"] + value["mse"] + train_decoder.WEIGHT * missed)
+    trained = {name.split(".")[0] for name, p in vae.named_parameters() if p.grad is not None}
+    assert trained == {"decoder", "post_quant_conv"}
+
+
+@pytest.mark.slow
+def test_calibrating_the_decoder_leaves_the_encoder(tmp_path):
+    out = tmp_path / "vae"
+    flags = ["--identities=8", "--per_person=1", "--steps=2", "--batch=2", f"--work={tmp_path / 'work'}"]
+    assert train_decoder.main([*flags, "--device=cpu", f"--out={out}"]) == 0
+    after, before = (
+        safetensors.torch.load_file(folder / "diffusion_pytorch_model.safetensors")
+        for folder in (out, world.ASSETS / "editor/vae")
+    )
+    changed = {name.split(".")[0] for name in before if not torch.equal(before[name], after[name])}
+    assert changed == {"decoder", "post_quant_conv"}
 
 
 # ---------------------------------------------------------------------------------------------------------
