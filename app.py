@@ -28,7 +28,8 @@ from typing import TYPE_CHECKING, Any
 import utils
 from defend import add_defense_arguments, face_box
 from images import load_image
-from methods import CHECK_EVERY, METHODS
+from loops import CHECK_EVERY
+from methods import METHODS
 from models.loading import ROOT
 from studio import (
     AMPLIFY,

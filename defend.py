@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 
 import utils
 from images import choose_output
+from loops import CHECK_EVERY, Run
 from masks import BUDGET_MASKS
-from methods import CHECK_EVERY, METHODS, Run
+from methods import METHODS
 from models import sets
 from protection import Protector, readers
 from transforms import chains
@@ -71,7 +72,9 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     text = f"iterations (all but noise); 0 leaves the random start (default: {run_default('num_iters')})"
     parser.add_argument("--num_iters", type=utils.natural_number, help=text)
     text = "where the budget is whole: on the face, on texture, on both; elsewhere it falls to 0"
-    parser.add_argument("--budget_mask", choices=BUDGET_MASKS, default="none", help=text)
+    own = ", ".join(name for name, method in METHODS.items() if method.mask == "face")
+    text = f"{text} (default: face for {own}, else none)"
+    parser.add_argument("--budget_mask", choices=BUDGET_MASKS, help=text)
     targeted = parser.add_mutually_exclusive_group()
     for flag, value, what in (
         ("--targeted", True, "towards a zero latent; sds: towards what is easily denoised"),
@@ -85,6 +88,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         default = METHODS[owner.split(", ")[0]].parameters[name]
         parser.add_argument(f"--{name}", type=kind, help=f"{text}, {owner} only (default: {default})")
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
+    text = f"how far steps are smoothed, a share of the long side, {readers('smoothing')} only (default: "
+    parser.add_argument("--smoothing", type=utils.share, help=f"{text}{run_default('smoothing')})")
     sets.add_vaes_argument(parser)
     text = "which faces facelock and a mask protect; with all, their mean similarity counts"
     parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)

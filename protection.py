@@ -28,13 +28,15 @@ from images import (
     to_tensor,
     to_uint8_within,
 )
-from methods import METHODS, NEED, GradientError, Objective, random_start
+from loops import GradientError, Objective, random_start
+from methods import METHODS, NEED
 from models.denoiser import Denoiser
 from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.vaes import WorkingVAE, load_vae
 from records import code_of, hash_of
+from transforms import around
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
 if TYPE_CHECKING:
@@ -42,6 +44,16 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from models.faces import Recognizer
+
+
+CODE = {  # of what is offered to the objectives, which decides about pixels, too
+    "vae": WorkingVAE,
+    "editor": Denoiser,
+    "face_similarity": face_similarity_to,
+    "face_window": around,
+    "perceptual_distance": perceptual_distance_to,
+}
+OF_SOME = ("lr", "smoothing")  # fields of Run that are flags which few methods read
 
 
 def readers(name: str) -> str:
@@ -119,10 +131,10 @@ class Protector:
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
-        self.mask = args.budget_mask
+        self.mask = args.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
         self.looks_at_faces = args.check or self.needs_face  # the method, or its report
-        for knob in (*knobs(), "lr"):
+        for knob in (*knobs(), *OF_SOME):
             if getattr(args, knob, None) is None:
                 continue
             if knob in self.knobs:
@@ -134,7 +146,7 @@ class Protector:
             warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
         if args.attack_budget > USUAL_BUDGET:
             warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
-        given = {name: getattr(args, name) for name in ("step_size", "num_iters", "lr")}
+        given = {name: getattr(args, name) for name in ("step_size", "num_iters", *OF_SOME)}
         given = {name: value for name, value in given.items() if value is not None}
         self.run = dataclasses.replace(self.method.run, budget=args.attack_budget, **given)
         self.attacked = models.sets.choose_vaes(args)  # the editors whose VAEs the objective averages over
@@ -164,7 +176,9 @@ class Protector:
         if self.mask != "none":
             found |= {"budget_mask": self.mask, "mask_code": hash_of(code_of(masks.budget_mask))}
         if self.needs:  # noise sees no network
+            codes = [code_of(CODE[need], classes=True) for need in self.needs if need in CODE]
             found |= {"model": chosen.kind, "model_id": recorded(chosen.model_id)}
+            found["networks_code"] = hash_of(codes)
             found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
         if self.is_ensemble and "vae" in self.needs:
             names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
@@ -291,6 +305,7 @@ class Protector:
             offers: dict[str, Callable[[], Any]] = {
                 "vae": lambda: self.vae_of(one),
                 "face_similarity": lambda: face_similarity_to(self.recognizer, working, faces),
+                "face_window": lambda: around(faces, working),
                 "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
                 "editor": lambda: self.editor_of(one),
                 "generators": lambda: [generator_of(seed) for seed in seeds],

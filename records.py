@@ -53,8 +53,14 @@ def _digest(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def code_of(function: Callable[..., Any]) -> str:
-    """Gives a function's code and of all that it names, in its module or beside it, without comments."""
+ABSENT = {"budget_mask": "none", "vae_ids": None}  # settings that are recorded only where they are not this
+
+
+def code_of(function: Callable[..., Any], classes: bool = False) -> str:
+    """Gives a function's code and of all that it names, in its module or beside it, without comments.
+
+    classes: whether the module's classes count, too; `function` may then be one.
+    """
     home, found = inspect.getmodule(function), {}
     waiting = [(function.__name__, home)]
     while waiting:
@@ -66,7 +72,9 @@ def code_of(function: Callable[..., Any]) -> str:
             continue
         if isinstance(value, int | float | str | tuple):
             found[key] = f"{name} = {value!r}"
-        elif inspect.isfunction(value) and value.__module__ == module.__name__:
+        elif (
+            inspect.isfunction(value) or classes and inspect.isclass(value)
+        ) and value.__module__ == module.__name__:
             text = re.sub(r'"""[\s\S]*?"""|#.*', "", inspect.getsource(value))
             found[key] = " ".join(text.split())
             waiting += [(word, module) for word in re.findall(r"[A-Za-z_]\w*", text)]
@@ -99,9 +107,9 @@ def differences(old: dict[str, Any] | None, settings: dict[str, Any], prompts: d
     """Lists in words where a recorded run had other settings or texts; what it doesn't know is left."""
     if old is None:
         return []
-    before = {"seed": old.get("seed"), **old["arguments"]}
+    before = {"seed": old.get("seed"), **ABSENT, **old["arguments"]}
     before |= {f"prompt {number}": text for number, text in old.get("prompts", {}).items()}
-    now = settings | {f"prompt {number}": text for number, text in prompts.items()}
+    now = ABSENT | settings | {f"prompt {number}": text for number, text in prompts.items()}
     other = sorted(key for key in now if key in before and before[key] != now[key])
     return [f"{key}: {before[key]!r} there, {now[key]!r} now" for key in other]
 

@@ -7,13 +7,36 @@ generator an image, so that neither the batch nor the device has a say.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
     import torch
     from torch import Tensor
 
-Transform = Callable[["Tensor", "Sequence[torch.Generator]"], "Tensor"]
+Draws = Sequence["torch.Generator"]  # one an image
+Transform = Callable[..., "Tensor"]  # (images, generators, window) -> images
+SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transformed
+
+
+class Window(NamedTuple):
+    """The part of each image that geometry is about: its centre and half sides, (B, 2) each as (x, y), where
+    an image reaches from -1 to 1."""
+
+    centre: Tensor
+    half: Tensor
+
+
+def around(boxes: Sequence[Sequence[tuple[int, int, int, int]]], images: Tensor) -> Window:
+    """Gives the square around all faces of each image (B, 3, H, W), so that a face anywhere is transformed as
+    one in the middle. boxes: of each image, at least one, in its pixels."""
+    import torch
+
+    sizes = images.new_tensor(images.shape[:1:-1])  # W, H
+    faces = [images.new_tensor(found) for found in boxes]
+    corners = torch.stack([torch.cat([face[:, :2].amin(0), face[:, 2:].amax(0)]) for face in faces])
+    low, high = corners[:, :2], corners[:, 2:]
+    side = SURROUNDINGS * (high - low).amax(dim=1, keepdim=True)
+    return Window((low + high) / sizes - 1, side / sizes)
 
 
 def chains(text: str) -> list[Transform]:
@@ -22,7 +45,7 @@ def chains(text: str) -> list[Transform]:
     Raises ValueError for an unknown name.
     """
     known = {
-        "none": lambda images, generators: images,
+        "none": lambda images, generators, window: images,
         "resize": resize, "shift": shift, "mirror": mirror, "rotate": rotate, "crop": crop,
         "light": light, "blur": soften, "jpeg": jpeg,
     }  # fmt: skip
@@ -30,9 +53,9 @@ def chains(text: str) -> list[Transform]:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
 
     def chain(names: Sequence[str]) -> Transform:
-        def apply(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+        def apply(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
             for name in names:
-                images = known[name](images, generators)
+                images = known[name](images, generators, window)
             return images
 
         return apply
@@ -40,7 +63,7 @@ def chains(text: str) -> list[Transform]:
     return [chain(part.split("+")) for part in text.split(",")]
 
 
-def uniform(generators: Sequence[torch.Generator], low: float, high: float, like: Tensor) -> Tensor:
+def uniform(generators: Draws, low: float, high: float, like: Tensor) -> Tensor:
     """Draws a number for each image, in float32 -> (B,) of the dtype of `like`."""
     import torch
 
@@ -48,7 +71,7 @@ def uniform(generators: Sequence[torch.Generator], low: float, high: float, like
     return low + (high - low) * draws.to(like)
 
 
-def normal(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
+def normal(generators: Draws, like: Tensor) -> Tensor:
     """Draws normal noise like `like` (B, ...), in float32 whatever its dtype."""
     import torch
 
@@ -56,51 +79,60 @@ def normal(generators: Sequence[torch.Generator], like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# geometry: what is outside the image becomes grey
+# geometry, about the window or the whole image; what comes from outside the image is grey
 
 
-def resize(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def resize(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Shrinks to 80 to 100 % of the sides and pads, at a random place (DIM, Xie et al. 2019)."""
     scale = uniform(generators, 0.8, 1, images)
     right, down = ((1 - scale) * uniform(generators, -1, 1, images) for _ in range(2))
-    return _warp(images, scale, right, down)
+    return _warp(images, window, scale, right, down)
 
 
-def shift(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def shift(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Moves by up to 5 % of the sides."""
     right, down = (uniform(generators, -0.1, 0.1, images) for _ in range(2))  # a side is 2 long
-    return _warp(images, 1 + 0 * right, right, down)
+    return _warp(images, window, 1 + 0 * right, right, down)
 
 
-def mirror(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def mirror(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Mirrors left and right, half of the time."""
-    import torch
-
-    mirrored = uniform(generators, 0, 1, images).view(-1, 1, 1, 1) < 0.5
-    return torch.where(mirrored, images.flip(-1), images)
+    side = (uniform(generators, 0, 1, images) - 0.5).sign()
+    return _warp(images, window, 1 + 0 * side, side=side)
 
 
-def rotate(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def rotate(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Rotates by up to 10 degrees."""
     angle = uniform(generators, -0.1745, 0.1745, images)
-    return _warp(images, 1 + 0 * angle, 0 * angle, 0 * angle, angle)
+    return _warp(images, window, 1 + 0 * angle, angle=angle)
 
 
-def crop(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def crop(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Brings the middle 80 to 100 % of the sides back up to the whole size."""
     scale = 1 / uniform(generators, 0.8, 1, images)
-    return _warp(images, scale, 0 * scale, 0 * scale)
+    return _warp(images, window, scale)
 
 
-def _warp(images: Tensor, scale: Tensor, right: Tensor, down: Tensor, angle: Tensor | None = None) -> Tensor:
-    """Scales, rotates about the middle and moves; all (B,), right and down in half sides. Bilinear."""
+def _warp(
+    images: Tensor,
+    window: Window | None,
+    scale: Tensor,
+    right: Tensor | float = 0.0,
+    down: Tensor | float = 0.0,
+    angle: Tensor | float = 0.0,
+    side: Tensor | float = 1.0,
+) -> Tensor:
+    """Mirrors (side -1), scales, rotates and moves; all (B,), right and down in half sides. Bilinear."""
     import torch
     import torch.nn.functional as F
 
-    angle, aspect = 0 * scale if angle is None else angle, images.shape[-1] / images.shape[-2]
-    cos, sin = angle.cos() / scale, angle.sin() / scale
-    rows = [cos, sin / aspect, -(cos * right + sin / aspect * down)]  # where an output pixel comes from
-    rows += [-sin * aspect, cos, sin * aspect * right - cos * down]
+    zero, aspect = 0 * scale, images.shape[-1] / images.shape[-2]
+    centre, half = window or (scale.new_zeros(2), scale.new_ones(2))
+    cos, sin = (angle + zero).cos() / scale, (angle + zero).sin() / scale
+    x0, y0 = centre.unbind(-1)
+    x, y = x0 + half[..., 0] * right, y0 + half[..., 1] * down  # where the centre goes
+    rows = [side * cos, side * sin / aspect, x0 - side * (cos * x + sin / aspect * y)]  # its origin
+    rows += [-sin * aspect, cos, y0 + sin * aspect * x - cos * y]
     grid = F.affine_grid(torch.stack(rows, dim=1).view(-1, 2, 3), list(images.shape), align_corners=False)
     return F.grid_sample(images, grid, align_corners=False)
 
@@ -109,13 +141,13 @@ def _warp(images: Tensor, scale: Tensor, right: Tensor, down: Tensor, angle: Ten
 # light, blur, JPEG
 
 
-def light(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def light(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Changes contrast by up to 20 % and brightness by up to 10 % of the range."""
     contrast, brightness = (uniform(generators, -0.2, 0.2, images).view(-1, 1, 1, 1) for _ in range(2))
     return ((1 + contrast) * images + brightness).clamp(-1, 1)
 
 
-def soften(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def soften(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Blurs by a 5x5 Gaussian of a sigma from 0.5 to 1.5 px."""
     import torch
 
@@ -130,7 +162,13 @@ def blur(images: Tensor, side: int, sigma: float) -> Tensor:
     return gaussian_blur(images, [side, side], [sigma, sigma])
 
 
-def jpeg(images: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+def smooth(images: Tensor, sigma: float) -> Tensor:
+    """Blurs by a Gaussian of a sigma in px, 0 for none, as wide as it needs and the image allows."""
+    side = min(2 * round(3 * sigma) + 1, 2 * ((min(images.shape[-2:]) - 1) // 2) + 1)
+    return blur(images, side, sigma) if sigma else images
+
+
+def jpeg(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Compresses with a whole quality from 50 to 95, as Pillow does; see `compress`."""
     return compress(images, uniform(generators, 50, 95, images).round())
 
@@ -244,20 +282,16 @@ def keeping_spectrum(x: Tensor, noise: Tensor) -> Callable[[Tensor], Tensor]:
     """
     import torch
 
-    def blurred(image: Tensor, sigma: float) -> Tensor:
-        side = min(2 * round(3 * sigma) + 1, 2 * ((min(image.shape[-2:]) - 1) // 2) + 1)
-        return blur(image[None], side, sigma)[0]
-
     def sigma_of(image: Tensor, perturbation: Tensor) -> float:
         clean = radial_spectrum(image)
         for sigma in SIGMAS:
-            change = radial_spectrum(image + blurred(perturbation, sigma)) - clean
+            change = radial_spectrum(image + smooth(perturbation[None], sigma)[0]) - clean
             if change.abs().max() <= SPECTRUM_CHANGE:
                 return sigma
         return SIGMAS[-1]
 
     sigmas = [sigma_of(*pair) for pair in zip(x, noise, strict=True)]
-    return lambda v: torch.stack([blurred(image, sigma) for image, sigma in zip(v, sigmas, strict=True)])
+    return lambda v: torch.cat([smooth(image[None], sigma) for image, sigma in zip(v, sigmas, strict=True)])
 
 
 def radial_spectrum(image: Tensor) -> Tensor:

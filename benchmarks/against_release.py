@@ -34,6 +34,7 @@ from pairing import Key
 from scoring import measure
 
 import bench
+import loops
 import main_edit
 import methods
 import utils
@@ -58,7 +59,7 @@ def plain_facelock(x: Tensor, protector: Protector) -> Tensor:
 
     vae, run, boxes = protector.vae, protector.run, [[FACE]] * len(x)
     z0 = vae.encode(x).latent_dist.mean.detach()
-    x_adv = methods.random_start(x, run.budget, range(len(x)))
+    x_adv = loops.random_start(x, run.budget, range(len(x)))
     for i in range(run.num_iters):
         t = i / run.num_iters
         x_adv = x_adv.detach().requires_grad_(True)
@@ -70,7 +71,7 @@ def plain_facelock(x: Tensor, protector: Protector) -> Tensor:
         loss = loss - (t >= methods.FACE_FROM) * face
         (gradient,) = torch.autograd.grad(loss.sum(), x_adv)
         step = run.step_size * (1 - 0.99 * t)
-        x_adv = methods.project(x_adv.detach() + step * gradient.sign(), x, run.budget)
+        x_adv = loops.project(x_adv.detach() + step * gradient.sign(), x, run.budget)
     return x_adv
 
 
@@ -103,7 +104,7 @@ def start_up(what: str, args: argparse.Namespace, plain: bool) -> float:
             args.model_id, dtype=protector.chosen.dtype, safety_checker=None, requires_safety_checker=False
         )
         vae = pipeline.to(protector.device).vae.requires_grad_(False)
-        attack = partial(methods.pgd, x, methods.encoder_attack(x, vae), protector.run)
+        attack = partial(loops.pgd, x, methods.encoder_attack(x, vae), protector.run)
     else:
         protector.preload()
         attack = partial(protect, x, protector)

@@ -12,7 +12,8 @@ import bench
 import utils
 from benchmarks import against_release
 from images import to_tensor
-from methods import METHODS, Run, random_start
+from loops import Run, random_start
+from methods import METHODS
 from models.clip import Clip
 from models.faces import FaceDetector, face_similarity_to, load_recognizer
 from models.perceptual import load_perceptual, perceptual_distance_to

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import scipy.ndimage
 import torch
 from tiny import tiny_vae
 
-import methods
-from methods import METHODS, NEED, GradientError, Method, Run, adam, pgd, project, random_start
+from loops import CHECK_EVERY, GradientError, Run, adam, pgd, project, random_start, ti_pgd
+from methods import METHODS, NEED, Method
 from models.faces import Recognizer, face_similarity_to
 from models.perceptual import perceptual_distance_to
 
@@ -545,6 +547,42 @@ def test_pgd_goes_along_the_sign_by_falling_steps(sign):
     torch.testing.assert_close(out, x + moved * slope.sign(), rtol=0, atol=1e-12)
 
 
+def test_ti_pgds_steps_have_the_smoothed_gradients_size():
+    """Cut at its mean, which is of each image and of where it is not 0; no smoothing: the gradient itself."""
+    x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
+    slope = torch.zeros_like(x)
+    slope[:, :, 8, 4], slope[:, :, 8, 12] = 1.0, -3.0  # of mean size 2
+    slope[1] *= 1e-6
+
+    def objective(x_adv, t):
+        return (slope[: len(x_adv)] * x_adv).sum(dim=(1, 2, 3))
+
+    run = Run(budget=0.5, step_size=0.1, num_iters=1, start=x)
+    out = ti_pgd(x, objective, run)
+    torch.testing.assert_close(out, 0.1 * (slope / slope.abs().amax((1, 2, 3), True) * 1.5).clamp(-1, 0.5))
+    smoothed = ti_pgd(x, objective, replace(run, smoothing=1 / 16))  # a sigma of 1 px, up to 3 px away
+    wide = scipy.ndimage.gaussian_filter(slope[0, 0].numpy(), 1.0, truncate=3.0, mode="mirror")
+    wide = np.where(abs(wide) < 1e-15, 0, wide)
+    expected = np.clip(wide / abs(wide[wide != 0]).mean(), -1, 1)
+    np.testing.assert_allclose(smoothed[0, 0], 0.1 * expected, atol=1e-6)
+    torch.testing.assert_close(smoothed[1], smoothed[0])
+
+
+def test_ti_pgd_keeps_the_budget_and_its_steps_fall():
+    x, start = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), -0.05)
+    run = Run(budget=0.05, step_size=0.03, num_iters=4, start=start, smoothing=0.1)
+    seen = []
+
+    def objective(x_adv, t):
+        seen.append(x_adv[0, 0, 0, 0].item())
+        return x_adv.sum(dim=(1, 2, 3))
+
+    out = ti_pgd(x, objective, run)
+    assert np.diff(seen) == pytest.approx([0.03, 0.03 * 0.7525, 0.03 * 0.505], abs=1e-6)
+    assert torch.equal(out, ti_pgd(x, objective, replace(run, num_iters=4)))
+    assert torch.equal(ti_pgd(x, objective, replace(run, num_iters=40)), torch.full_like(x, 0.05))
+
+
 def test_a_gradient_too_small_for_float16_still_counts():
     x = torch.zeros(1, 3, 4, 4)
     run = Run(budget=0.5, step_size=0.1, num_iters=1, start=x)
@@ -672,7 +710,7 @@ def test_gradient_not_finite(loop, value, at, num_iters):
     run = Run(BUDGET, num_iters=num_iters, callback=lambda i, values: seen.append(i))
     with pytest.raises(GradientError, match="NaN or infinite"):
         loop(image(2, side=4), objective, run)
-    assert len(seen) < at + methods.CHECK_EVERY
+    assert len(seen) < at + CHECK_EVERY
 
 
 @every_iterative_case

@@ -16,14 +16,16 @@ import torch.nn.functional as F
 
 import transforms
 from images import to_uint8_within
-from methods import METHODS, NEED, Run, eot, facelock_dim, pgd, random_start
+from loops import Run, pgd, random_start
+from methods import METHODS, NEED, eot, facelock_dim
 from models.denoiser import Denoiser
 
 torch.set_num_threads(1)
 
 SCALE = 0.18215
 SEEDS = [5, 6]
-DRAWN = ["facelock-dim", "photoguard", "advdm", "sds", "editshield", "diffusionguard"]
+WINDOW = transforms.Window(torch.tensor([[0.1, -0.2]]).double(), torch.tensor([[0.7, 0.7]]).double())
+DRAWN = ["facelock-dim", "facelock-ti", "photoguard", "advdm", "sds", "editshield", "diffusionguard"]
 OF_THE_EDITOR = ["photoguard", "advdm", "sds", "diffusionguard"]
 PEERS = [*DRAWN, "mist", "pid", "blurguard", "dctshield"]
 every_peer = pytest.mark.parametrize("name", PEERS)
@@ -54,7 +56,7 @@ def similarity(y):
 
 
 def offers(name, vae, editor, seeds=SEEDS, **knobs):
-    there = {"vae": vae, "editor": Denoiser(editor), "generators": generators(seeds)}
+    there = {"vae": vae, "editor": Denoiser(editor), "generators": generators(seeds), "face_window": WINDOW}
     there["face_similarity"] = there["perceptual_distance"] = similarity
     needs = [key for key, default in METHODS[name].parameters.items() if default is NEED]
     return {need: there[need] for need in needs} | knobs
@@ -127,11 +129,18 @@ def editshield(by, x, x_adv):
 
 def dim(by, x, x_adv):
     y = by.d(by.e(x_adv)).clamp(-1, 1)
-    return -sum(similarity(transforms.resize(y, [by.generator]))[0] / 2 for _ in range(2))
+    g, w = [by.generator], WINDOW
+    ways = [
+        lambda y: transforms.light(transforms.mirror(transforms.resize(y, g, w), g, w), g),
+        lambda y: transforms.shift(transforms.rotate(y, g, w), g, w),
+        lambda y: transforms.soften(transforms.mirror(transforms.resize(y, g, w), g, w), g),
+    ]
+    return -sum(similarity(way(y))[0] / 4 for way in (*ways, ways[0]))
 
 
 EQUATIONS = {
     "facelock-dim": dim,
+    "facelock-ti": dim,
     "photoguard": photoguard,
     "advdm": lambda by, x, x_adv: by.error(x_adv).square().mean(),
     "sds": lambda by, x, x_adv: -(by.error(x_adv) * by.e(x_adv)).mean(),
@@ -379,7 +388,9 @@ class WithAnySide:
         return self.vae.encode(images[..., :height, :width])
 
 
-def test_facelock_dim_has_its_own_run():
-    assert (METHODS["facelock-dim"].run.step_size, METHODS["facelock-dim"].run.num_iters) == (0.02, 25)
-    assert METHODS["facelock-dim"].objective is facelock_dim
-    assert all(METHODS[name].run == Run() for name in METHODS if name != "facelock-dim")
+def test_our_methods_alone_have_a_run_and_a_mask_of_their_own():
+    ours = {"facelock-dim", "facelock-ti"}
+    assert {name for name, method in METHODS.items() if method.run != Run()} == ours
+    assert {name for name, method in METHODS.items() if method.mask == "face"} == ours
+    assert {METHODS[name].objective for name in ours} == {facelock_dim}
+    assert [METHODS[name].run.smoothing for name in sorted(ours)] == [0, 3 / 128]

@@ -14,7 +14,8 @@ from tiny import noise
 
 import defend
 from images import load_image, save_png, to_tensor
-from methods import METHODS, Method, adam, encoder_attack, random_start, vae_attack
+from loops import adam, random_start
+from methods import METHODS, MIX, Method, encoder_attack, vae_attack
 from models.faces import face_similarity_to
 from models.vaes import WorkingVAE
 from protection import Protector, Report, generator_of, knobs
@@ -46,22 +47,26 @@ def protected(tool: Protector, path: Path) -> torch.Tensor:
 
 RUN = {"step_size": 0.01, "num_iters": 3}
 VAE = {"model": "instruct-pix2pix", "resolution": 64, "dtype": "float32"}
+OURS = {
+    **RUN, **VAE, "step_size": 0.04, "faces": "largest", "budget_mask": "face",
+    "transforms": MIX, "samples": 4,
+}  # fmt: skip
 SETTINGS = {  # method -> beside seed, defend_method, attack_budget, code and the paths of models
     "noise": {},
     "encoder": {**RUN, **VAE, "targeted": True},
     "vae": {**RUN, **VAE},
     "cw": {**VAE, "num_iters": 3, "lr": 0.03, "c": 0.03, "targeted": False},
     "facelock": {**RUN, **VAE, "faces": "largest"},
-    "facelock-dim": {
-        **RUN, **VAE, "step_size": 0.02, "faces": "largest", "transforms": "resize", "samples": 2,
-    },
+    "facelock-dim": {**OURS, "smoothing": 0.0},
+    "facelock-ti": {**OURS, "smoothing": 3 / 128},
     "photoguard": {**RUN, **VAE, "unrolled": 4},
     "sds": {**RUN, **VAE, "targeted": True},
     "blurguard": {**RUN, **VAE, "targeted": True},
     "dctshield": {**RUN, **VAE, "targeted": True},
     **{name: {**RUN, **VAE} for name in ("advdm", "mist", "pid", "editshield", "diffusionguard")},
 }  # fmt: skip
-FACELOCKS = {"facelock", "facelock-dim"}
+TWO = {"facelock-dim", "facelock-ti"}
+FACELOCKS = {"facelock"} | TWO
 
 
 @every_method
@@ -76,6 +81,10 @@ def test_settings(method, protector, tiny_models):
         expected["recognizer"] = str(tiny_models.recognizer)
     if method == "facelock":
         expected["lpips"] = str(tiny_models.perceptual)
+    if method in TWO:
+        assert len(found.pop("mask_code")) == 16
+    if method != "noise":
+        assert len(found.pop("networks_code")) == 16
     assert found == expected
 
 
@@ -101,7 +110,7 @@ def test_the_papers_methods_are_those_of_earlier_outputs(protector):
 ALL = set(METHODS)
 ITERATED = ALL - {"noise"}
 STEPPED = ITERATED - {"cw"}
-MOVED = {"noise", "encoder", "vae", "cw", "facelock", "facelock-dim", "advdm"}  # whose pixels are looked at
+MOVED = {"noise", "encoder", "vae", "cw", "facelock", *TWO, "advdm"}  # whose pixels are looked at
 CHANGES = {  # flags -> the methods whose pixels they change
     "--seed 1": ALL,
     "--attack_budget 0.04": ALL,
@@ -113,8 +122,10 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--c 0.5": {"cw"},
     "--lr 0.1": {"cw"},
     "--unrolled 2": {"photoguard"},
-    "--samples 3": {"facelock-dim"},
-    "--transforms jpeg": {"facelock-dim"},
+    "--samples 3": TWO,
+    "--transforms jpeg": TWO,
+    "--smoothing 0.1": TWO,
+    "--budget_mask none": TWO,
     "--budget_mask texture": ALL,
     "--faces all": FACELOCKS,
     "--recognizer {judge}": FACELOCKS,
@@ -187,7 +198,7 @@ def test_the_code_of_a_method_is_its_objective_and_its_loop(protector, monkeypat
         return vae_attack(x, vae)
 
     before = codes()
-    assert len(set(before.values())) == len(METHODS)
+    assert len(set(before.values())) == len({(method.objective, method.loop) for method in METHODS.values()})
     for method in (Method(rewritten), Method(vae_attack, adam)):
         with monkeypatch.context() as patch:
             patch.setitem(METHODS, "vae", method)
@@ -207,8 +218,9 @@ def test_the_code_of_a_method_is_its_objective_and_its_loop(protector, monkeypat
         ("--targeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
         ("--untargeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
         ("--unrolled 3", {"photoguard"}),
-        ("--transforms light", {"facelock-dim"}),
-        ("--samples 3", {"facelock-dim"}),
+        ("--transforms light", TWO),
+        ("--samples 3", TWO),
+        ("--smoothing 0.1", TWO),
         ("--c 0.1", {"cw"}),
         ("--lr 0.1", {"cw"}),
     ],

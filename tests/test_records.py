@@ -10,6 +10,7 @@ import pytest
 
 import records
 import transforms
+from models import faces, vaes
 from utils import UserError
 
 SETTINGS = {"seed": 0, "step_size": 0.01, "defend_method": "vae"}
@@ -35,6 +36,13 @@ def test_code_is_that_of_all_that_is_named_here_and_in_the_files_beside():
     assert '"""' not in found and "def write_record(" not in found
     assert "NAMED = 5" in records.code_of(records.listed)
     assert "TABLES = ((16, 11," in records.code_of(transforms.quantisation)
+
+
+def test_the_code_of_what_objectives_are_offered_is_that_of_its_classes_too():
+    assert "class" not in records.code_of(faces.face_similarity_to)
+    found = records.code_of(faces.face_similarity_to, classes=True)
+    assert "class Recognizer:" in found and "def face_similarity_to(" in found and '"""' not in found
+    assert records.code_of(vaes.WorkingVAE, classes=True).startswith("class WorkingVAE")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -72,6 +80,16 @@ def test_every_difference_is_named_and_nothing_that_the_record_does_not_know(tmp
         "step_size: 0.01 there, 0.003 now",
     ]
     assert records.differences(None, SETTINGS, {}) == []
+
+
+def test_what_is_recorded_only_where_it_is_used_is_compared_either_way(tmp_path):
+    masked = {**SETTINGS, "budget_mask": "face"}
+    old = write(tmp_path / "plain")
+    assert records.differences(old, masked, {}) == ["budget_mask: 'none' there, 'face' now"]
+    old = write(tmp_path / "masked", masked)
+    assert records.differences(old, SETTINGS, {}) == ["budget_mask: 'face' there, 'none' now"]
+    old = write(tmp_path / "two", {**SETTINGS, "vae_ids": ["a", "b"]})
+    assert records.differences(old, SETTINGS, {}) == ["vae_ids: ['a', 'b'] there, None now"]
 
 
 def test_prompts_are_merged(tmp_path):

@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 import defend
 import edit
+import loops
 import main_defend
 import main_edit
 import methods
@@ -549,7 +550,7 @@ def test_a_methods_changed_code_is_another_setting(call, finished, monkeypatch, 
         return methods.encoder_attack(x, vae, targeted)
 
     def loop(x, objective, run):
-        return methods.pgd(x, objective, run)
+        return loops.pgd(x, objective, run)
 
     changed = {part: {"objective": objective, "loop": loop}[part]}
     monkeypatch.setitem(METHODS, "facelock", METHODS["facelock"]._replace(**changed))
@@ -1019,7 +1020,7 @@ def test_what_is_not_finite_names_its_dtype(protector, monkeypatch):
     """And the way out, where there is one."""
 
     def fail(*_):
-        raise methods.GradientError("the gradient is NaN or infinite within the first 10 iterations")
+        raise loops.GradientError("the gradient is NaN or infinite within the first 10 iterations")
 
     monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(loop=fail))
     x = torch.zeros(1, 3, 64, 64)

@@ -61,15 +61,41 @@ def test_a_chain_for_each_turn():
         transforms.chains("resize+sharpen")
 
 
+@pytest.mark.parametrize("name", ["resize", "shift", "mirror", "rotate", "crop"])
+def test_a_face_at_the_side_is_transformed_as_one_in_the_middle(name):
+    """About its surroundings, 5/3 of its long side: here 20 px; and a picture's own size has no say."""
+    face = tiny.noise(1, 3, 20, 20).double()
+    boxes = [[(4, 5, 16, 15)]]  # 12 x 10 px
+    seen = []
+    for height, width, top, left in ((20, 20, 0, 0), (48, 67, 3, 40), (67, 48, 40, 3)):
+        image = torch.zeros(1, 3, height, width, dtype=torch.float64)
+        here = np.s_[..., top : top + 20, left : left + 20]
+        image[here] = face
+        there = [[(x0 + left, y0 + top, x1 + left, y1 + top) for x0, y0, x1, y1 in boxes[0]]]
+        (chain,) = transforms.chains(name)
+        seen.append(chain(image, generators(4), transforms.around(there, image))[here])
+    assert not torch.equal(seen[0], face)
+    for other in seen[1:]:
+        torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-9)
+
+
+def test_around_is_a_square_around_all_faces():
+    image = torch.zeros(2, 3, 40, 80, dtype=torch.float64)
+    centre, half = transforms.around([[(10, 10, 20, 22)], [(0, 0, 10, 10), (50, 20, 60, 30)]], image)
+    assert centre.flatten().tolist() == pytest.approx([15 / 40 - 1, 16 / 20 - 1, 30 / 40 - 1, 15 / 20 - 1])
+    sides = [5 / 3 * 12, 5 / 3 * 60]
+    torch.testing.assert_close(half, torch.tensor([[side / 80, side / 40] for side in sides]).double())
+
+
 def test_geometry_goes_where_it_says(image):
     """A pixel's centre, through the affine map, in Pillow's and one's own words."""
     one = image.new_ones(1)
-    moved = transforms._warp(image, one, one * 2 * 5 / 67, one * 2 * -4 / 48)  # 5 px right, 4 px up
+    moved = transforms._warp(image, None, one, one * 2 * 5 / 67, one * 2 * -4 / 48)  # 5 px right, 4 px up
     torch.testing.assert_close(moved[..., :-4, 5:], image[..., 4:, :-5], rtol=0, atol=1e-9)
     assert moved[..., -4:, :].abs().max() < 1e-9 and moved[..., :5].abs().max() < 1e-9
-    half = transforms._warp(image, 0.5 * one, 0 * one, 0 * one)
+    half = transforms._warp(image, None, 0.5 * one)
     assert (half[..., :11, :] == 0).all() and (half[..., :16] == 0).all() and half[..., 14:34, 20:47].any()
-    turned = transforms._warp(image, one, 0 * one, 0 * one, one * np.pi / 6)
+    turned = transforms._warp(image, None, one, angle=one * np.pi / 6)
     pillow = Image.fromarray(to_uint8(image)[0]).rotate(-30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
     inside = np.s_[16:32, 20:47]
     apart = np.abs(to_uint8(turned)[0].astype(int) - np.array(pillow))[inside]
@@ -97,7 +123,7 @@ def test_draws_go_as_far_as_they_say(monkeypatch):
     assert inside == pytest.approx([0.8, 1], abs=0.01)
     tangent = extremes(lambda s: apply("rotate", ramp, s)[0, 0, :, 30].diff()[30] * 59 / 2)
     assert tangent == pytest.approx([-np.sin(np.pi / 18), np.sin(np.pi / 18)], abs=0.01)
-    assert 60 < sum(torch.equal(apply("mirror", ramp, s), ramp) for s in seeds) < 140
+    assert 60 < sum(torch.allclose(apply("mirror", ramp, s), ramp) for s in seeds) < 140
     assert extremes(lambda s: apply("light", 0 * white, s).mean()) == pytest.approx([-0.2, 0.2], abs=0.01)
     contrast = extremes(lambda s: (apply("light", white / 2, s) - apply("light", 0 * white, s)).mean() * 2)
     assert contrast == pytest.approx([0.8, 1.2], abs=0.01)

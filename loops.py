@@ -1,0 +1,221 @@
+"""How the defenses climb: loops that maximise an objective within a budget. Tensors in, tensors out.
+
+Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1], every budget and step an L-infinity size in
+that range; x is the clean image, x' the optimised one. An objective is a function of (x', t), t in [0, 1)
+being the share of iterations done, that gives one value an image, (B,).
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from transforms import in_coefficients, keeping_spectrum, smooth
+
+if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
+    from torch import Tensor
+
+LOSS_SCALE = 2.0**12  # keeps float16 gradients from vanishing; a power of two changes no digit and no sign
+CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
+
+Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
+
+@dataclass(frozen=True)
+class Run:
+    """How a loop goes. Budget and step are L-infinity sizes in [-1, 1]."""
+
+    budget: float = 0.03
+    step_size: float = 0.01  # the first one; it falls linearly to 1 % of it
+    num_iters: int = 100
+    lr: float = 0.03  # of Adam
+    smoothing: float = 0.0  # of `ti_pgd`: its Gaussian's sigma, as a share of the long side
+    start: Tensor | None = None  # where x' begins; default: `random_start` with seed 0
+    callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
+
+
+def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
+
+        x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
+
+    x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
+    gets what it would get alone. Returns x' like x, max |x' - x| <= budget. Raises ValueError for a wrong
+    image, GradientError for a gradient that is not finite; warns if an image's is zero everywhere.
+    """
+    import torch
+
+    x, x_adv = _begin(x, run)
+    peaks: list[Tensor] = []
+    for i in range(run.num_iters):
+        x_adv.requires_grad_(True)
+        values = objective(x_adv, i / run.num_iters)
+        (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
+        step = run.step_size * (1 - 0.99 * i / run.num_iters)
+        x_adv = project(x_adv.detach() + step * gradient.sign(), x, run.budget)
+        _watch(gradient, peaks, i, run)
+        if run.callback:
+            run.callback(i, values.detach())
+    return x_adv
+
+
+def ti_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by steps of the gradient's size, smoothed by a Gaussian G (TI, Dong et al. 2019):
+
+        x' <- project(x' + step_i clip(G g / mean |G g|, -1, 1))
+
+    step_i as in `pgd`, the mean over where G g isn't 0, G's sigma `smoothing` of the long side. So what
+    matters little is changed little. x, the result and errors as in `pgd`.
+    """
+    import torch
+
+    x, x_adv = _begin(x, run)
+    peaks: list[Tensor] = []
+    for i in range(run.num_iters):
+        x_adv.requires_grad_(True)
+        values = objective(x_adv, i / run.num_iters)
+        (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
+        smoothed = smooth(gradient, run.smoothing * max(x.shape[-2:]))
+        sizes = smoothed.abs().flatten(1)
+        mean = sizes.sum(dim=1) / sizes.count_nonzero(dim=1).clamp(min=1)
+        way = (smoothed / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
+        step = run.step_size * (1 - 0.99 * i / run.num_iters)
+        x_adv = project(x_adv.detach() + step * way, x, run.budget)
+        _watch(gradient, peaks, i, run)
+        if run.callback:
+            run.callback(i, values.detach())
+    return x_adv
+
+
+def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by Adam (Kingma & Ba 2015) on w, x' = tanh(w) (Carlini & Wagner 2017); projects at the end.
+
+    Unlike the authors' release it begins at `start`. x, the result and errors as in `pgd`.
+    """
+    import torch
+
+    x, x_adv = _begin(x, run)
+    w = torch.atanh(x_adv.clamp(2e-6 - 1, 1 - 2e-6)).requires_grad_(True)
+    optimizer = torch.optim.Adam([w], lr=run.lr)
+    peaks: list[Tensor] = []
+    for i in range(run.num_iters):
+        values = objective(w.tanh(), i / run.num_iters)
+        (w.grad,) = torch.autograd.grad(-values.sum(), w)
+        optimizer.step()
+        _watch(w.grad, peaks, i, run)
+        if run.callback:
+            run.callback(i, values.detach())
+    return project(w.detach().tanh(), x, run.budget)
+
+
+def climb(
+    x: Tensor, make: Callable[[Tensor], Objective], run: Run, loop: Any, mask: Tensor | None = None
+) -> Tensor:
+    """Runs a loop on the objective that `make` makes of x.
+
+    mask: a pixel's share of the budget, (B, 1, H, W) in [0, 1]. Result and errors as in `pgd`.
+    """
+    x = _image(x, run.budget)
+    objective = make(x)
+    if mask is None:
+        return loop(x, objective, run)
+    return through(lambda u: x + mask.to(x) * (u - x), x, objective, run, loop)
+
+
+def through(seen: Callable[[Tensor], Tensor], x: Tensor, objective: Objective, run: Run, loop: Any) -> Tensor:
+    """Runs a loop whose variable u is an image only as `seen`: x' = seen(u)."""
+    return seen(loop(x, lambda u, t: objective(seen(u), t), run))
+
+
+def blurred_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by `pgd` in smooth perturbations, x' = x + G(u - x) (BlurGuard, Kim et al. 2025).
+
+    Each image's G is the narrowest Gaussian after which noise of the budget leaves its spectrum as it is;
+    theirs learns one for each region that SAM finds. x, the result and errors as in `pgd`.
+    """
+    x, start = _begin(x, run)
+    smooth = keeping_spectrum(x, start - x)
+    return through(lambda u: project(x + smooth(u - x), x, run.budget), x, objective, run, pgd)
+
+
+def dct_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by `pgd` in JPEG's coefficients, |v| <= 1 step of quality 95 (DCT-Shield, Bala et al. 2025).
+
+    Theirs has no budget in pixels. Start and steps are the same share of 1 as of the budget. x, the result
+    and errors as in `pgd`.
+    """
+    x, start = _begin(x, run)
+    moved = in_coefficients(x, quality=95)
+    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=(start - x) / run.budget)
+    return through(lambda v: project(moved(v), x, run.budget), 0 * x, objective, run_v, pgd)
+
+
+def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Leaves the start as it is. x, the result and errors as in `pgd`."""
+    return _begin(x, run)[1]
+
+
+def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
+    """Draws a uniform point of each image's L-infinity ball, cut to [-1, 1]; like x in shape and dtype.
+
+    In float32, by one CPU generator an image. Raises ValueError unless there is one seed an image.
+    """
+    import torch
+
+    _check(x, budget)
+    if len(seeds) != len(x):
+        raise ValueError(f"{len(seeds)} seeds for {len(x)} images")
+    draws = [torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
+    return project(x + (2 * torch.stack(draws).to(x) - 1) * budget, x, budget)
+
+
+def project(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
+    """Gives the nearest point to x_adv with |x_adv - x| <= budget, up to the dtype's rounding, in [-1, 1]."""
+    return x_adv.clamp(x - budget, x + budget).clamp(-1, 1)
+
+
+class GradientError(RuntimeError):
+    """A gradient with NaN or infinity: nothing computed from it could be trusted."""
+
+
+def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
+    """Notes each image's largest gradient, and reads what was noted every CHECK_EVERY iterations."""
+    import torch
+
+    peaks.append(gradient.abs().flatten(1).amax(dim=1))  # (B,); NaN and infinity survive a maximum
+    if len(peaks) < CHECK_EVERY and i < run.num_iters - 1:
+        return
+    seen = torch.stack(peaks)
+    if not seen.isfinite().all():
+        raise GradientError(f"the gradient is NaN or infinite within the first {i + 1} iterations")
+    if (seen == 0).any():  # said once: it is the same line
+        text = "the gradient of an image was zero everywhere: its steps change nothing"
+        warnings.warn(text, RuntimeWarning, stacklevel=3)
+    peaks.clear()
+
+
+def _begin(x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
+    """(x, x'): the image in float32 at least, and where its optimisation starts, within the budget."""
+    x = _image(x, run.budget)
+    start = random_start(x, run.budget, [0] * len(x)) if run.start is None else run.start.detach().to(x)
+    if start.shape != x.shape:
+        raise ValueError(f"start is {tuple(start.shape)}, the image {tuple(x.shape)}")
+    return x, project(start, x, run.budget)
+
+
+def _image(x: Tensor, budget: float) -> Tensor:
+    """The image, checked, in float32 at least."""
+    import torch
+
+    _check(x, budget)
+    return x.detach().to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _check(x: Tensor, budget: float) -> None:
+    if x.ndim != 4 or x.shape[1] != 3 or not x.is_floating_point():
+        raise ValueError(f"an image must be a float (B, 3, H, W) tensor, not {x.dtype} {tuple(x.shape)}")
+    if not budget > 0:
+        raise ValueError(f"the budget must be positive, not {budget}")
+    if not bool((x.abs() <= 1).all()):
+        raise ValueError("an image must be in [-1, 1]")
