@@ -10,46 +10,42 @@
 
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
 metrics (all_metric.csv and .md, per_image.csv) and figure.png; for each of --purify the same below
-OUTPUT_DIR/purified/, and purified.png; for the second and further of --edit_models the same below
-OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it goes on where
-it was. What fails for single portraits is told and left out of the table, and the exit status is 1.
+OUTPUT_DIR/purified/, and purified.csv, .md and .png; for the second and further of --edit_models the same
+below OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it goes on
+where it was. What fails for single portraits is told and left out, and the exit status is 1.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
 
 import eval_all
 import figure
-import outputs
 import purify
 import report
+import summary
 from pairing import Edits, find_edits
 
 import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments
+from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
-from methods import METHODS, Run
+from methods import METHODS
 from models import sets
 from models.editors import unload
 from protection import Protector
 from utils import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
@@ -63,10 +59,10 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--methods",
         nargs="+",
-        choices=("all", *METHODS),
-        default=PAPER,
-        metavar="METHOD",
-        help=f"all, or some of {', '.join(METHODS)}",
+        type=method_at,
+        default=[(name, None) for name in PAPER],
+        metavar="METHOD[@B]",
+        help=f"all, or some of {', '.join(METHODS)}; @B: at a budget of its own (default: {' '.join(PAPER)})",
     )
     parser.add_argument(
         "--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP
@@ -100,6 +96,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     sets.add_clip_argument(parser)
     sets.add_edit_arguments(parser)
     return parser.parse_args(argv)
+
+
+def method_at(text: str) -> tuple[str, float | None]:
+    """argparse type: `facelock@0.06` -> a method or `all`, and its own budget; None: those of --budgets."""
+    name, at, budget = text.partition("@")
+    if name not in ("all", *METHODS):
+        raise argparse.ArgumentTypeError(f"{name!r} is none of all, {', '.join(METHODS)}")
+    return name, utils.budget_size(budget) if at else None
 
 
 def purifier(text: str) -> tuple[str, list[purify.Step]]:
@@ -170,14 +174,19 @@ def run(args: argparse.Namespace) -> int:
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
     n_images = len(runs.find_images(args.image_dir))
     utils.check_directory(args.output_dir)
+    wanted = dict.fromkeys(
+        (method, budget)
+        for name, own in args.methods
+        for method in (METHODS if name == "all" else [name])
+        for budget in ([own] if own else args.budgets)
+    )
     protectors = {
         f"{method}/budget_{budget}": Protector(
             argparse.Namespace(
                 **vars(args) | {"defend_method": method, "attack_budget": budget, "seed": args.seed[0]}
             )
         )
-        for budget in sorted(set(args.budgets))
-        for method in dict.fromkeys(METHODS if "all" in args.methods else args.methods)
+        for method, budget in sorted(wanted, key=lambda pair: pair[1])
     }
     for protector in protectors.values():
         protector.preload()
@@ -233,13 +242,14 @@ def run(args: argparse.Namespace) -> int:
     if others:
         attacked = {row: protector for row, protector in protectors.items() if "vae" in protector.needs}
         names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
-        print(transfer(roots, names, args.output_dir / "transfer.csv"))
+        print(summary.transfer(roots, names, args.output_dir / "transfer.csv"))
     if args.purify:
-        files = {"none": args.output_dir / "all_metric.csv"}
-        for name, _ in args.purify:
-            files[name] = args.output_dir / "purified" / name / "all_metric.csv"
+        roots = {name: args.output_dir / "purified" / name for name, _ in args.purify}
+        roots = {"none": args.output_dir, **roots}
+        print(summary.purified(roots, args.output_dir / "purified.csv"))
+        files = {name: root / "all_metric.csv" for name, root in roots.items()}
         figure.make_plot(files, args.output_dir / "purified.png", "facial_judge")
-    print(verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
+    print(summary.verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
     report.make_report(args.output_dir, args.output_dir / "report.html")
     return status
 
@@ -286,60 +296,6 @@ def name_of(editor: sets.Chosen) -> str:
     """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
     own = sets.MODEL_SETS[editor.models].editors.get(editor.kind)
     return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
-
-
-def read_table(root: Path) -> pd.DataFrame:
-    """Reads the table of all metrics below a root, by row. Raises UserError."""
-    table = outputs.read_csv(root / "all_metric.csv").set_index("method")
-    table.index = [row.removeprefix(f"{root / 'edits'}/") for row in table.index]
-    return table
-
-
-def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
-    """Writes FR by the judge, by row and editor -> the table as a text. Raises UserError.
-
-    roots: editor -> where its table is; attacked: row -> the editors whose VAEs its protection attacked.
-    """
-    import pandas as pd
-
-    about, page = "FR by the judge; lower is better.\n\n", output.with_suffix(".md")
-    outputs.check_outputs([output])
-    outputs.check_outputs([page], (), (".md",), lambda content: content.startswith(about.encode()))
-    columns = {}
-    for editor, root in roots.items():
-        columns[f"edited by {editor}"] = read_table(root)["facial_judge"]
-    table = pd.DataFrame(columns)
-    table.insert(0, "attacked", [attacked.get(row, "none") for row in table.index])
-    table = table.rename_axis("method").reset_index()
-    outputs.write_csv(output, table)
-    text = table.to_markdown(index=False, floatfmt=".2f")
-    utils.write_file(page, f"{about}{text}\n".encode())
-    return text
-
-
-def verdict(output_dir: Path, models: str, minutes: float) -> str:
-    """Says in words what came out, from the table that was written."""
-    table, lines = read_table(output_dir), []
-    for row, line in table.iterrows():
-        lines.append(f"  {row}")
-        for who, by in (("recogniser", ""), ("judge", "_judge")):
-            found, nearest = (line[f"{what}{by}"] for what in ("recognised", "identified"))
-            taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
-            lines.append(f"    {who}: FR {line[f'facial{by}']:.2f}, {taken}, identified in {nearest:.0%}")
-    worth = "Weigh the judge's lines: the attack knows the recogniser, and others are not known to it."
-    if models == "mini":
-        worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
-    return f"""
-How much of the person is left in the edits, by the recogniser, which facelock attacks, and by a judge, which
-no attack sees. FR is 1 for the same face and 0 for a stranger's; recognised: above the threshold for one
-person; identified: nearest to its own source among all sources. All of it is better when it is lower:
-{chr(10).join(lines)}
-Look at {output_dir / "figure.png"}: a protected portrait should look like its source, and its edits
-should not show the person whom the edits of the source (clean) show. Don't expect that each
-face is gone; what the judge still finds, others may find, too.
-{worth}
-It took {minutes:.1f} minutes; all metrics are in {output_dir / "all_metric.md"}.
-Next: python defend.py --input_path=PHOTO, or every method in one table: make table IMAGES=DIR"""
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Pictures for a paper: a grid of edits, and a metric against the budget or the purification.
+"""Pictures for a paper: a grid of edits, and a metric against budget, visibility or purification.
 
     python evaluation/figure.py grid --src_dir portraits --clean_edit_dir edits/clean --seed 0 \\
         --protected_dirs protected/facelock/budget_0.03 --defend_edit_dirs edits/facelock/budget_0.03 \\
         --prompts 0,3 --names alice --output grid.png
     python evaluation/figure.py plot --tables all_metric.csv --metric facial_judge --output budgets.pdf
+    python evaluation/figure.py plot --tables all_metric.csv --metric facial_judge --against lpips
     python evaluation/figure.py plot --tables none=all_metric.csv jpeg75=jpeg75/all_metric.csv \\
         --metric facial_judge --output purified.png
 
@@ -36,16 +37,19 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 MOST_LINES = 60  # of a grid that somebody could still look at
+MOST_TICKS = 8  # written where a curve has points; of more, matplotlib chooses
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
 FORMATS = (".png", ".pdf")
+VISIBLE = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "linf": "L-infinity"}
 NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
 GRID = """A grid: columns are the source, its edit and, method by method, the protected image and its edit;
 a line is a portrait and an instruction. --protected_dirs and --defend_edit_dirs go in the same order.
 """
 PLOT = """A metric with its 95 % interval, a line a method: against the budget, if the table's directories are
-called budget_{B}; or, with several tables as LABEL=FILE, against their labels (purifications, say).
+called budget_{B}, or with --against how visible the protection is; or, with several tables as LABEL=FILE,
+against their labels (purifications, say).
 The tables are those of eval_all.py or of one metric's script.
 """
 
@@ -70,7 +74,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     plot.set_defaults(run=run_plot)
     plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files")
     plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
-    plot.add_argument("--xlabel", help="default: budget, or nothing")
+    plot.add_argument("--xlabel", help="default: budget, or --against, or nothing")
+    visible = "what TABLE_protected.csv says of the protected pictures, instead of the budget"
+    plot.add_argument("--against", choices=VISIBLE, help=visible)
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
         kind.add_argument("--output", type=utils.path, default=Path(name), help="a .png or .pdf")
         kind.add_argument("--debug", action="store_true", help="show the traceback of an error")
@@ -180,14 +186,19 @@ def run_plot(args: argparse.Namespace) -> int:
         if label in files:
             raise UserError(f"--tables: {f'two are called {label}' if label else 'two have no label'}")
         files[label] = Path(file)
-    make_plot(files, args.output, args.metric, args.xlabel)
+    make_plot(files, args.output, args.metric, args.xlabel, args.against)
     return 0
 
 
 def make_plot(
-    files: dict[str, Path], output: Path, metric: str | None = None, xlabel: str | None = None
+    files: dict[str, Path],
+    output: Path,
+    metric: str | None = None,
+    xlabel: str | None = None,
+    against: str | None = None,
 ) -> None:
-    """Draws a metric of tables by label, or of one without a label against its budgets. Raises UserError."""
+    """Draws a metric of tables by label, or of one without a label against its budgets, or against what its
+    protected pictures have of a metric. Raises UserError."""
     import pandas as pd
 
     if len(files) > 1 and "" in files:
@@ -202,6 +213,14 @@ def make_plot(
     by_budget = list(files) == [""]
     if by_budget and not any(points["place"]):
         raise UserError(f"{files['']}: no budget_B in its rows; label several tables: LABEL=FILE ...")
+    if against and not by_budget:
+        raise UserError("--against needs one table without a label")
+    if against:
+        seen = read_points(files[""].with_name(f"{files[''].stem}_protected.csv"), against, "")
+        visible = seen.set_index(["method", "place"])["value"].to_dict()
+        keys = zip(points["method"], points["place"], strict=True)
+        points["place"] = [f"{visible[key]:.4g}" if key in visible else "" for key in keys]
+        xlabel = xlabel or f"how visible the protection is: {VISIBLE[against]}"
     titles = {known.name: known.title for known in METRICS}
     xlabel = xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
     save(draw_plot(points, titles.get(metric, metric or "mean"), xlabel), output)
@@ -258,7 +277,8 @@ def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
             ends = [(own["value"] - own["low"]).fillna(0), (own["high"] - own["value"]).fillna(0)]
             look = {"marker": "o", "capsize": 3, "linestyle": "-" if to_scale else ""}
             axis.errorbar(own["x"] + beside, own["value"], yerr=ends, label=method, **look)
-    axis.set_xticks(list(at.values()), list(at))
+    if len(at) <= MOST_TICKS:
+        axis.set_xticks(list(at.values()), list(at))
     if not to_scale:
         axis.tick_params(axis="x", rotation=30)
     axis.set(xlabel=xlabel, ylabel=ylabel)

@@ -1004,6 +1004,31 @@ def test_the_plot_shows_a_metric_against_budget(world, monkeypatch):
     assert points[0].low == float(rows[0]["ci_low"])
 
 
+def test_the_plot_shows_a_metric_against_visibility(world, all_args, monkeypatch, capsys):
+    for levels, folder in ((3, "budget_0.03"), (2, "budget_0.02")):
+        for number, name in enumerate(NAMES):
+            protected = shifted(tiny.portrait(32, seed=number), levels)
+            write(world / "protected/facelock" / folder / f"{name}.png", protected)
+    assert eval_all.main([*all_args, "--protected_dirs", f"{world}/protected/facelock"]) == 0
+    points, labels = [], []
+    monkeypatch.setattr(figure, "save", lambda *args: None)
+    monkeypatch.setattr(
+        figure, "draw_plot", lambda found, *names: points.extend(found.itertuples()) or labels.extend(names)
+    )
+    argv = ["plot", "--tables", "all_metric.csv", "--metric", "facial", "--against", "psnr"]
+    assert figure.main(argv) == 0
+    seen = [float(row["psnr"]) for row in table(Path("all_metric_protected.csv"))]
+    assert [point.method for point in points] == ["clean", "facelock", "facelock"] and points[0].place == ""
+    assert [float(point.place) for point in points[1:]] == pytest.approx(seen, rel=1e-3)
+    assert "PSNR, dB" in labels[1]
+    capsys.readouterr()
+    assert figure.main([*argv[:2], "a=all_metric.csv", *argv[3:]]) == 1
+    assert "--against needs one table" in capsys.readouterr().err
+    Path("all_metric_protected.csv").unlink()
+    assert figure.main(argv) == 1
+    assert "all_metric_protected.csv" in capsys.readouterr().err
+
+
 def test_the_plot_shows_a_metric_against_purification(world, all_args, monkeypatch, capsys):
     assert eval_all.main(all_args) == 0
     points = []

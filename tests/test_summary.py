@@ -1,0 +1,64 @@
+"""evaluation/summary.py: FR side by side and the verdict, of made-up tables."""
+
+from __future__ import annotations
+
+import pandas as pd
+import pytest
+import summary
+
+from utils import UserError
+
+ROWS = ["clean", "facelock/budget_0.06", "noise/budget_0.06"]
+
+
+def write(root, judge, recognised=(1, 0, 1)):
+    """A table, and ten people with two edits each, of whom the first is an outlier."""
+    root.mkdir(parents=True, exist_ok=True)
+    methods = [row if row == "clean" else f"{root / 'edits' / row}" for row in ROWS]
+    numbers = dict.fromkeys(["facial", "identified", "identified_judge"], 0.25)
+    table = pd.DataFrame({"method": methods, "facial_judge": judge, **numbers})
+    table["recognised"] = table["recognised_judge"] = recognised
+    table.to_csv(root / "all_metric.csv", index=False)
+    edits = pd.DataFrame(
+        [
+            (method, f"p{person}", value + (person == 0) * (edit + 1), known * (person < 8 or not edit))
+            for method, value, known in zip(methods, judge, recognised, strict=True)
+            for person in range(10)
+            for edit in range(2)
+        ],
+        columns=["method", "name", "facial_judge", "recognised_judge"],
+    )
+    edits.astype({"recognised_judge": float}).to_csv(root / "per_image.csv", index=False)
+    return root
+
+
+def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
+    roots = {"none": write(tmp_path / "a", [0.8, 0.2, 0.8])}
+    roots["jpeg-75"] = write(tmp_path / "b", [0.7, 0.4, 0.7])
+    roots["blur"] = write(tmp_path / "c", [0.75, 0.35, 0.6])
+    text = summary.purified(roots, tmp_path / "purified.csv")
+    table = pd.read_csv(tmp_path / "purified.csv").set_index("method")
+    assert list(table.columns) == ["none", "jpeg-75", "blur", "worst", "left"] and list(table.index) == ROWS
+    assert table.loc[ROWS[1], ["worst", "left"]].tolist() == pytest.approx([0.4, 0.5])  # 0.3 of 0.6, not 0.4
+    assert table.loc["clean", "worst"] == 0.75 and table["left"].isna().tolist() == [True, False, True]
+    page = (tmp_path / "purified.md").read_text()
+    assert text in page and "purification that takes back most" in page
+    (tmp_path / "purified.md").write_text("my notes")
+    with pytest.raises(UserError, match="was not made by this script"):
+        summary.purified(roots, tmp_path / "purified.csv")
+
+
+def test_people_are_known_whose_edits_are_mostly_recognised_and_the_worst_tenth_is_their_mean(tmp_path):
+    people = summary.by_person(write(tmp_path, [0.8, 0.2, 0.8]))
+    assert people.loc[ROWS, "known"].tolist() == pytest.approx([0.8, 0, 0.8])  # half is not most
+    assert people.loc[ROWS, "worst"].tolist() == pytest.approx([0.8 + 1.5, 0.2 + 1.5, 0.8 + 1.5])
+
+
+def test_the_verdict_speaks_of_edits_and_people(tmp_path):
+    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
+    assert "judge: FR 0.20, recognised in 0% of the edits, identified in 25%" in text
+    told = "80% of the people recognised by the judge in most of their edits"
+    assert f"{told}; FR of the worst tenth 2.30" in text
+    assert "stand-in" in text and "It took 1.2 minutes" in text
+    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
+    assert "no threshold" in text and "of the people" not in text and "stand-in" not in text
