@@ -19,7 +19,7 @@ SEED ?= 0
 BATCH ?= 8
 TABLE ?= table
 EXPERIMENT ?= experiment
-OURS = facelock-dim facelock-dim@0.11 facelock-ti@0.11
+OURS = facelock-dim@0.11 facelock-ti@0.11
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 
 .PHONY: install demo app table experiment test test-all lint clean
@@ -46,12 +46,12 @@ table: $(VENV)/installed
 	$(RUN) experiment.py --models=$(MODELS) --image_dir="$(IMAGES)" --output_dir="$(TABLE)" --budgets $(BUDGETS) \
 		--methods $(METHODS) --seed $(SEED) --batch_size=$(BATCH) $(if $(PROMPTS),--prompts=$(PROMPTS))
 
-# 20 portraits that nothing else uses: the paper's methods and ours with all instructions; purified, with six of them
+# 20 portraits that nothing else uses: the paper's methods and ours with all instructions; purified, with four of them
 experiment: $(VENV)/installed-dev
 	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1005000 --count 20
-	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods --methods $(METHODS) $(OURS)
+	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods --methods $(METHODS) facelock-dim $(OURS)
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock $(OURS) \
-		--prompts=0,4,11,13,19,23 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10 resize:0.5 jpeg:75+resize:0.5
+		--prompts=0,4,13,19 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10 resize:0.5 jpeg:75+resize:0.5 blur:5:1.5+jpeg:75
 
 app: $(VENV)/installed-app
 	$(RUN) app.py --models=$(MODELS)

@@ -43,6 +43,7 @@ def transform_names(text: str) -> str:
     return text
 
 
+share_or_none = utils.number(float, 0, 1, "a number from 0 to 1")
 KNOBS = {  # of the objectives -> the flag's type and what it is; --targeted stands apart
     "c": (utils.positive_float, "weight of the latent term"),
     "unrolled": (utils.positive_int, "denoising steps of the edit that it goes through"),
@@ -89,7 +90,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, help=f"{text}, {owner} only (default: {default})")
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
     text = f"how far steps are smoothed, a share of the long side, {readers('smoothing')} only (default: "
-    parser.add_argument("--smoothing", type=utils.share, help=f"{text}{run_default('smoothing')})")
+    parser.add_argument("--smoothing", type=share_or_none, help=f"{text}{run_default('smoothing')})")
     sets.add_vaes_argument(parser)
     text = "which faces facelock and a mask protect; with all, their mean similarity counts"
     parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)

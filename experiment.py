@@ -60,7 +60,6 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--methods",
         nargs="+",
         type=method_at,
-        default=[(name, None) for name in PAPER],
         metavar="METHOD[@B]",
         help=f"all, or some of {', '.join(METHODS)}; @B: at a budget of its own (default: {' '.join(PAPER)})",
     )
@@ -176,7 +175,7 @@ def run(args: argparse.Namespace) -> int:
     utils.check_directory(args.output_dir)
     wanted = dict.fromkeys(
         (method, budget)
-        for name, own in args.methods
+        for name, own in args.methods or map(method_at, PAPER)
         for method in (METHODS if name == "all" else [name])
         for budget in ([own] if own else args.budgets)
     )

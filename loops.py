@@ -22,6 +22,7 @@ CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each l
 
 Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
 
+
 @dataclass(frozen=True)
 class Run:
     """How a loop goes. Budget and step are L-infinity sizes in [-1, 1]."""

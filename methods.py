@@ -123,7 +123,7 @@ def facelock_dim(
 
         -mean over samples of cos(f(T(y)), f(x))
 
-    T is about the face's surroundings, `face_window`.
+    T is centred on the face, in its surroundings, `face_window`.
     """
     similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples, face_window)
     return lambda x_adv, t: -similarity(_decode(vae, _encode(vae, x_adv)).clamp(-1, 1), t).to(x_adv.dtype)
@@ -137,7 +137,7 @@ def eot(
         mean over samples of objective(T(image), t)
 
     transforms: as `transforms.chains` reads them; they take turns, from one call to the next, too. window:
-    what geometry is about, by default the whole image.
+    where geometry is centred, by default on the whole image.
     """
     ways = itertools.cycle(chains(transforms))
 

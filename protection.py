@@ -46,13 +46,6 @@ if TYPE_CHECKING:
     from models.faces import Recognizer
 
 
-CODE = {  # of what is offered to the objectives, which decides about pixels, too
-    "vae": WorkingVAE,
-    "editor": Denoiser,
-    "face_similarity": face_similarity_to,
-    "face_window": around,
-    "perceptual_distance": perceptual_distance_to,
-}
 OF_SOME = ("lr", "smoothing")  # fields of Run that are flags which few methods read
 
 
@@ -72,6 +65,16 @@ def generator_of(seed: int) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(start_seed(seed, "objective"))
+
+
+CODE = {  # of what is offered to the objectives, which decides about pixels, too
+    "vae": load_vae,
+    "editor": Denoiser,
+    "generators": generator_of,
+    "face_similarity": face_similarity_to,
+    "face_window": around,
+    "perceptual_distance": perceptual_distance_to,
+}
 
 
 @dataclass
@@ -302,6 +305,8 @@ class Protector:
             working = one.editor.to_working(images, one.resolution)
             inner = one.editor.working_size(size, one.resolution)
             faces = [list(filter(None, (scale_box(box, own, inner) for box in found))) for found in boxes]
+            if self.needs_face and not all(faces):
+                raise UserError(f"a face is too small for {one.kind}, which works at {inner[1]}x{inner[0]}")
             offers: dict[str, Callable[[], Any]] = {
                 "vae": lambda: self.vae_of(one),
                 "face_similarity": lambda: face_similarity_to(self.recognizer, working, faces),

@@ -26,6 +26,7 @@ PACKAGES = [
     "pillow", "scikit-image", "torch", "torchvision", "transformers",
 ]  # fmt: skip
 MANIFEST = "manifest.jsonl"
+ABSENT = {"budget_mask": "none", "vae_ids": None}  # settings that are recorded only where they are not this
 NAMED = 5  # files that a message names before it counts the rest
 
 
@@ -51,9 +52,6 @@ def digest(path: Path) -> str:
 def _digest(path: Path, *_: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-ABSENT = {"budget_mask": "none", "vae_ids": None}  # settings that are recorded only where they are not this
 
 
 def code_of(function: Callable[..., Any], classes: bool = False) -> str:
@@ -84,6 +82,11 @@ def code_of(function: Callable[..., Any], classes: bool = False) -> str:
 def hash_of(thing: Any) -> str:
     """Hashes anything that JSON can write."""
     return hashlib.sha256(json.dumps(thing, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_of_file(settings: dict[str, Any], prompt: str | None) -> str:
+    """Hashes the settings for a file's line; `networks_code`, which old lines lack, is left to run.json."""
+    return hash_of([{key: value for key, value in settings.items() if key != "networks_code"}, prompt])
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
@@ -204,7 +207,7 @@ def make_plan(
             unknown.append(output)
         elif "sha256" not in entry:
             wanted[output] = ""  # the one in flight when a run was killed
-        elif entry["settings"] != hash_of([settings, prompt]):
+        elif entry["settings"] != settings_of_file(settings, prompt):
             wanted[output] = "other settings or instruction"
         elif entry["source"] != digest(source):
             wanted[output] = "its source has changed"

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import records
 from images import HEIF, images_by_stem, readable_suffixes
 from processes import Team, listening, locked
+from records import settings_of_file
 from utils import UserError, first_line, one_line, positive_int, warn
 
 T = TypeVar("T")
@@ -157,7 +158,7 @@ def make(
     def finish(part: list[tuple[Item, str, T]]) -> None:
         """Makes what was read, with its lines in the manifest."""
         mine = [(item, source) for item, source, _ in part if item.output in wanted]
-        lines = [(item.output, source, records.hash_of([settings, item.prompt])) for item, source in mine]
+        lines = [(one.output, source, settings_of_file(settings, one.prompt)) for one, source in mine]
         for line in lines:
             note(*line)
         items, _, loaded = map(list, zip(*part, strict=True))

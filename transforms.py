@@ -19,8 +19,8 @@ SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transfo
 
 
 class Window(NamedTuple):
-    """The part of each image that geometry is about: its centre and half sides, (B, 2) each as (x, y), where
-    an image reaches from -1 to 1."""
+    """The part of each image in which geometry moves things: its centre and half sides, (B, 2) each as (x, y),
+    where an image reaches from -1 to 1."""
 
     centre: Tensor
     half: Tensor
@@ -79,7 +79,7 @@ def normal(generators: Draws, like: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# geometry, about the window or the whole image; what comes from outside the image is grey
+# geometry, in the window or the whole image; what comes from outside the image is grey
 
 
 def resize(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
@@ -97,7 +97,7 @@ def shift(images: Tensor, generators: Draws, window: Window | None = None) -> Te
 
 def mirror(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Mirrors left and right, half of the time."""
-    side = (uniform(generators, 0, 1, images) - 0.5).sign()
+    side = 1 - 2 * (uniform(generators, 0, 1, images) < 0.5).to(images)
     return _warp(images, window, 1 + 0 * side, side=side)
 
 
@@ -164,8 +164,13 @@ def blur(images: Tensor, side: int, sigma: float) -> Tensor:
 
 def smooth(images: Tensor, sigma: float) -> Tensor:
     """Blurs by a Gaussian of a sigma in px, 0 for none, as wide as it needs and the image allows."""
+    from torchvision.transforms.functional import gaussian_blur
+
+    if not sigma:
+        return images
     side = min(2 * round(3 * sigma) + 1, 2 * ((min(images.shape[-2:]) - 1) // 2) + 1)
-    return blur(images, side, sigma) if sigma else images
+    down = gaussian_blur(images, [1, side], [sigma, sigma])  # one way, then the other: a square kernel's
+    return gaussian_blur(down, [side, 1], [sigma, sigma])  # time goes with its area
 
 
 def jpeg(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:

@@ -80,7 +80,6 @@ SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
 natural_number = number(int, 0, LARGEST, "a whole number of at least 0")
 positive_int = number(int, 1, LARGEST, "a whole number of at least 1")
 positive_float = number(float, SMALLEST, LARGEST, "a number above 0")
-share = number(float, 0, 1, "a number from 0 to 1")
 non_negative_float = number(float, 0, LARGEST, "a number of at least 0")
 at_least_one = number(float, 1, LARGEST, "a number of at least 1")
 share = number(float, SMALLEST, 1, "a number above 0 and up to 1")

@@ -4,8 +4,8 @@
     python experiment.py --models=mini --image_dir=portraits --output_dir=equal --methods vae@0.0586 cw@0.31
 
 Visible is what LPIPS says of the protected picture against its source, the mean over the portraits. It goes
-about as the budget's square, from which the first guess comes; each further one is interpolated. Ends where
-LPIPS is within 3 % or after 4 guesses; the words of the last are on stderr.
+about as the budget's square, from which each guess comes. Budgets are whole levels of 255; the nearest is
+taken, which may be a tenth off. What was tried is on stderr.
 """
 
 from __future__ import annotations
@@ -19,42 +19,46 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from defend import add_defense_arguments
+from defend import add_method_arguments
 from images import to_tensor, to_uint8_within
 from methods import METHODS
+from models import sets
 from models.perceptual import load_perceptual
 from protection import Protector, Subject
 from runs import find_images
+from utils import LEVEL
 
 LIKE = "facelock"
-GUESSES, CLOSE = 4, 0.03
+GUESSES = 4
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
     parser.add_argument("--budget", type=utils.budget_size, default=0.06, help=f"of {LIKE}")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), help="all")
-    add_defense_arguments(parser)
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help="which (default: all)")
+    parser.add_argument("--seed", type=utils.known_seed, default=0, help="of the random starts")
+    add_method_arguments(parser)
+    sets.add_editor_arguments(parser)
+    sets.add_face_arguments(parser)
+    sets.add_perceptual_argument(parser)
+    sets.add_model_arguments(parser)
     return utils.run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the words, one a method -> exit status. Raises UserError."""
     aim = visibility(args, LIKE, args.budget)
-    for method in args.methods:
-        budget, found = args.budget, aim
-        points: list[tuple[float, float]] = []  # log budget, log LPIPS over the aim
-        for _ in range(GUESSES if method != LIKE else 0):
-            found = visibility(args, method, budget)
-            if abs(found / aim - 1) < CLOSE:
-                break
-            points.append((math.log(budget), math.log(found / aim)))
-            (x1, y1), (x0, y0) = points[-1], points[-2] if len(points) > 1 else (0.0, 0.0)
-            slope = (y1 - y0) / (x1 - x0) if len(points) > 1 else 2
-            budget = min(2.0, math.exp(x1 - y1 / (slope if slope > 0.5 else 2)))
-        print(f"{method}: LPIPS {found:.4f} of {aim:.4f} at {budget:.4f}", file=sys.stderr, flush=True)
-        print(f"{method}@{budget:.4f}", flush=True)
+    for method in args.methods or METHODS:
+        tried: dict[int, float] = {}  # levels of 255 -> LPIPS over the aim
+        levels = utils.allowed_levels(args.budget)
+        while levels not in tried and len(tried) < GUESSES:
+            found = visibility(args, method, levels * LEVEL) or 1e-6  # 0 where nothing was changed
+            print(f"{method}: LPIPS {found:.4f} of {aim:.4f} at {levels}/255", file=sys.stderr, flush=True)
+            tried[levels] = found / aim
+            levels = min(255, max(1, round(levels * tried[levels] ** -0.5)))
+        nearest = min(tried, key=lambda levels: abs(math.log(tried[levels])))
+        print(f"{method}@{math.ceil(nearest * LEVEL * 1e4) / 1e4}", flush=True)  # not a level less
     return 0
 
 

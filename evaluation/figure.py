@@ -220,6 +220,8 @@ def make_plot(
         visible = seen.set_index(["method", "place"])["value"].to_dict()
         keys = zip(points["method"], points["place"], strict=True)
         points["place"] = [f"{visible[key]:.4g}" if key in visible else "" for key in keys]
+        if not any(points["place"]):
+            raise UserError(f"{files['']}: none of its methods is in the table of the protected pictures")
         xlabel = xlabel or f"how visible the protection is: {VISIBLE[against]}"
     titles = {known.name: known.title for known in METRICS}
     xlabel = xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
@@ -277,7 +279,7 @@ def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
             ends = [(own["value"] - own["low"]).fillna(0), (own["high"] - own["value"]).fillna(0)]
             look = {"marker": "o", "capsize": 3, "linestyle": "-" if to_scale else ""}
             axis.errorbar(own["x"] + beside, own["value"], yerr=ends, label=method, **look)
-    if len(at) <= MOST_TICKS:
+    if not to_scale or len(at) <= MOST_TICKS:
         axis.set_xticks(list(at.values()), list(at))
     if not to_scale:
         axis.tick_params(axis="x", rotation=30)

@@ -240,8 +240,10 @@ class Report:
         self.methods = [mark["row"] for mark in marks]
         best = max(marks, key=lambda mark: self.lead.way * mark["value"], default=None)
         self.best = best and best["row"]
-        # in plots of many lines and in pictures
-        self.shown = self.clean + [row for row in self.methods if row.budget in ("", self.best.budget)]
+        names = [row.name for row in self.methods]  # in plots of many lines and in pictures
+        self.shown = self.clean + [
+            row for row in self.methods if row.budget in ("", self.best.budget) or names.count(row.name) == 1
+        ]
         self.few = tables.about_intervals(mark["n"] for mark in marks)
         has_pairs = self.clean and len(values) and len(self.rows) > 1
         self.minus = as_means(tables.differences(values, "clean")) if has_pairs else {}
@@ -295,7 +297,7 @@ class Report:
 
     def budgets(self, column: Column) -> Iterable[tuple[Any, ...]]:
         rows = sorted((row for row in self.methods if row.budget), key=lambda row: float(row.budget))
-        if rows and rows[0].budget != rows[-1].budget:
+        if len(rows) > len({row.name for row in rows}):
             for name in dict.fromkeys(row.name for row in rows):
                 yield name, self.marks(column, [row for row in rows if row.name == name]), []
 

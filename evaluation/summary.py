@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ABOUT = "FR by the judge; lower is better."  # a page of side_by_side begins with it
-LEFT = """worst: the highest FR after any purification; left: of what
-the protection takes from the clean edits' FR, the share after the purification that takes back most."""
+LEAST = 0.05  # of FR: of what takes less from the clean edits no share is told
+LEFT = "worst: the highest FR after any purification; left: the share of its drop in FR that survives it."
 
 
 def read_table(root: Path) -> pd.DataFrame:
@@ -50,7 +50,8 @@ def purified(roots: dict[str, Path], output: Path) -> str:
     table = judged(roots)
     taken = (table.loc["clean"] - table).drop("clean")
     table["worst"] = table.drop(columns="none").max(axis=1)
-    table["left"] = (taken.drop(columns="none").min(axis=1) / taken["none"]).where(taken["none"] > 0)
+    share = taken.drop(columns="none").min(axis=1) / taken["none"]
+    table["left"] = share.where(taken["none"] > LEAST)
     return side_by_side(table, output, LEFT)
 
 
@@ -91,9 +92,8 @@ def verdict(root: Path, models: str, minutes: float) -> str:
             taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
             lines.append(f"    {who}: FR {line[f'facial{by}']:.2f}, {taken}, identified in {nearest:.0%}")
         known, worst = people.loc[row]
-        if not math.isnan(known):
-            told = f"{known:.0%} of the people recognised by the judge in most of their edits"
-            lines.append(f"    {told}; FR of the worst tenth {worst:.2f}")
+        told = "" if math.isnan(known) else f", {known:.0%} of the people recognised in most of their edits"
+        lines.append(f"    by person: FR of the worst tenth {worst:.2f}{told}, by the judge")
     worth = "Weigh the judge's lines: the attack knows the recogniser, and others are not known to it."
     if models == "mini":
         worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."

@@ -35,7 +35,7 @@ WEIGHT = 0.006  # of a dB too much; OVER of it for one too little
 OVER = 0.5
 ATTACKS = ("encoder", "encoder", "untargeted", "vae")  # they take turns
 ITERATIONS = 40
-KEPT = ("plain", "noise", "purified")
+KEPT = ("noise", "purified")  # beside plain portraits, by turns
 
 
 def attack(vae: AutoencoderKL, x: Tensor, kind: str, seeds: list[int]) -> Tensor:
@@ -62,7 +62,7 @@ def prepare(editor: Editor, people: range, per_person: int, seed: int) -> dict[s
     """Edits people's portraits, plain, attacked, noisy and purified -> the latents by kind, (N, C, h, w)."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     vae, parts = editor.pipeline.vae.requires_grad_(False), {}
-    pictures = to_tensor(np.array(world.render([(person, 0, None) for person in people])))
+    pictures = to_tensor(np.array(world.render([(person, 0, None) for person in people]))).to(vae.device)
     prompts = np.stack([rng.permutation(len(edit_prompts))[:per_person] for _ in people])
     for start in range(0, len(people), 8):
         rows = slice(start, start + 8)
@@ -86,8 +86,8 @@ def make_loss(found: dict[str, Tensor], pictures: np.ndarray, before: Autoencode
     def loss_fn(vae: AutoencoderKL, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(found["plain"]), (batch,), generator=generator)
         chosen = torch.randint(len(pictures), (batch,), generator=generator).tolist()
-        images = to_tensor(np.stack([pictures[row] for row in chosen]))
-        other = found[KEPT[1 + step % 2]][rows]
+        images = to_tensor(np.stack([pictures[row] for row in chosen])).to(vae.device)
+        other = found[KEPT[step % 2]][rows]
         with torch.no_grad():
             z = torch.cat([vae.encode(images).latent_dist.mode(), found["plain"][rows], other])
             target = torch.cat([images, before.decode(z[batch:]).sample.float()])
@@ -109,7 +109,7 @@ def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Trains, exports and evaluates."""
+    """Trains and exports; check.py measures what came out."""
     parser = world.parser_of(
         __doc__, steps=150, identities=96, batch=4, lr=1e-3, seed=0, out="editor/vae"
     )

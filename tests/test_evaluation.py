@@ -1024,6 +1024,10 @@ def test_the_plot_shows_a_metric_against_visibility(world, all_args, monkeypatch
     capsys.readouterr()
     assert figure.main([*argv[:2], "a=all_metric.csv", *argv[3:]]) == 1
     assert "--against needs one table" in capsys.readouterr().err
+    text = Path("all_metric_protected.csv").read_text()
+    Path("all_metric_protected.csv").write_text(text.replace("facelock", "vae"))
+    assert figure.main(argv) == 1
+    assert "none of its methods" in capsys.readouterr().err
     Path("all_metric_protected.csv").unlink()
     assert figure.main(argv) == 1
     assert "all_metric_protected.csv" in capsys.readouterr().err

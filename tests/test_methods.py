@@ -577,9 +577,8 @@ def test_ti_pgd_keeps_the_budget_and_its_steps_fall():
         seen.append(x_adv[0, 0, 0, 0].item())
         return x_adv.sum(dim=(1, 2, 3))
 
-    out = ti_pgd(x, objective, run)
+    ti_pgd(x, objective, run)
     assert np.diff(seen) == pytest.approx([0.03, 0.03 * 0.7525, 0.03 * 0.505], abs=1e-6)
-    assert torch.equal(out, ti_pgd(x, objective, replace(run, num_iters=4)))
     assert torch.equal(ti_pgd(x, objective, replace(run, num_iters=40)), torch.full_like(x, 0.05))
 
 

@@ -99,6 +99,7 @@ def test_make_table_runs_the_papers_methods(parsed):
     ((script, arguments),) = commands_in(dry_run("table"))
     assert script == "experiment.py"
     assert parsed(script, arguments).methods == [(name, None) for name in experiment.PAPER]
+    assert parsed(script, arguments[: arguments.index("--methods")]).methods is None  # which are the same
     more = ("BUDGETS=0.06 0.03", "PROMPTS=0,13", "METHODS=noise vae")
     ((script, arguments),) = commands_in(dry_run("table", *more))
     args = parsed(script, arguments)

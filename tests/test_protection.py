@@ -13,12 +13,14 @@ import torch._dynamo
 from tiny import noise
 
 import defend
+import records
 from images import load_image, save_png, to_tensor
 from loops import adam, random_start
 from methods import METHODS, MIX, Method, encoder_attack, vae_attack
 from models.faces import face_similarity_to
+from models.perceptual import perceptual_distance_to
 from models.vaes import WorkingVAE
-from protection import Protector, Report, generator_of, knobs
+from protection import CODE, Protector, Report, generator_of, knobs
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -93,6 +95,20 @@ def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkey
     found = protector(f"--vae_ids {tiny_models.editor}").settings()
     assert {found[key] for key in ("model_id", "recognizer", "lpips")} == {"with weights"}
     assert found["vae_ids"] == ["instruct-pix2pix=with weights, 64 px"]
+
+
+def test_the_networks_code_is_compared_but_does_not_make_old_files_stale(protector, monkeypatch):
+    """Of what objectives are offered; a manifest's lines from before it was recorded still count."""
+    before = protector("--defend_method facelock").settings()
+    monkeypatch.setattr("protection.CODE", CODE | {"face_similarity": perceptual_distance_to})
+    after = protector("--defend_method facelock").settings()
+    assert {key for key in before if before[key] != after[key]} == {"networks_code"}
+    (told,) = records.differences({"seed": 0, "arguments": before}, after, {})
+    assert told.startswith("networks_code: ")
+    old = {key: value for key, value in before.items() if key != "networks_code"}
+    assert records.differences({"seed": 0, "arguments": old}, after, {}) == []
+    assert records.settings_of_file(old, None) == records.settings_of_file(after, None)
+    assert before["networks_code"] != protector("--defend_method encoder").settings()["networks_code"]
 
 
 def test_the_papers_methods_are_those_of_earlier_outputs(protector):
@@ -349,7 +365,7 @@ def test_an_objectives_draws_are_not_those_of_the_start():
     assert not torch.equal(torch.rand(9, generator=mine), torch.rand(9, generator=starts))
 
 
-@pytest.mark.parametrize("method", ["facelock", "advdm"])
+@pytest.mark.parametrize("method", ["facelock", "facelock-ti", "advdm"])
 def test_a_batch_is_one_by_one(method, tmp_path, protector):
     """Also with different numbers of faces."""
     paths = tiny.write_portraits(tmp_path, 3)

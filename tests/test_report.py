@@ -199,6 +199,17 @@ def test_nothing_is_called_more_than_chance_that_is_not(experiment):
     assert "which may be chance" in words_of(make(experiment))
 
 
+def test_methods_of_unequal_budgets_are_shown_together(experiment):
+    """In pictures and plots; there is no curve of one point. With a budget in common, that one is shown."""
+    values = report.read_values(experiment / "per_image.csv")
+    two = values[values["method"].str.contains("clean|noise/budget_0.03|facelock/budget_0.06")]
+    (experiment / "all_metric.csv").unlink()
+    write_tables(experiment, two.astype({"method": object, "name": object, "metric": object}))
+    found = report.Report(experiment)
+    assert {row.label for row in found.shown} == {"unprotected", "noise 0.03", "facelock 0.06"}
+    assert list(found.budgets(found.lead)) == []
+
+
 def test_a_table_of_another_run_is_refused(experiment, capsys):
     table = pd.read_csv(experiment / "all_metric.csv")
     table.assign(facial=table["facial"] + 0.1).to_csv(experiment / "all_metric.csv", index=False)

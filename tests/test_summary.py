@@ -42,7 +42,7 @@ def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
     assert table.loc[ROWS[1], ["worst", "left"]].tolist() == pytest.approx([0.4, 0.5])  # 0.3 of 0.6, not 0.4
     assert table.loc["clean", "worst"] == 0.75 and table["left"].isna().tolist() == [True, False, True]
     page = (tmp_path / "purified.md").read_text()
-    assert text in page and "purification that takes back most" in page
+    assert text in page and "of its drop in FR that survives it" in page
     (tmp_path / "purified.md").write_text("my notes")
     with pytest.raises(UserError, match="was not made by this script"):
         summary.purified(roots, tmp_path / "purified.csv")
@@ -57,8 +57,9 @@ def test_people_are_known_whose_edits_are_mostly_recognised_and_the_worst_tenth_
 def test_the_verdict_speaks_of_edits_and_people(tmp_path):
     text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
     assert "judge: FR 0.20, recognised in 0% of the edits, identified in 25%" in text
-    told = "80% of the people recognised by the judge in most of their edits"
-    assert f"{told}; FR of the worst tenth 2.30" in text
+    told = "FR of the worst tenth 2.30, 80% of the people recognised in most of their edits, by the judge"
+    assert told in text
     assert "stand-in" in text and "It took 1.2 minutes" in text
     text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
     assert "no threshold" in text and "of the people" not in text and "stand-in" not in text
+    assert "FR of the worst tenth 2.30, by the judge" in text

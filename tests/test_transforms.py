@@ -9,6 +9,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from scipy.ndimage import gaussian_filter
 
 import transforms
 from images import to_tensor, to_uint8
@@ -51,6 +52,16 @@ def test_an_image_gets_the_same_alone(name, image):
 def test_every_draw_is_another(name, image):
     results = [apply(name, image, seed) for seed in range(12)]
     assert sum(not torch.equal(results[0], other) for other in results[1:]) >= 3
+
+
+@pytest.mark.parametrize("size", [(20, 33), (5, 7)])
+def test_smoothing_is_scipys_as_wide_as_the_image_allows(size):
+    image = tiny.noise(1, 3, *size).double()
+    assert transforms.smooth(image, 0.0) is image
+    found = transforms.smooth(image, 1.5)
+    radius = min(4, (min(size) - 1) // 2)  # 3 sigma, rounded to even
+    wanted = gaussian_filter(image.numpy(), 1.5, mode="mirror", radius=radius, axes=(2, 3))
+    np.testing.assert_allclose(found, wanted, atol=1e-6)
 
 
 def test_a_chain_for_each_turn():
