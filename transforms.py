@@ -19,8 +19,8 @@ SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transfo
 
 
 class Window(NamedTuple):
-    """The part of each image in which geometry moves things: its centre and half sides, (B, 2) each as (x, y),
-    where an image reaches from -1 to 1."""
+    """The part of each image in which geometry moves things: its centre and half sides, (B, 2) each as
+    (x, y), where an image reaches from -1 to 1."""
 
     centre: Tensor
     half: Tensor
