@@ -280,7 +280,7 @@ class Method(NamedTuple):
 
 NEED = inspect.Parameter.empty
 TI = ("step_size", "num_iters", "smoothing")  # what ti_pgd reads
-OURS = Run(step_size=0.04, num_iters=18)
+OURS = Run(step_size=0.04, num_iters=16)
 METHODS: dict[str, Method] = {
     "noise": Method(noise, stay, reads=()),
     "encoder": Method(encoder_attack),
