@@ -282,7 +282,7 @@ def test_compile_and_checkpointing_dont_go_together(protector):
         protector("--compile --checkpointing")
 
 
-@pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield"}))  # which see it through blur and DCT
+@pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield"}))  # which see it through others
 def test_without_iterations_the_random_start_is_left(method, protector, portrait):
     tool = protector(f"--defend_method {method} --num_iters=0")
     image = to_tensor(load_image(portrait).pixels)
