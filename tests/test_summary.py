@@ -33,7 +33,7 @@ def write(root, judge, recognised=(1, 0, 1)):
 
 
 def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
-    roots = {"none": write(tmp_path / "a", [0.8, 0.2, 0.8])}
+    roots = {"none": write(tmp_path / "a", [0.8, 0.2, 0.78])}
     roots["jpeg-75"] = write(tmp_path / "b", [0.7, 0.4, 0.7])
     roots["blur"] = write(tmp_path / "c", [0.75, 0.35, 0.6])
     text = summary.purified(roots, tmp_path / "purified.csv")
