@@ -36,14 +36,17 @@ class Run:
     callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
 
 
-def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+def pgd(
+    x: Tensor, objective: Objective, run: Run, way: Callable[[Tensor], Tensor] = lambda g: g.sign()
+) -> Tensor:
     """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
 
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
     x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
-    gets what it would get alone. Returns x' like x, max |x' - x| <= budget. Raises ValueError for a wrong
-    image, GradientError for a gradient that is not finite; warns if an image's is zero everywhere.
+    gets what it would get alone. way: a step as a function of the gradient, instead of its sign. Returns x'
+    like x, max |x' - x| <= budget. Raises ValueError for a wrong image, GradientError for a gradient that is
+    not finite; warns if an image's is zero everywhere.
     """
     import torch
 
@@ -54,7 +57,7 @@ def pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
         values = objective(x_adv, i / run.num_iters)
         (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
         step = run.step_size * (1 - 0.99 * i / run.num_iters)
-        x_adv = project(x_adv.detach() + step * gradient.sign(), x, run.budget)
+        x_adv = project(x_adv.detach() + step * way(gradient), x, run.budget)
         _watch(gradient, peaks, i, run)
         if run.callback:
             run.callback(i, values.detach())
@@ -69,24 +72,14 @@ def ti_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     step_i as in `pgd`, the mean over where G g isn't 0, G's sigma `smoothing` of the long side. So what
     matters little is changed little. x, the result and errors as in `pgd`.
     """
-    import torch
 
-    x, x_adv = _begin(x, run)
-    peaks: list[Tensor] = []
-    for i in range(run.num_iters):
-        x_adv.requires_grad_(True)
-        values = objective(x_adv, i / run.num_iters)
-        (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
+    def sized(gradient: Tensor) -> Tensor:
         smoothed = smooth(gradient, run.smoothing * max(x.shape[-2:]))
         sizes = smoothed.abs().flatten(1)
         mean = sizes.sum(dim=1) / sizes.count_nonzero(dim=1).clamp(min=1)
-        way = (smoothed / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
-        step = run.step_size * (1 - 0.99 * i / run.num_iters)
-        x_adv = project(x_adv.detach() + step * way, x, run.budget)
-        _watch(gradient, peaks, i, run)
-        if run.callback:
-            run.callback(i, values.detach())
-    return x_adv
+        return (smoothed / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
+
+    return pgd(x, objective, run, sized)
 
 
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
