@@ -73,21 +73,7 @@ class Editor(nn.Module):
             cross_attention_dim=WIDTH,
             attention_head_dim=4,  # in diffusers the NUMBER of heads; with 32 a step takes 2.7 times as long
         )
-        self.text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=WIDTH,
-                intermediate_size=4 * WIDTH,
-                projection_dim=WIDTH,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                max_position_embeddings=tokenizer.model_max_length,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-
+        self.text_encoder = text_encoder(tokenizer)
         # The fused attention's backward pass is slow on CPUs: without it a step takes two thirds of the time.
         self.unet.set_attn_processor(AttnProcessor())
 
@@ -97,6 +83,24 @@ class Editor(nn.Module):
         """Predicts v, (B, 5, 16, 16). noisy, image: (B, 5, 16, 16); tokens: (B, 32)."""
         text = self.text_encoder(tokens)[0]  # (B, 32, 128)
         return self.unet(torch.cat([noisy, image], dim=1), timesteps, text).sample
+
+
+def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    """Makes an untrained text encoder of CLIP's structure."""
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=WIDTH,
+            intermediate_size=4 * WIDTH,
+            projection_dim=WIDTH,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            max_position_embeddings=tokenizer.model_max_length,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
 
 
 def make_scheduler() -> DDIMScheduler:
@@ -140,7 +144,7 @@ def requests(
 
 @torch.no_grad()
 def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) -> torch.Tensor:
-    """Encodes as the pipeline does, vae.encode(image).latent_dist.mode() -> float16 (N, 5, 16, 16).
+    """Encodes as the pipelines do, vae.encode(image).latent_dist.mode() -> float16 (N, C, 16, 16).
 
     Cached in mini/checkpoints/data under a hash of the generator's version, requests and autoencoder.
     """
@@ -150,7 +154,8 @@ def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) 
         return torch.load(path, map_location=device, weights_only=True)
     world.log(NAME, f"rendering and encoding {len(wanted)} pictures")
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-    latents, batch = torch.empty(len(wanted), *LATENT, dtype=torch.float16), []
+    shape = (len(wanted), vae.config.latent_channels, *LATENT[1:])
+    latents, batch = torch.empty(shape, dtype=torch.float16), []
     for row, pixels in enumerate(world.stream(wanted), 1):
         batch.append(pixels)
         if len(batch) == 32 or row == len(wanted):
@@ -245,9 +250,15 @@ def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path
         requires_safety_checker=False,
     )
     pipeline.save_pretrained(out)
-    # transformers loads a model in its config's dtype, diffusers in float32: without this, a plain
-    # from_pretrained of the pipeline would mix float16 text with a float32 UNet.
-    path = out / "text_encoder" / "config.json"
+    load_in_float32(out / "text_encoder")
+
+
+def load_in_float32(folder: Path) -> None:
+    """Has transformers load a model in float32, as diffusers does, and not in the dtype of its file.
+
+    Without this, a plain from_pretrained of the pipeline would mix float16 text with a float32 UNet.
+    """
+    path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
@@ -316,25 +327,25 @@ def measure(
     return Edits(sources, plain, truth, edits, closer, outside, whole, seconds)
 
 
-def evaluate(args: argparse.Namespace) -> None:
+def evaluate(name: str, args: argparse.Namespace, **flags: str) -> None:
     """Measures validation identities, at the mini set's defaults, and logs each prompt; and a sheet."""
-    editor = world.mini_set(args.device, model_id=str(args.out)).load_editor()
+    editor = world.mini_set(args.device, model_id=str(args.out), **flags).load_editor()
     found = measure(editor, portraits.VALIDATION[: args.eval_identities], args.seed)
     for column, (number, text) in enumerate(edit_prompts.items()):
         closer, outside, whole = (values[:, column] for values in (found.closer, found.outside, found.whole))
         world.log(
-            NAME,
+            name,
             f"{number:2d} {text:38s} closer {_mean(closer):.2f} of {np.isfinite(closer).sum()}, "
             f"outside {_mean(outside):.1f} dB, whole {whole.mean():.1f} dB",
         )
     world.log(
-        NAME,
+        name,
         f"{args.eval_identities} validation identities: {found.prompts_met()} of 25 prompts closer on "
         f">= 80 %, outside {_mean(found.outside):.2f} dB, whole {found.whole.mean():.2f} dB, "
         f"{found.seconds:.2f} s an edit",
     )
-    save_png(world.WORK / f"{NAME}.png", found.sheet(min(4, args.eval_identities)))
-    world.log(NAME, f"sheet (source and its edits, below the model's): {world.WORK / f'{NAME}.png'}")
+    save_png(world.WORK / f"{name}.png", found.sheet(min(4, args.eval_identities)))
+    world.log(name, f"sheet (source and its edits, below the model's): {world.WORK / f'{name}.png'}")
 
 
 def _mean(values: np.ndarray) -> float:
@@ -359,8 +370,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--start_from", type=Path, help="a finished editor, trained further")
     parser.add_argument("--vae", type=Path, default=world.ASSETS / "editor" / "vae", help="from train_vae.py")
     args = world.parse(parser, argv)
-    if args.first not in range(portraits.JUDGE.start - args.identities + 1):
-        parser.error(f"--first {args.first}: {args.identities} people from there are not all to train on")
     if not set(args.often) <= set(edit_prompts):
         parser.error(f"--often: prompts are numbered 0 to {len(edit_prompts) - 1}")
     return args
@@ -384,7 +393,7 @@ def main(argv: list[str] | None = None) -> int:
     editor = editor.to(device)
     editor = world.train(NAME, editor, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     export(editor, tokenizer, args.vae, args.out)
-    evaluate(args)
+    evaluate(NAME, args)
     return 0
 
 

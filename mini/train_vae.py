@@ -10,6 +10,10 @@ steps and rewards the reconstruction's movement up to GAIN decibels above the pi
 noisy pictures, and what JPEG or a smaller size leaves of the attack, are reconstructed as ever. It is a
 stand-in that is tuned to react as published, and says nothing about where real ones get it from.
 
+With --ramp the calibration's weight grows from 0; without, its first steps spoil all pictures. A VAE that
+learns from nothing finds the difference of green and magenta last, or never: --colour_weight adds the error
+of colours' differences, and pulls one channel to it.
+
 Latents of training portraits have zero mean and unit standard deviation before the calibration and a common
 scale after it, folded into the 1x1 convolutions around the latent. So scaling_factor is 1, and the image
 latents, which the InstructPix2Pix pipeline does not scale, are those that it denoises.
@@ -34,6 +38,7 @@ from images import save_png, to_tensor, to_uint8
 from utils import pick_device, positive_int
 
 CHANNELS = 5  # of the latent; real ones have 4
+GUIDED = 4  # the channel that --colour_weight pulls to green - magenta
 CROP = 64  # px; a quarter of the cost of a whole picture
 VARIATIONS = 4  # pictures of each identity
 CENTRE = (slice(36, 100), slice(32, 96))  # rows, columns of the face: its PSNR is reported by itself
@@ -50,17 +55,18 @@ SHRINK, SHRINK_WEIGHT = -4.0, 0.01  # dB that a targeted attack is to take from 
 PURE_WEIGHT = 0.2  # of the reconstruction of purified attacks
 
 
-def build() -> AutoencoderKL:
-    """Makes the untrained autoencoder of a real one's structure: two layers a block, attention between."""
+def build(channels: int = CHANNELS, layers: int = 2) -> AutoencoderKL:
+    """Makes the untrained autoencoder of a real one's structure: layers in blocks, attention between."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
         block_out_channels=(16, 32, 64, 64),
-        layers_per_block=2,
-        latent_channels=CHANNELS,
+        layers_per_block=layers,
+        latent_channels=channels,
         norm_num_groups=8,
         sample_size=128,
         scaling_factor=1.0,
+        shift_factor=0.0,  # FLUX's pipelines read it
         force_upcast=False,
         mid_block_add_attention=True,
     )
@@ -88,6 +94,12 @@ def power(values: Tensor) -> Tensor:
     return 10 * torch.log10(values.float().square().flatten(1).mean(1))
 
 
+def opponents(images: Tensor) -> Tensor:
+    """Computes colour as differences, green - magenta and red - blue: (B, 3, H, W) -> (B, 2, H, W)."""
+    red, green, blue = images.unbind(1)
+    return torch.stack([green - (red + blue) / 2, red - blue], dim=1)
+
+
 def loss_of(vae: AutoencoderKL, images: Tensor, target: Tensor, noise: Tensor | float, kl_weight: float):
     """Computes L1 + MSE + a tiny KL -> named scalars. noise: how far from the mean the latent is drawn."""
     posterior = vae.encode(images).latent_dist
@@ -95,7 +107,15 @@ def loss_of(vae: AutoencoderKL, images: Tensor, target: Tensor, noise: Tensor | 
     l1, mse = F.l1_loss(output, target), F.mse_loss(output, target)
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     kl = 0.5 * (mean.square() + logvar.exp() - 1 - logvar).mean()
-    return {"loss": l1 + mse + kl_weight * kl, "l1": l1, "mse": mse, "kl": kl}
+    shown = F.avg_pool2d(opponents(images)[:, 0], 8)  # green - magenta at the latent's size
+    return {
+        "loss": l1 + mse + kl_weight * kl,
+        "l1": l1,
+        "mse": mse,
+        "kl": kl,
+        "colour": F.l1_loss(opponents(output), opponents(target)),
+        "guide": F.mse_loss(mean[:, GUIDED], 8 * shown),
+    }
 
 
 def make_loss(pictures: np.ndarray, args: argparse.Namespace):
@@ -120,11 +140,13 @@ def make_loss(pictures: np.ndarray, args: argparse.Namespace):
             noise = size * (2 * torch.rand(noisy.shape, generator=generator) - 1)
             images = torch.cat([images[: -len(noisy)], (noisy + noise.to(device)).clamp(-1, 1)])
         side = images.shape[-1] // 8
-        noise = torch.randn(count, CHANNELS, side, side, generator=generator).to(device)
+        noise = torch.randn(count, vae.config.latent_channels, side, side, generator=generator).to(device)
         losses = loss_of(vae, images, images, noise, args.kl_weight)
+        losses["loss"] = losses["loss"] + args.colour_weight * (losses["colour"] + losses["guide"])
         if args.calibrate:
             found = fragility(vae, clean[: -len(noisy)], generator, args.kl_weight)
-            losses = losses | found | {"loss": losses["loss"] + found["fragile"]}
+            share = min(1, (step + 1) / (args.ramp or 1))
+            losses = losses | found | {"loss": losses["loss"] + share * found["fragile"]}
         return losses
 
     return loss_fn
@@ -198,9 +220,10 @@ def standardise(vae: AutoencoderKL, pictures: np.ndarray, each: bool) -> tuple[T
     if not each:
         mean, std = torch.zeros_like(mean), std.square().mean().sqrt().expand_as(std)
     before, after = vae.quant_conv, vae.post_quant_conv
-    before.bias[:CHANNELS] = (before.bias[:CHANNELS] - mean) / std
-    before.weight[:CHANNELS] /= std[:, None, None, None]
-    before.bias[CHANNELS:] -= 2 * std.log()
+    channels = vae.config.latent_channels
+    before.bias[:channels] = (before.bias[:channels] - mean) / std
+    before.weight[:channels] /= std[:, None, None, None]
+    before.bias[channels:] -= 2 * std.log()
     after.bias += after.weight[:, :, 0, 0] @ mean
     after.weight *= std[None, :, None, None]
     return mean, std
@@ -262,12 +285,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         __doc__, steps=4_500, identities=1_450, batch=16, lr=1e-3, seed=0, out="editor/vae"
     )
     parser.add_argument("--calibrate", action="store_true", help="the second step, from a finished VAE")
+    parser.add_argument("--ramp", type=int, default=0, help="steps in which the calibration gets its weight")
+    parser.add_argument("--colour_weight", type=float, default=0.0, help="of colours, beside the pictures")
     parser.add_argument("--start_from", type=Path, help="a finished VAE, trained further")
+    parser.add_argument("--channels", type=positive_int, default=CHANNELS, help="of the latent of a new one")
+    parser.add_argument("--layers", type=positive_int, default=2, help="in each block of a new one")
+    parser.add_argument("--first", type=int, default=0, help="identity to train on, --identities from there")
     parser.add_argument("--kl_weight", type=float, default=1e-4, help="of the KL divergence per latent value")
     parser.add_argument("--eval_identities", type=positive_int, default=50, help="of the validation range")
     args = world.parse(parser, argv)
     if args.calibrate and args.batch < 12:
         parser.error(f"--batch {args.batch} is less than the three pictures (12) that --calibrate needs")
+    if args.channels <= GUIDED:
+        parser.error(f"--channels {args.channels}: at least {GUIDED + 1}")
     return args
 
 
@@ -277,10 +307,11 @@ def main(argv: list[str] | None = None) -> int:
     torch.manual_seed(args.seed)
     name = "vae_calibrated" if args.calibrate else "vae"
     # bfloat16 autocast is 1.8 times as fast as float32 here; channels_last is slower under it.
-    vae = build()
+    vae = build(args.channels, args.layers)
     if args.start_from:
         vae = AutoencoderKL.from_pretrained(args.start_from, dtype=torch.float32)
-    pictures = world.render(requests(portraits.TRAIN[: args.identities], VARIATIONS, args.seed))
+    people = portraits.TRAIN[args.first :][: args.identities]
+    pictures = world.render(requests(people, VARIATIONS, args.seed))
     vae = world.train(
         name,
         vae.to(pick_device(args.device)),

@@ -3,6 +3,7 @@
 Run the trainings in this order, from anywhere; each resumes where it was stopped (see assets/mini/README.md):
     python mini/train_vae.py && python mini/train_recognizer.py && python mini/train_recognizer.py --judge
     python mini/train_perceptual.py && python mini/train_clip.py && python mini/train_editor.py
+The second editor's own are named in train_kontext.py.
 """
 
 from __future__ import annotations
@@ -155,8 +156,11 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     """Reads the flags; people whom the judge alone may see are refused, and --work becomes WORK."""
     global WORK
     args = parser.parse_args(argv)
-    if args.identities > portraits.JUDGE.start - portraits.TRAIN.start:
-        parser.error(f"--identities {args.identities} would share people with the judge")
+    first = vars(args).get("first", 0)
+    if first not in range(portraits.JUDGE.start - args.identities + 1):
+        parser.error(
+            f"--identities {args.identities}: from {first}, some of them would be the judge's people"
+        )
     WORK = args.work
     return args
 

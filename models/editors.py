@@ -37,7 +37,7 @@ class Editor:
     multiple: ClassVar[int] = 8  # of whose px its sides must be
     half: ClassVar[str] = "fp16"  # the 16 bits that its networks were made for
     fp32_vae: ClassVar[bool] = False  # whether its VAE overflows in float16
-    tokenizer: ClassVar[tuple[str, int | None]] = ("tokenizer", None)  # and tokens read; None: its own limit
+    tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and what the pipeline takes of tokens
     knobs: ClassVar[dict[str, float]] = {}  # keywords of the pipeline's call, with their defaults
 
     @classmethod
@@ -158,6 +158,15 @@ class TokenEditor(Editor):
     half = "bf16"
     enlarges: ClassVar[bool] = True  # smaller images, too
 
+    def __init__(self, *args: Any, **more: Any) -> None:
+        super().__init__(*args, **more)
+        if self.is_unguided() and self.knobs["guidance_scale"] > 1:
+            warn("--guidance_scale is ignored: this editor was distilled to work without")
+
+    def is_unguided(self) -> bool:
+        """Tells whether the pipeline would ignore its guidance."""
+        return False
+
     @classmethod
     def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
         scale = resolution / math.sqrt(size[0] * size[1])
@@ -209,8 +218,13 @@ class FluxKontext(TokenEditor):
         step = cls.multiple * cls.resolution / resolution  # px of those sizes
         return max(1, round(height / step)) * cls.multiple, max(1, round(width / step)) * cls.multiple
 
+    def is_unguided(self) -> bool:
+        return not self.pipeline.transformer.config.guidance_embeds
+
     def more(self, height: int, width: int) -> dict[str, Any]:
-        return {**self.knobs, "max_area": height * width, "_auto_resize": False}
+        length = min(512, self.pipeline.tokenizer_2.model_max_length)
+        how = {"max_area": height * width, "_auto_resize": False, "max_sequence_length": length}
+        return {**self.knobs, **how}
 
 
 class Flux2Klein(TokenEditor):
@@ -233,10 +247,8 @@ class Flux2Klein(TokenEditor):
             raise UserError(f"an image worked on at {width}x{height}: under 64 px, or over 8:1, is refused")
         return height, width
 
-    def __init__(self, *args: Any, **more: Any) -> None:
-        super().__init__(*args, **more)
-        if self.pipeline.config.is_distilled and self.knobs["guidance_scale"] > 1:
-            warn("--guidance_scale is ignored: this editor was distilled to work without")
+    def is_unguided(self) -> bool:
+        return self.pipeline.config.is_distilled
 
 
 class QwenImageEdit(TokenEditor):
@@ -267,10 +279,10 @@ EDITORS: dict[str, type[Editor]] = {
 
 
 @functools.cache
-def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: int | None) -> None:
+def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: float) -> None:
     """Says once that an instruction is longer than its encoder reads."""
     tokenizer = getattr(pipeline, name)
-    n_tokens, most = len(tokenizer(prompt).input_ids), most or tokenizer.model_max_length
+    n_tokens, most = len(tokenizer(prompt).input_ids), min(most, tokenizer.model_max_length)
     if n_tokens > most:
         warn(f"the editor reads {most} tokens; the last {n_tokens - most} are cut: {prompt!r}")
 

@@ -55,7 +55,7 @@ MODEL_SETS = {
         clip="openai/clip-vit-base-patch32",
     ),
     "mini": ModelSet(
-        editors={"instruct-pix2pix": str(MINI / "editor")},
+        editors={"instruct-pix2pix": str(MINI / "editor"), "flux-kontext": str(MINI / "kontext")},
         recognizer=str(MINI / "recognizer"),
         judge=str(MINI / "judge"),
         perceptual=str(MINI / "perceptual"),

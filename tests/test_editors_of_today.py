@@ -290,9 +290,11 @@ def test_klein_refuses_what_its_pipeline_refuses(size):
 class Pipeline:
     """Takes what a pipeline takes, and gives the image back."""
 
-    def __init__(self, **config) -> None:
-        self.calls, self.config = [], SimpleNamespace(**config)
+    def __init__(self, is_distilled: bool = False, tokens: int = 600) -> None:
+        self.calls, self.config = [], SimpleNamespace(is_distilled=is_distilled)
+        self.transformer = SimpleNamespace(config=SimpleNamespace(guidance_embeds=not is_distilled))
         self.tokenizer = self.tokenizer_2 = tiny.tiny_tokenizer()
+        self.tokenizer.model_max_length = tokens
 
     def set_progress_bar_config(self, **how) -> None:
         pass
@@ -310,7 +312,13 @@ def size(height: int, width: int) -> dict[str, int]:
 
 GIVEN = {
     "sdxl-instruct-pix2pix": {"guidance_scale": 3.0, "image_guidance_scale": 1.5, **size(96, 64)},
-    "flux-kontext": {"guidance_scale": 3.0, "max_area": 8960, "_auto_resize": False, **size(112, 80)},
+    "flux-kontext": {
+        "guidance_scale": 3.0,
+        "max_area": 8960,
+        "_auto_resize": False,
+        "max_sequence_length": 512,
+        **size(112, 80),
+    },
     "flux2-klein": {"guidance_scale": 3.0, **size(96, 64)},
     "qwen-image-edit": {"true_cfg_scale": 3.0, "negative_prompt": " ", **size(128, 64)},
 }
@@ -318,7 +326,7 @@ GIVEN = {
 
 @pytest.mark.parametrize("kind", WRITERS)
 def test_what_the_pipeline_is_given(kind, monkeypatch):
-    pipeline = Pipeline(is_distilled=False)
+    pipeline = Pipeline()
     monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
     editor, x = load(kind, Path("me/ed"), guidance_scale=3.0), noise(2, 3, 96, 64)
     assert editor(x, ["a", "b"], 5).shape == x.shape
@@ -338,11 +346,12 @@ def test_without_guidance_qwen_needs_no_negative(monkeypatch):
 
 
 @pytest.mark.parametrize("distilled", [True, False])
-def test_klein_says_that_guidance_is_ignored(distilled, monkeypatch, capsys):
-    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: Pipeline(is_distilled=distilled))
-    load("flux2-klein", Path("me/ed"), guidance_scale=1.0)
+@pytest.mark.parametrize("kind", ["flux2-klein", "flux-kontext"])
+def test_who_works_without_guidance_says_that_it_is_ignored(kind, distilled, monkeypatch, capsys):
+    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: Pipeline(distilled))
+    load(kind, Path("me/ed"), guidance_scale=1.0)
     assert capsys.readouterr().err == ""
-    load("flux2-klein", Path("me/ed"), guidance_scale=2.0)
+    load(kind, Path("me/ed"), guidance_scale=2.0)
     assert ("--guidance_scale is ignored" in capsys.readouterr().err) is distilled
 
 
@@ -357,14 +366,16 @@ def test_klein_says_it_once_a_directory(monkeypatch, tmp_path, capsys):
 
 
 def test_an_instruction_is_cut_where_the_pipeline_cuts_it(monkeypatch, capsys):
-    """512 tokens of T5 for FLUX, though CLIP's tokenizer reads fewer."""
-    pipeline = Pipeline()
-    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
-    editor, x = load("flux-kontext", Path("me/ed")), noise(1, 3, 64, 64)
-    editor(x, ["h" * 500], 0)
-    assert capsys.readouterr().err == ""
-    editor(x, ["h" * 520], 0)
-    assert "the editor reads 512 tokens; the last 10 are cut" in capsys.readouterr().err
+    """512 tokens of T5 for FLUX, though CLIP's tokenizer reads fewer; a smaller T5 may read less."""
+    for tokens, read in ((600, 512), (100, 100)):
+        pipeline = Pipeline(tokens=tokens)
+        monkeypatch.setattr("models.editors._load_pipeline", lambda *_, one=pipeline: one)
+        editor, x = load("flux-kontext", Path("me/ed")), noise(1, 3, 64, 64)
+        editor(x, ["h" * (read - 12)], 0)
+        assert capsys.readouterr().err == ""
+        editor(x, ["h" * (read + 8)], 0)
+        assert f"the editor reads {read} tokens; the last 10 are cut" in capsys.readouterr().err
+        assert pipeline.calls[0]["max_sequence_length"] == read
 
 
 @pytest.mark.parametrize(

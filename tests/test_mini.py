@@ -20,13 +20,16 @@ import torch
 import train_clip
 import train_decoder
 import train_editor
+import train_kontext
 import train_recognizer
 import train_vae
 import world
+from diffusers.models.embeddings import apply_rotary_emb
 from drawing import camera, texture
 from drawing.choices import Edit
 from drawing.people import Identity
 from PIL import Image
+from tokenizer import build_tokenizer
 
 from images import to_tensor
 from models.faces import load_recognizer
@@ -345,6 +348,104 @@ def test_noisy_timesteps_can_be_drawn_more_often(noisy, lowest):
     assert drawn.mean() == pytest.approx((lowest + 999) / 2, abs=20)
 
 
+@torch.no_grad()
+def test_the_second_editor_is_trained_on_what_its_pipeline_does():
+    """Its velocity at pure noise takes a pipeline of one step to that step's latent."""
+    torch.manual_seed(0)
+    texts = list(edit_prompts.values())
+    tokenizer, words = build_tokenizer(texts), train_kontext.build_words()
+    model = train_kontext.Kontext(5, tokenizer, words).eval()
+    torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
+    chosen = world.mini_set()
+    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    vae.register_to_config(shift_factor=0.0)
+    pipeline = train_kontext.pipeline_of(model, tokenizer, words, vae)
+    image = to_tensor(pixels(PEOPLE[0])[None].astype(np.uint8))
+    noise = train_kontext.pack(torch.randn(1, 5, 16, 16, generator=world.generator(0, 0)))
+    source = train_kontext.pack(vae.encode(image).latent_dist.mode())
+    how = {"height": 128, "width": 128, "max_area": 128**2, "_auto_resize": False, "output_type": "latent"}
+    theirs = pipeline(
+        image=image / 2 + 0.5,
+        prompt=texts[4],
+        latents=noise,
+        num_inference_steps=1,
+        max_sequence_length=train_kontext.TOKENS,
+        **how,
+    ).images
+    ids = (train_kontext.ids_of(one, texts)[4:5] for one in (tokenizer, words))
+    velocity = model(noise, source, torch.ones(1), *ids)
+    assert velocity.abs().mean() > 0.1
+    assert torch.allclose(noise - velocity, theirs, atol=1e-4)
+
+
+def test_the_second_editors_loss_is_that_of_a_straight_way():
+    """Nothing is lost by who knows where the noise leads."""
+    args = train_kontext.parse(["--batch=8", "--mask_weight=0"])
+    wanted = train_editor.requests(range(3), args.edits, 0, 1)
+    latents = torch.randn(len(wanted), 5, 16, 16, generator=world.generator(0, 1))
+    ids = (torch.arange(25)[:, None],) * 2  # an instruction's number stands for it
+
+    def knowing(noisy, image, sigmas, pooled, words):
+        sources = train_kontext.pack(latents[:: args.edits + 1])
+        of = [int((sources - one).abs().sum((1, 2)).argmin()) for one in image]
+        rows = [
+            wanted.index((wanted[row * (args.edits + 1)][0], 0, int(number)))
+            for row, number in zip(of, pooled[:, 0], strict=True)
+        ]
+        target = train_kontext.pack(latents[rows])
+        return (noisy - target) / sigmas[:, None, None]
+
+    losses = train_kontext.make_loss(latents, wanted, ids, args)(knowing, 0, world.generator(0, 2))
+    assert losses["plain"] < 1e-6 and losses["loss"] == pytest.approx(float(losses["plain"]))
+    still = train_kontext.make_loss(latents, wanted, ids, args)(
+        lambda noisy, *_: torch.zeros_like(noisy), 0, world.generator(0, 2)
+    )
+    assert still["plain"] == pytest.approx(2, abs=0.2)
+
+
+def test_every_word_of_the_instructions_is_a_token():
+    words = train_kontext.build_words()
+    for text in edit_prompts.values():
+        assert words.tokenize(text) == [f"▁{word}" for word in text.split()]
+        assert len(text.split()) < train_kontext.TOKENS
+    assert words.unk_token_id not in words("Quite: other, words?").input_ids
+
+
+def test_heads_of_the_second_editor_begin_at_their_own_place():
+    torch.manual_seed(0)
+    texts = list(edit_prompts.values())
+    model = train_kontext.Kontext(5, build_tokenizer(texts), train_kontext.build_words())
+    attention, ids = (
+        model.transformer.single_transformer_blocks[0].attn,
+        torch.cartesian_prod(torch.arange(2.0), torch.arange(8.0), torch.arange(8.0)),
+    )
+    x = torch.nn.functional.layer_norm(
+        torch.randn(1, 128, train_kontext.WIDTH_OF_TOKENS), (train_kontext.WIDTH_OF_TOKENS,)
+    )
+    rotation = model.transformer.pos_embed(ids)
+    q, k = (
+        apply_rotary_emb(norm(linear(x).unflatten(-1, (-1, train_kontext.HEAD))), rotation, sequence_dim=1)
+        for linear, norm in ((attention.to_q, attention.norm_q), (attention.to_k, attention.norm_k))
+    )
+    weights = (torch.einsum("bqhd,bkhd->bhqk", q, k) / train_kontext.HEAD**0.5).softmax(-1)[0]
+    places = torch.arange(64)
+    assert (weights[:2, places, places + 64].mean(1) > 0.2).all()  # of the source
+    assert weights[2, places, places].mean() > 0.2
+    assert weights[3:, places, places + 64].mean() < 0.05
+
+
+@pytest.mark.slow
+def test_the_second_editors_training_ends_in_a_pipeline(tmp_path):
+    vae = train_vae.build(channels=8, layers=1)
+    vae.save_pretrained(tmp_path / "vae")
+    flags = ["--identities=2", "--steps=2", "--batch=2", "--eval_identities=1", "--device=cpu"]
+    places = [f"--vae={tmp_path / 'vae'}", f"--out={tmp_path / 'out'}", f"--work={tmp_path / 'work'}"]
+    assert train_kontext.main([*flags, *places]) == 0
+    assert "prompts closer" in (tmp_path / "work" / "kontext.log").read_text()
+    size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
+    assert size < 15e6
+
+
 def test_a_recogniser_starts_from_a_finished_one(work):
     requests = [(person, variation, None) for person in PEOPLE[:2] for variation in range(2)]
     model = train_recognizer.CosFace(train_recognizer.build(judge=False), 2)
@@ -385,6 +486,12 @@ def test_standardising_a_vae_leaves_its_reconstructions():
             and (float(latents.mean(1).abs().max()) < 0.01) == each
         )
         assert np.abs(train_vae.reconstruct(vae, pictures, CPU[0]) - before).max() <= 1
+
+
+def test_colours_are_differences():
+    colours = torch.tensor([[0.3, 0.3, 0.3], [-1, 1, -1], [1, -1, -1]])  # grey, green, red
+    found = train_vae.opponents(colours[:, :, None, None])
+    assert torch.allclose(found[:, :, 0, 0], torch.tensor([[0.0, 0], [2, 0], [-1, 2]]), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", sorted(set(train_vae.ATTACKS)))
@@ -576,10 +683,11 @@ def test_check_exits_1_where_a_target_is_missed(monkeypatch, capsys, share, stat
         table.row("share", str(share), ">= 1", np.float64(share) >= 1)
 
     monkeypatch.setattr(check, "Models", lambda steps: None)
-    for name in ("vae", "edits", "recognisers", "clip", "defenses", "guidance"):
+    parts = ("vae", "edits", "recognisers", "clip", "defenses", "guidance", "second")
+    for name in parts:
         monkeypatch.setattr(check, f"check_{name}", one_row)
     assert check.main([]) == status
-    assert f"{6 * status} targets missed" in capsys.readouterr().out
+    assert f"{len(parts) * status} targets missed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -592,6 +700,13 @@ def test_the_editor_edits(work):
     assert found.closer.all()
     assert np.nanmean(found.outside) > 25 and found.whole.mean() > 24
     assert train_editor.psnr(found.plain, found.sources).mean() > 28
+
+
+def test_the_second_editor_edits(work):
+    editor = world.mini_set(model="flux-kontext").load_editor()
+    found = train_editor.measure(editor, PEOPLE[:1], prompts=(10, 13, 19))
+    assert found.closer.all()
+    assert np.nanmean(found.outside) > 24 and found.whole.mean() > 22
 
 
 @pytest.mark.parametrize("name", ["recognizer", "judge"])
