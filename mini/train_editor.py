@@ -254,10 +254,7 @@ def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path
 
 
 def load_in_float32(folder: Path) -> None:
-    """Has transformers load a model in float32, as diffusers does, and not in the dtype of its file.
-
-    Without this, a plain from_pretrained of the pipeline would mix float16 text with a float32 UNet.
-    """
+    """Has transformers load a model in float32, as diffusers does: else a pipeline would mix two types."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 

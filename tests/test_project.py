@@ -346,7 +346,7 @@ def test_there_are_twelve_bundled_portraits_and_two_photographs():
 
 def test_the_bundled_models_are_small_and_no_pickles():
     files = [path for path in sets.MINI.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) <= 40e6
+    assert sum(path.stat().st_size for path in files) <= 45e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".jpg"}
 
 
