@@ -57,7 +57,7 @@ app: $(VENV)/installed-app
 	$(RUN) app.py --models=$(MODELS)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -n 2
+	$(RUN) -m pytest -q -n 2 --dist worksteal
 
 test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -m ""
