@@ -198,7 +198,7 @@ def export(model: Kontext, tokenizer: CLIPTokenizer, words: T5Tokenizer, vae_fol
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Reads the flags."""
     parser = world.parser_of(
-        __doc__, steps=10_000, identities=2_000, batch=16, lr=1.2e-3, seed=1, out="kontext"
+        __doc__, steps=8_800, identities=2_000, batch=16, lr=1.2e-3, seed=1, out="kontext"
     )
     parser.add_argument("--first", type=int, default=20_000, help="identity to train on")
     parser.add_argument("--edits", type=positive_int, default=6, help="of the 25, for each picture")
