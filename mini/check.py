@@ -4,7 +4,7 @@
     python mini/check.py --split test   # people that nothing else looks at: the final figures only
     python mini/check.py --num_inference_steps 4    # other than the mini set's own
 
-About 25 minutes on one CPU core. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
+About half an hour on one CPU core. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
 measured, and leaves a sheet of reconstructions and edits in mini/checkpoints/. Everything is loaded and run
 as the project's scripts do it. The models are stand-ins: nothing here says how a real photo is protected.
 """

@@ -144,8 +144,8 @@ def make_loss(
 ):
     """Makes the loss of a rectified flow (Liu et al. 2023), with more weight on what the edit changes.
 
-    x_s = (1 - s) x_0 + s e, and the velocity is e - x_0. No condition is ever left out: Kontext is distilled
-    to work without guidance, and this one is trained without.
+    x_s = (1 - s) x_0 + s e, and the velocity is e - x_0. No condition is ever left out, as
+    classifier-free guidance would need: Kontext's pipeline works without it.
     """
     device, group = latents.device, args.edits + 1  # a source and its edits, see train_editor.requests
     prompts = torch.tensor([-1 if prompt is None else prompt for _, _, prompt in wanted], device=device)

@@ -37,7 +37,7 @@ class Editor:
     multiple: ClassVar[int] = 8  # of whose px its sides must be
     half: ClassVar[str] = "fp16"  # the 16 bits that its networks were made for
     fp32_vae: ClassVar[bool] = False  # whether its VAE overflows in float16
-    tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and what the pipeline takes of tokens
+    tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and the tokens that its pipeline takes
     knobs: ClassVar[dict[str, float]] = {}  # keywords of the pipeline's call, with their defaults
 
     @classmethod
