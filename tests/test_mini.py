@@ -32,6 +32,7 @@ from PIL import Image
 from tokenizer import build_tokenizer
 
 from images import to_tensor
+from models import editors
 from models.faces import load_recognizer
 from models.vaes import load_vae
 from utils import edit_prompts
@@ -494,6 +495,21 @@ def test_colours_are_differences():
     assert torch.allclose(found[:, :, 0, 0], torch.tensor([[0.0, 0], [2, 0], [-1, 2]]), atol=1e-6)
 
 
+@pytest.mark.parametrize(("step", "share"), [(0, 0.1), (9, 1.0), (50, 1.0)])
+def test_the_calibration_gets_its_weight_by_and_by(step, share, monkeypatch):
+    """Beside it stand the pictures and their colours, for any number of channels."""
+    flags = ["--calibrate", "--start_from=a", "--batch=12", "--ramp=10", "--colour_weight=0.5", "--device=cpu"]
+    monkeypatch.setattr(train_vae, "fragility", lambda *_: {"fragile": torch.tensor(7.0)})
+    torch.manual_seed(0)
+    pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)
+    loss_fn = train_vae.make_loss(pictures, train_vae.parse(flags))
+    found = loss_fn(train_vae.build(channels=8, layers=1), step, world.generator(0, step))
+    value = {name: float(part.detach()) for name, part in found.items()}
+    plain = value["l1"] + value["mse"] + 1e-4 * value["kl"]
+    wanted = plain + 0.5 * (value["colour"] + value["guide"]) + 7 * share
+    assert value["loss"] == pytest.approx(wanted) and min(value["colour"], value["guide"]) > 0
+
+
 @pytest.mark.parametrize("kind", sorted(set(train_vae.ATTACKS)))
 def test_the_calibrations_attacks_reach_what_they_are_after(kind):
     chosen = world.mini_set()
@@ -655,6 +671,25 @@ def test_rows_of_the_defenses_say_what_they_measure(work, monkeypatch, capsys):
     taken = rows["share of facelock's effect on the edits' PSNR that jpeg:75+resize:0.5 takes back"]
     assert "33.1 ->" in taken
     assert table.missed >= 4
+
+
+def test_rows_of_the_second_editor_say_whose_they_are(work, monkeypatch, capsys):
+    def measure(editor: editors.Editor, people: range) -> train_editor.Edits:
+        assert type(editor) is editors.FluxKontext
+        picture = np.stack([pixels(person) for person in people]).astype(np.uint8)  # (1, H, W, 3)
+        ones = np.ones((1, 25))
+        return train_editor.Edits(picture, picture, picture[:, None], picture[:, None], *(ones,) * 3, 0.5)
+
+    monkeypatch.setattr(check, "PEOPLE", 1)
+    monkeypatch.setattr(train_editor, "measure", measure)
+    monkeypatch.setattr(train_editor.Edits, "sheet", lambda *_: np.zeros((8, 8, 3), np.uint8))
+    fr = {"similarity": 0.5, "recognised": 0.25, "identified": 0.75}
+    loaded = argparse.Namespace(faces=lambda people, edits: dict.fromkeys(check.RECOGNISERS, fr))
+    check.check_second(check.Table(), PEOPLE[:1], loaded, work / "sheet.png")
+    first, second, *rest = capsys.readouterr().out.splitlines()[2:]
+    assert 24 < float(first.split("|")[2].removesuffix(" dB ")) < 34
+    assert "25 of 25 prompts closer, outside 1.0 dB, whole 1.0 dB; 0.50 s each" in second
+    assert len(rest) == 2 and all("0.500; 25%; 75%" in row for row in rest)
 
 
 def test_a_missed_target_is_counted(capsys):
