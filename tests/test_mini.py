@@ -498,11 +498,11 @@ def test_colours_are_differences():
 @pytest.mark.parametrize(("step", "share"), [(0, 0.1), (9, 1.0), (50, 1.0)])
 def test_the_calibration_gets_its_weight_by_and_by(step, share, monkeypatch):
     """Beside it stand the pictures and their colours, for any number of channels."""
-    flags = ["--calibrate", "--start_from=a", "--batch=12", "--ramp=10", "--colour_weight=0.5", "--device=cpu"]
+    flags = ["--calibrate", "--start_from=a", "--batch=12", "--ramp=10", "--colour_weight=0.5"]
     monkeypatch.setattr(train_vae, "fragility", lambda *_: {"fragile": torch.tensor(7.0)})
     torch.manual_seed(0)
     pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)
-    loss_fn = train_vae.make_loss(pictures, train_vae.parse(flags))
+    loss_fn = train_vae.make_loss(pictures, train_vae.parse([*flags, "--device=cpu"]))
     found = loss_fn(train_vae.build(channels=8, layers=1), step, world.generator(0, step))
     value = {name: float(part.detach()) for name, part in found.items()}
     plain = value["l1"] + value["mse"] + 1e-4 * value["kl"]
