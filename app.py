@@ -104,7 +104,7 @@ ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the sam
 WORTH = """<p>This is one instruction and one seed, with one editor. Another editor, or a copy that was
 resized, compressed or cleaned, can give another result: this is a test, not a promise.{}</p>"""
 ABOUT_TABLE = """FR, without and with protection: the cosine similarity of the face in the edit to the one in
-your picture. The judge is a recogniser that no protection has seen."""
+your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges."""
 TROUBLE = '<p class="trouble" role="alert">{}</p>'
 COMPARE = """<figure class="compare">
 <img src="{}" alt="Before: the source"><img src="{}" alt="After: the protected picture">
@@ -350,7 +350,8 @@ def build(studio: Studio) -> Any:
                 parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard)]
                 shows[verdict] = f'<section class="verdict" role="status">{"".join(parts)}</section>'
                 if found:
-                    shows[table] = f'{table_of(found).to_markdown(floatfmt=".2f")}\n\n{ABOUT_TABLE}'
+                    rows = table_of(found).to_markdown(floatfmt=".2f", missingval="-")
+                    shows[table] = f"{rows}\n\n{ABOUT_TABLE}"
             return shows
 
         def notes(heard: io.StringIO) -> str:

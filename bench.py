@@ -15,6 +15,7 @@ of trained ones; what they compute means nothing.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import multiprocessing
@@ -37,6 +38,7 @@ from PIL import Image
 sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
 
 import eval_all
+import eval_facial
 from pairing import Key
 from scoring import measure
 from views import Metric, View, load_views
@@ -54,7 +56,7 @@ if TYPE_CHECKING:
 
 METRICS = {  # job -> of eval_all.py, those that share networks together
     "psnr": ("psnr",), "ssim": ("ssim",), "lpips": ("lpips",),
-    "clip": ("clip_s", "clip_i"), "faces": ("facial", "facial_judge"),
+    "clip": ("clip_s", "clip_i"), "faces": (),  # all of eval_facial.py's
 }  # fmt: skip
 JOBS = (*METHODS, "edit", *METRICS)
 SD15: dict[str, Any] = {  # InstructPix2Pix as made of Stable Diffusion 1.5, LPIPS-VGG, CLIP ViT-B/32
@@ -101,7 +103,8 @@ def write_weights(directory: Path, whole: bool) -> dict[str, str]:
     clip = transformers.CLIPModel(transformers.CLIPConfig(**SD15["clip"])).half()
     for part in (clip, transformers.CLIPProcessor(transformers.CLIPImageProcessor(), tokenizer)):
         part.save_pretrained(directory / "clip")
-    return {flag: str(directory / flag) for flag in ("model_id", "recognizer", "judge", "lpips", "clip")}
+    members = {flag: str(directory / flag) for flag in ("model_id", "lpips", "clip")}
+    return members | {flag: [str(directory / flag)] for flag in ("recognizer", "judge")}
 
 
 def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
@@ -186,7 +189,9 @@ def protector_of(method: str, args: argparse.Namespace, iterations: int | None =
     line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={iterations or args.iterations}"]
     line += [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
     flags = ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips")
-    line += [f"--{flag}={value}" for flag in flags if (value := getattr(args, flag, None)) is not None]
+    given = {flag: value for flag in flags if (value := getattr(args, flag, None)) is not None}
+    for flag, value in given.items():
+        line += [f"--{flag}", *value] if isinstance(value, list) else [f"--{flag}={value}"]
     return Protector(defend.parse_args(line))
 
 
@@ -240,10 +245,11 @@ def load_metrics(job: str, args: argparse.Namespace) -> tuple[list[Callable], Ca
 def metrics_and_views(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Metric], list[View]]:
     """Loads metrics by name, with the networks that they need together. Raises UserError."""
     dtype = "fp32" if args.dtype == "auto" else args.dtype
-    metrics = [metric for metric in eval_all.METRICS if metric.name in names]
-    needs = {need for metric in metrics for need in metric.needs}
     chosen = choose(argparse.Namespace(**vars(args) | {"dtype": dtype}))
-    return metrics, load_views(needs, chosen, utils.edit_prompts, {})
+    of_faces = itertools.chain(*eval_facial.groups(chosen).values())
+    metrics = [metric for metric in eval_all.METRICS if metric.name in names] if names else list(of_faces)
+    needs = {need for metric in metrics for need in metric.needs}
+    return metrics, load_views(needs, chosen, utils.edit_prompts, {}, {})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

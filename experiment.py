@@ -193,6 +193,8 @@ def run(args: argparse.Namespace) -> int:
     editors = {name_of(editor): editor for editor in [chosen, *others]}
     if len(editors) <= len(others):
         raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
+    if not chosen.judges:
+        raise UserError("the attack sees all the judges: name others with --judge")
     chosen.load_editor()
     for editor in others:
         editor.check_editor()
@@ -247,7 +249,7 @@ def run(args: argparse.Namespace) -> int:
         roots = {"none": args.output_dir, **roots}
         print(summary.purified(roots, args.output_dir / "purified.csv"))
         files = {name: root / "all_metric.csv" for name, root in roots.items()}
-        figure.make_plot(files, args.output_dir / "purified.png", "facial_judge")
+        figure.make_plot(files, args.output_dir / "purified.png", "left")
     print(summary.verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
     report.make_report(args.output_dir, args.output_dir / "report.html")
     return status

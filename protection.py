@@ -13,7 +13,7 @@ import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,9 +31,10 @@ from images import (
 from loops import GradientError, Objective, random_start
 from methods import METHODS, NEED
 from models.denoiser import Denoiser
-from models.faces import Box, FaceDetector, clip_box, face_similarity_to, load_recognizer, scale_box
+from models.faces import Box, FaceDetector, clip_box, scale_box
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
+from models.recognizers import Recognizer, face_similarity_to
 from models.vaes import WorkingVAE, load_vae
 from records import code_of, hash_of
 from transforms import around
@@ -42,9 +43,6 @@ from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, star
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-    from models.faces import Recognizer
-
 
 OF_SOME = ("lr", "smoothing")  # fields of Run that are flags which few methods read
 
@@ -94,7 +92,7 @@ class Report:
     budget: float
     linf: float
     psnr: float  # dB
-    # By recogniser and judge: cos(f(D(E(.))), f(source)) of the source and of the protected file
+    # By recogniser, the attacked ones first: cos(f(D(E(.))), f(source)) of the source and the protected file
     similarity: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     faceless: bool = False  # no face was found, so that there is nothing to compare
 
@@ -189,7 +187,7 @@ class Protector:
         if self.needs_face:
             found |= {"faces": self.faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:
-            found["recognizer"] = recorded(chosen.recognizer)
+            found["recognizer"] = " ".join(map(recorded, chosen.recognizers))
         if "perceptual_distance" in self.needs:
             found["lpips"] = recorded(chosen.perceptual)
         return found
@@ -218,15 +216,15 @@ class Protector:
             self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.checkpointing)
         return self.denoisers[one.model_id]
 
-    @cached_property
-    def recognizer(self) -> Recognizer:
+    @property
+    def recognizers(self) -> list[Recognizer]:
         """What the attack sees."""
-        return load_recognizer(self.chosen.recognizer, self.device, self.chosen.dtype, self.compile)
+        return [self.recognizer_of(member) for member in self.chosen.recognizers]
 
-    @cached_property
-    def judge(self) -> Recognizer:
-        """What no attack sees."""
-        return load_recognizer(self.chosen.judge, self.device, self.chosen.dtype)
+    def recognizer_of(self, member: str) -> Recognizer:
+        """Loads a recogniser or a judge, or takes it from an earlier call. Raises UserError."""
+        is_attacked = member in self.chosen.recognizers
+        return self.chosen.load_recognizer(member, compile=self.compile and is_attacked)
 
     @cached_property
     def perceptual(self) -> Any:
@@ -241,7 +239,7 @@ class Protector:
     def preload(self) -> None:
         """Loads what the method can't do without, before anything is written. Raises UserError."""
         if "face_similarity" in self.needs:
-            _ = self.recognizer
+            _ = self.recognizers
         if "perceptual_distance" in self.needs:
             _ = self.perceptual
         for one in self.attacked:
@@ -250,15 +248,15 @@ class Protector:
             if "editor" in self.needs:
                 self.editor_of(one)
 
-    def _if_there(self, member: str) -> Any:
-        """A member for a report, or None if it can't be had, which is said and tried once."""
-        if member in self.unavailable:
+    def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
+        """Loads a member for a report, or gives None if it can't be had, which is reported and tried once."""
+        if name in self.unavailable:
             return None
         try:
-            return getattr(self, member)
+            return load()
         except UserError as error:
-            self.unavailable.add(member)
-            warn(f"{member} not measured: {error}")
+            self.unavailable.add(name)
+            warn(f"{name} not measured: {error}")
             return None
 
     # -----------------------------------------------------------------------------------------------------
@@ -309,7 +307,7 @@ class Protector:
                 raise UserError(f"a face is too small for {one.kind}, which works at {inner[1]}x{inner[0]}")
             offers: dict[str, Callable[[], Any]] = {
                 "vae": lambda: self.vae_of(one),
-                "face_similarity": lambda: face_similarity_to(self.recognizer, working, faces),
+                "face_similarity": lambda: face_similarity_to(self.recognizers, working, faces),
                 "face_window": lambda: around(faces, working),
                 "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
                 "editor": lambda: self.editor_of(one),
@@ -377,20 +375,21 @@ class Protector:
         return report
 
     def _round_trip(self, subject: Subject, saved: Any) -> dict[str, tuple[float, float] | None]:
-        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recogniser and judge."""
+        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognisers and judges."""
         import numpy as np
         import torch
 
-        found: dict[str, tuple[float, float] | None] = {"recognizer": None, "judge": None}
-        vae = self._if_there("vae") if subject.boxes else None
+        panel = self.chosen.panel()
+        found: dict[str, tuple[float, float] | None] = dict.fromkeys(panel)
+        vae = self._if_there("vae", lambda: self.vae) if subject.boxes else None
         if vae is None:
             return found
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
             working = self.chosen.editor.to_working(pair[:1], self.resolution)
             trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
-            for name in found:
-                if recognizer := self._if_there(name):
-                    similarity = face_similarity_to(recognizer, working, [subject.boxes])
+            for name, member in panel.items():
+                if recognizer := self._if_there(name, partial(self.recognizer_of, member)):
+                    similarity = face_similarity_to([recognizer], working, [subject.boxes])
                     found[name] = tuple(similarity(trip[None]).item() for trip in trips)
         return found

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
 from images import load_image, load_portrait, save_png, to_tensor
-from models.faces import Box, load_recognizer, scale_box
+from models.faces import Box, scale_box
 from protection import Protector, Report
 from utils import LEVEL, UserError
 
@@ -21,7 +21,6 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-RECOGNIZERS = {"recognizer": "recogniser", "judge": "judge"}
 EDITS = ("your picture", "the protected picture")
 MOST_PIXELS = 32_000_000  # a loop keeps some ten float tensors of a picture's size
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
@@ -55,28 +54,33 @@ class Face:
     """What is left of one face in the edit of the source and in that of the protected picture."""
 
     found: list[bool]  # whether the detector finds it there
-    values: dict[str, list[float]] = field(default_factory=dict)  # FR, by recogniser and judge
+    values: dict[str, list[float]] = field(default_factory=dict)  # FR, by judges and attacked recognisers
     thresholds: dict[str, float | None] = field(default_factory=dict)  # above: taken for the same person
+    attacked: tuple[str, ...] = ()  # those of them that the protection has seen, which are no judges
 
     def verdict(self) -> tuple[str, str]:
-        """Says what this means -> a headline and the reasons."""
-        if None in self.thresholds.values():
-            less = all(after < before for before, after in self.values.values())
+        """Says what this means by the judges -> a headline and the reasons."""
+        judges = [name for name in self.values if name not in self.attacked]
+        unknown = [name for name in judges if self.thresholds[name] is None]
+        judges = [name for name in judges if name not in unknown]
+        if not judges:
+            less = unknown and all(self.values[name][1] < self.values[name][0] for name in unknown)
             return f"With protection, the edited face is {'' if less else 'not clearly '}less like yours", (
                 "That is which way the similarity moved. No verification threshold is published for these "
-                "recognisers, so whether the face still passes for the same person is not said."
+                "recognisers, so whether the face still passes for the same person is not known."
             )
         told, takers = [], []
         for i, edit in enumerate(EDITS):
-            who = [RECOGNIZERS[name] for name, two in self.values.items() if two[i] > self.thresholds[name]]
-            one = f"only the {''.join(who)} takes"
-            takes = ("neither recogniser nor judge takes", one, "both recogniser and judge take")
+            who = [name for name in judges if self.values[name][i] > self.thresholds[name]]
+            takes = f"{' and '.join(who)} take{'s' if len(who) == 1 else ''}" if who else "no judge takes"
             face = "the face is found" if self.found[i] else "no face is found"
-            told.append(f"In the edit of {edit} {face}, and {takes[len(who)]} it for the same person.")
+            told.append(f"In the edit of {edit} {face}, and {takes} it for the same person.")
             takers.append(who)
         if not takers[0]:
             told.append("This edit hides the person even without protection: try another, or another seed.")
             return "Nothing to compare in this edit", " ".join(told)
+        if blind := [name for name in judges if name not in takers[0]]:
+            told.append(f"{' and '.join(blind)} can't judge this face, even your own edit isn't you to it.")
         if takers[1]:
             told.append("Try a larger budget, more iterations or another method.")
             return "The protection did not hold in this edit", " ".join(told)
@@ -164,7 +168,7 @@ class Studio:
         return edit_portraits(pair, [prompt] * 2, self.editor, seed)
 
     def compare(self, visit: Visit, edits: np.ndarray) -> list[Face]:
-        """Measures FR of both edits by recogniser and judge, for each face that was chosen.
+        """Measures FR of both edits by recognisers and judges, for each face that was chosen.
 
         As in evaluation/, the detector looks at the edits, too; where it finds none, the source's box counts.
         """
@@ -177,9 +181,11 @@ class Studio:
         for box in visit.chosen:
             overlapping = [[other for other in boxes if shared(box, other)] for boxes in detected]
             nearest = [max(boxes, key=lambda other: shared(box, other), default=box) for boxes in overlapping]
-            face = Face([bool(boxes) for boxes in overlapping])
-            for name in RECOGNIZERS:
-                recognizer = load_recognizer(getattr(self.chosen, name), self.chosen.device, torch.float32)
+            panel = self.chosen.panel()
+            attacked = tuple(name for name, member in panel.items() if member in self.chosen.recognizers)
+            face = Face([bool(boxes) for boxes in overlapping], attacked=attacked)
+            for name, member in panel.items():
+                recognizer = self.chosen.load_recognizer(member, torch.float32)
                 with torch.no_grad():
                     source, *of_edits = recognizer.embed(images, [[one] for one in (box, *nearest)])
                 face.values[name] = [float(source @ one) for one in of_edits]
@@ -201,9 +207,7 @@ def shared(box: Box, other: Box) -> int:
 
 def measured(report: Report, seconds: float) -> str:
     """Says what a saved file measures."""
-    pairs = [
-        f"{RECOGNIZERS[name]} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two
-    ]
+    pairs = [f"{name} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two]
     return (
         "Saved, read back and measured: no colour of a pixel differs from your picture by more than "
         f"**{round(report.linf / LEVEL)} of 255 levels** (L-infinity {report.linf:.4f} in [-1, 1], "
@@ -216,13 +220,14 @@ def table_of(faces: Sequence[Face]) -> pd.DataFrame:
     """Puts FR of all faces into a table."""
     import pandas as pd
 
-    rows = {
-        RECOGNIZERS[name] + (f", face {number}" if len(faces) > 1 else ""): [*both, face.thresholds[name]]
-        for number, face in enumerate(faces, 1)
-        for name, both in face.values.items()
-    }
+    rows = {}
+    for number, face in enumerate(faces, 1):
+        for name, both in face.values.items():
+            who = f"{name} (attacked)" if name in face.attacked else name
+            rows[f"{who}, face {number}" if len(faces) > 1 else who] = [*both, face.thresholds[name]]
     columns = ["without", "with", "same person above"]
-    return pd.DataFrame.from_dict(rows, "index", columns=columns).dropna(axis=1).rename_axis("FR by")
+    table = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("FR by")
+    return table.dropna(axis=1, how="all")
 
 
 def shown(visit: Visit, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:

@@ -6,16 +6,18 @@
         --defend_edit_dirs edits/noise edits/facelock --baseline edits/noise \\
         --protected_dirs protected/noise protected/facelock --output tables/main.csv
 
-Writes all_metric.csv and, with the same name, .md: rows are the unprotected edits and each method, columns
-CLIP-S, PSNR, SSIM, LPIPS, CLIP-I, and by the recogniser and by the judge FR, recognised and identified, each
-with a 95 % interval, and the share of edits in which no face was found. An arrow shows which way a defender
-wants it. With --baseline, paired differences, too (..._minus_baseline.csv); with --protected_dirs, how
+Writes all_metric.csv and, with the same name, .md: rows are the unprotected edits and each method, each value
+with a 95 % interval. First what the panel of judges says (left, by the one who finds most; recognised and
+identified by any; the share of edits without a face), CLIP-S, PSNR, SSIM, LPIPS and CLIP-I; then a table for
+each judge, and one for the recognisers that attacks see. An arrow shows which way a defender wants it.
+With --baseline, paired differences, too (..._minus_baseline.csv); with --protected_dirs, how
 visible each protection is (..._protected.csv). Either file of an earlier run is removed where this one has
 nothing for it. Which metric can be trusted for what: docs/results.md.
 """
 
 import argparse
 import dataclasses
+import itertools
 import re
 import sys
 from collections.abc import Sequence
@@ -40,13 +42,12 @@ from images import images_by_stem
 from records import listed, read_record
 from utils import UserError
 
-METRICS = [
+METRICS = [  # beside those of faces
     eval_clip_s.METRIC,
     eval_psnr.METRIC,
     eval_ssim.METRIC,
     eval_lpips.METRIC,
     eval_clip_i.METRIC,
-    *eval_facial.METRICS,
 ]
 
 
@@ -66,7 +67,7 @@ VISIBILITY = [
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = make_parser(__doc__, "all", METRICS)
+    parser = make_parser(__doc__, "all", [*METRICS, eval_facial.METRIC])
     text = "protected images, to see how visible each protection is: each holds them, or budget_{B}/"
     parser.add_argument("--protected_dirs", type=utils.path, nargs="+", default=[], help=text)
     return parser.parse_args(argv)
@@ -98,40 +99,47 @@ def evaluate(
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
     manifests = Manifests()
-    rows = rows_of(edits, METRICS)
+    of_faces = eval_facial.groups(chosen)
+    headline = [*of_faces.pop(""), *METRICS]
+    metrics = [*headline, *itertools.chain(*of_faces.values())]
+    rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
     check_edits(edits, manifests)
     protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
     visible = score(protected, VISIBILITY, chosen, batch_size) if protected else None
     if visible:
         check_budgets(protected, visible)
-    scores = score(edits, METRICS, chosen, batch_size)
+    scores = score(edits, metrics, chosen, batch_size)
 
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
-    note += f", a gallery of {len(edits.sources) + len(edits.gallery)} portraits"
+    note += f", a gallery of {len(edits.references or edits.sources) + len(edits.gallery)} people"
+    if edits.references:
+        note += "; faces are compared with other photos of the people, not with the sources"
     if scores.n_left_out:
         note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
-    found = [(output, tables.means(scores.values), METRICS, rows, note, "")]
+    tables_of_faces = {note: headline, **of_faces}
+    found = [(output, tables.means(scores.values), tables_of_faces, rows, "")]
     if against:
         others = [row for row in rows if row.method != against]
-        pairs = tables.differences(scores.values, against)
-        found.append((of_baseline, pairs, METRICS, others, f"minus {against}, in pairs", "+"))
+        pairs = {f"minus {against}, in pairs": headline}
+        pairs |= {f"{title}, minus {against}": own for title, own in of_faces.items()}
+        found.append((of_baseline, tables.differences(scores.values, against), pairs, others, "+"))
     if visible:
-        about = "protected images against their sources"
-        found.append((of_protected, tables.means(visible.values), VISIBILITY, protected.rows, about, ""))
+        about = {"protected images against their sources": VISIBILITY}
+        found.append((of_protected, tables.means(visible.values), about, protected.rows, ""))
     parts = []
-    for path, means, metrics, of, about, sign in found:
-        table, part = tables.all_metrics(means, metrics, [row.method for row in of], about, sign)
+    for path, means, groups, of, sign in found:
+        table, text_of_table = tables.all_metrics(means, groups, [row.method for row in of], sign)
         if path:
             outputs.write_csv(path, table)
-        parts.append(part)
+        parts.append(text_of_table)
     for path, is_new in ((of_baseline, against), (of_protected, visible)):
         if path and path.exists() and not is_new:  # it would seem to belong to this table
             path.unlink()
             print(utils.one_line(f"{path}: an earlier run's, removed"))
     if per_image:
-        outputs.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in METRICS]))
+        outputs.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in metrics]))
     whole = "\n\n".join(parts)
     print(whole)
     if text:

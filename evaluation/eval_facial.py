@@ -1,63 +1,179 @@
 """FR, how much of the person is left: cosine similarity of the face in an edit to the face in its source.
 
-    python evaluation/eval_facial.py --by judge --src_dir portraits --clean_edit_dir edits/clean \\
-        --defend_edit_dirs edits/facelock --seed 0
+    python evaluation/eval_facial.py --src_dir portraits --clean_edit_dir edits/clean \\
+        --defend_edit_dirs edits/facelock --seed 0 --judge assets/mini/judge dlib --models mini
     python evaluation/eval_facial.py --by judge --what identified --gallery_dir people --src_dir portraits \\
         --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock --seed 0
+    python evaluation/eval_facial.py --by judge --reference_dir other_photos --src_dir portraits \\
+        --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock --seed 0
 
-Writes facial_metric.csv, or facial_judge_metric.csv (recognised_..., identified_...), into the working
-directory. facelock optimises the recogniser itself, so what it says overstates the protection: report the
-judge's, which no attack sees, beside it. Similarities compare only within one recogniser; what people can
-read is the share of edits that are still recognised (above the threshold at which one pair of strangers in a
-thousand passes) and identified (nearest in a gallery: the sources, and --gallery_dir).
+Writes facial_metric.csv, by the recogniser that an attack sees, or, with --by judge or --judge, by those
+that none sees: facial_JUDGE_metric.csv for each of the panel and left_metric.csv, what the one of them who
+finds most still finds. FR by cosine is also called ISM, the share of edits without a face FDFR, identified
+rank-1.
+
+What an attacked recogniser says overstates the protection, and so does one that was trained like it: report
+judges that no attack saw and others trained. Cosines compare only within one recogniser; `left`, which is 1
+for the same picture and 0 for a stranger, compares between them. What people can read is the share of edits
+that are still recognised (above the threshold at which one pair of strangers in a thousand passes) and
+identified (nearest in a gallery: the people themselves, and --gallery_dir). The source flatters: recognition
+is by other photos of a person, which --reference_dir holds, as NAME.* or NAME/*.
 """
 
+import argparse
 import math
 import sys
+from collections.abc import Callable, Sequence
 
 from scoring import Metric, Tensor, script
+from views import face_need
+
+from models.sets import MODEL_SETS, Chosen, panel_names
+from utils import UserError
+
+BUNDLED = MODEL_SETS["mini"].judges[:1]  # judges that were trained in this project
 
 
-def facial_similarity(embeddings: Tensor, references: Tensor) -> Tensor:
-    """Measures the cosine similarity of face embeddings, (B, D) and (B, D) -> (B,)."""
-    from torch.nn.functional import cosine_similarity
+def facial_similarity(embeddings: Tensor, people: Tensor) -> Tensor:
+    """Measures the cosine similarity of faces to people, (B, D) of unit length and (B, D) -> (B,).
 
-    return cosine_similarity(embeddings, references, dim=1)
+    A person of several photos is the mean of their embeddings, so that the mean cosine comes out.
+    """
+    return (embeddings * people).sum(dim=1)
 
 
-def recognised(embeddings: Tensor, references: Tensor, undetected: Tensor, threshold: float | None) -> Tensor:
-    """Tells whether a face is found and taken for the source's: its similarity is above the recogniser's
+def left(embeddings: Tensor, people: Tensor, strangers: float | None) -> Tensor:
+    """Measures (cosine - strangers' mean cosine) / (1 - the same), (B, D) and (B, D) -> (B,).
+
+    1 is the same picture, 0 a stranger, whatever the recogniser; NaN where the strangers' mean isn't known.
+    """
+    mean = math.nan if strangers is None else strangers
+    return (facial_similarity(embeddings, people) - mean) / (1 - mean)
+
+
+def recognised(embeddings: Tensor, people: Tensor, threshold: float | None, undetected: Tensor) -> Tensor:
+    """Tells whether a face is found and taken for the person's: its similarity is above the recogniser's
     verification threshold. Embeddings (B, D), undetected (B,) -> (B,); NaN for a recogniser without one.
     """
-    similarity = facial_similarity(embeddings, references)
+    similarity = facial_similarity(embeddings, people)
     found = (similarity > (threshold or 0)).to(similarity) * (1 - undetected)
     return found + 0 * similarity if threshold is not None else similarity * math.nan
 
 
-def identified(embeddings: Tensor, references: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """Tells whether the most similar portrait of a gallery is the person's own (rank 1).
+def identified(embeddings: Tensor, people: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
+    """Tells whether the most similar person of a gallery is the edit's own (rank 1).
 
-    Embeddings (B, D), gallery (G, D), own (B, G) -> (B,); NaN where the source has no face.
+    Embeddings (B, D), gallery (G, D), own (B, G) -> (B,); NaN where the person has no face.
     """
     nearest = (embeddings @ gallery.T).argmax(dim=1, keepdim=True)  # (B, 1)
-    return own.gather(1, nearest)[:, 0].to(embeddings) + 0 * references[:, 0]
+    return own.gather(1, nearest)[:, 0].to(embeddings) + 0 * people[:, 0]
 
 
-def metrics_by(who: str, suffix: str, title: str) -> dict[str, Metric]:
-    """Makes the three metrics of a recogniser: by --what."""
-    faces = (f"{who}_edits", f"{who}_sources")
-    verified, nearest = (*faces, "undetected", f"{who}_threshold"), (*faces, f"{who}_gallery", "own")
-    return {
-        "similarity": Metric(f"facial{suffix}", f"FR{title} ↓", facial_similarity, faces),
-        "recognised": Metric(f"recognised{suffix}", f"recognised{title} ↓", recognised, verified),
-        "identified": Metric(f"identified{suffix}", f"identified{title} ↓", identified, nearest),
-    }
+def by_any(measure: Callable[..., Tensor], n_judges: int, width: int) -> Callable[..., Tensor]:
+    """Makes a function that gives the highest of what judges say; NaN where none can say anything.
+
+    Its arguments: `width` of each judge's own, then those that all share.
+    """
+
+    def highest(*given: Tensor) -> Tensor:
+        import torch
+
+        shared = given[n_judges * width :]
+        said = [measure(*given[i * width : (i + 1) * width], *shared) for i in range(n_judges)]
+        found = torch.stack(said)  # (judges, B)
+        most = found.nan_to_num(nan=-math.inf).amax(dim=0)
+        return most.where(~found.isnan().all(dim=0), torch.nan)
+
+    return highest
 
 
-BY = {"recognizer": metrics_by("recognizer", "", ""), "judge": metrics_by("judge", "_judge", ", judge")}
-NO_FACE = Metric("no_face", "no face", lambda found: found, ("undetected",), counts="no face was found in")
-METRICS = [*BY["recognizer"].values(), *BY["judge"].values(), NO_FACE]
-parse_args, main = script(BY["recognizer"]["similarity"], __doc__, by=BY, also=[NO_FACE])
+WHATS = {  # --what: the function, what it needs of each recogniser, what all share, its column
+    "similarity": (facial_similarity, ("edits", "sources"), (), "facial"),
+    "left": (left, ("edits", "sources", "strangers"), (), "left"),
+    "recognised": (recognised, ("edits", "sources", "threshold"), ("undetected",), "recognised"),
+    "identified": (identified, ("edits", "sources", "gallery"), ("own",), "identified"),
+}
+TITLES = {"facial": "FR", "identified": "identified (rank-1)"}
+NO_FACE = Metric(
+    "no_face", "no face (FDFR)", lambda found: found, ("undetected",), counts="no face was found in"
+)
+
+
+def metric_of(what: str, recognizer: str, suffix: str) -> Metric:
+    """Makes one of `WHATS` by a recogniser, whose name is what its column and title end with."""
+    function, own, shared, column = WHATS[what]
+    needs = (*(face_need(recognizer, need) for need in own), *shared)
+    name = f"{column}_{suffix}" if suffix else column
+    return Metric(name, title_of(name), function, needs)
+
+
+def is_of_faces(name: str) -> bool:
+    """Tells whether a column is one of `WHATS`."""
+    return name.partition("_")[0] in {column for *_, column in WHATS.values()}
+
+
+def title_of(name: str) -> str:
+    """Writes the title of a column of faces, as `facial_dlib`."""
+    column, _, by = name.partition("_")
+    if name == "left":
+        by = "hardest judge"
+    by = by.replace("by_any", "any judge")
+    return f"{TITLES.get(column, column)}{by and f', {by}'} ↓"
+
+
+def metric_of_panel(what: str, judges: Sequence[str]) -> Metric:
+    """Makes `left` of the judge who finds most, or whether any judge recognises or identifies the person."""
+    function, own, shared, column = WHATS["left" if what == "similarity" else what]
+    needs = (*(face_need(judge, need) for judge in judges for need in own), *shared)
+    name = column if column == "left" else f"{column}_by_any"
+    return Metric(name, title_of(name), by_any(function, len(judges), len(own)), needs)
+
+
+def names_of(chosen: Chosen) -> tuple[list[str], list[str]]:
+    """Gives the names of the attacked recognisers and of the judges."""
+    names = panel_names(chosen.recognizers, chosen.judges)
+    return names[: len(chosen.recognizers)], names[len(chosen.recognizers) :]
+
+
+def of_attacked(what: str, names: Sequence[str]) -> list[Metric]:
+    """Makes a metric by each attacked recogniser; the first has no name in its column but in `left_NAME`."""
+    named = [name if place or what == "left" else "" for place, name in enumerate(names)]
+    return [metric_of(what, *pair) for pair in zip(names, named, strict=True)]
+
+
+def groups(chosen: Chosen) -> dict[str, list[Metric]]:
+    """Lists every metric of faces: the panel's with FDFR, each judge's and the attacked recognisers'."""
+    attacked, judges = names_of(chosen)
+    panel = [metric_of_panel(what, judges) for what in ("left", "recognised", "identified") if judges]
+    found = {"": [*panel, NO_FACE]}
+    for judge, member in zip(judges, chosen.judges, strict=True):
+        who = "trained here, like the attacked recogniser" if member in BUNDLED else "whom no attack sees"
+        found[f"judge {judge}, {who}"] = [metric_of(what, judge, judge) for what in WHATS]
+    title = f"{' and '.join(attacked)}, which attacks see: no evidence of protection"
+    metrics = [metric for what in WHATS if what != "left" for metric in of_attacked(what, attacked)]
+    return found | {title: metrics}
+
+
+def asked(args: argparse.Namespace, chosen: Chosen) -> list[Metric]:
+    """Lists the metrics that --by and --what ask for. Raises UserError."""
+    attacked, judges = names_of(chosen)
+    if args.by == "recognizer" or (args.by is None and not args.judge):
+        return of_attacked(args.what, attacked)
+    if not judges:
+        raise UserError("no judge is left: the attack sees all of them; name others with --judge")
+    return [metric_of_panel(args.what, judges), *(metric_of(args.what, judge, judge) for judge in judges)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --by and --what."""
+    text = "whose embeddings are compared (default: recognizer, but judge if --judge names some)"
+    parser.add_argument("--by", choices=("recognizer", "judge"), help=text)
+    text = "what is measured of them"
+    parser.add_argument("--what", choices=tuple(WHATS), default="similarity", help=text)
+
+
+METRIC = metric_of("similarity", "recognizer", "")
+parse_args, main = script(METRIC, __doc__, asked=asked, add_arguments=add_arguments, also=[NO_FACE])
 
 if __name__ == "__main__":
     sys.exit(main())

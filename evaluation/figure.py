@@ -25,6 +25,7 @@ import numpy as np
 import outputs
 from directories import protected_rows
 from eval_all import METRICS
+from eval_facial import is_of_faces, title_of
 from pairing import Edits, Key, Manifests, check_edits, check_pair
 from scoring import add_prompt_arguments, edits_of
 
@@ -224,6 +225,8 @@ def make_plot(
             raise UserError(f"{files['']}: none of its methods is in the table of the protected pictures")
         xlabel = xlabel or f"how visible the protection is: {VISIBLE[against]}"
     titles = {known.name: known.title for known in METRICS}
+    if metric and is_of_faces(metric):
+        titles[metric] = title_of(metric)
     xlabel = xlabel or ("budget (L-infinity, [-1, 1])" if by_budget else "")
     save(draw_plot(points, titles.get(metric, metric or "mean"), xlabel), output)
     n_places = len({*points["place"]} - {""})

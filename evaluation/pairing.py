@@ -47,6 +47,7 @@ class Edits:
     sources: dict[str, Path]  # by stem; empty if none are given
     texts: dict[int, str]  # the instructions, where they are known
     gallery: dict[str, Path] = field(default_factory=dict)  # portraits beside the sources, by stem
+    references: dict[str, list[Path]] = field(default_factory=dict)  # other photos of each person
 
     @property
     def every_row(self) -> list[Row]:
@@ -84,6 +85,7 @@ def find_edits(
     names: Sequence[str] | None = None,
     common: bool = False,
     gallery_dir: Path | None = None,
+    reference_dir: Path | None = None,
 ) -> Edits:
     """Finds edits, pairs them by stem and checks all that can be checked without reading pixels.
 
@@ -111,7 +113,20 @@ def find_edits(
     sources = {name: there[src_dir][name] for name in shared} if src_dir else {}
     sizes = sizes_of(every_row, files, keys)
     gallery = images_by_stem(gallery_dir) if gallery_dir else {}
-    return Edits(rows, clean, files, keys, sizes, sources, texts, gallery)
+    references = references_of(reference_dir, sources) if reference_dir else {}
+    return Edits(rows, clean, files, keys, sizes, sources, texts, gallery, references)
+
+
+def references_of(directory: Path, sources: dict[str, Path]) -> dict[str, list[Path]]:
+    """Finds other photos of each person, NAME.* or NAME/*. Raises UserError where there is none."""
+    own, found = images_by_stem(directory), {}
+    for name, source in sources.items():
+        paths = [own[name]] if name in own else []
+        paths += images_by_stem(directory / name).values() if (directory / name).is_dir() else []
+        found[name] = [path for path in paths if digest(path) != digest(source)]
+    if lacking := [name for name, paths in found.items() if not paths]:
+        raise UserError(f"{directory}: no other photo of {', '.join(lacking)} (NAME.* or NAME/*)")
+    return found
 
 
 def shared_names(there: dict[Path, dict[str, Path]], common: bool, wanted: Sequence[str] | None) -> list[str]:

@@ -28,6 +28,7 @@ import cheats
 import outputs
 import tables
 from eval_all import METRICS, VISIBILITY
+from eval_facial import NO_FACE, is_of_faces, title_of
 from figure import NUMBER, difference
 
 import utils
@@ -42,7 +43,7 @@ if TYPE_CHECKING:
 
 EDIT, PLACE = ["method", "seed", "prompt", "name"], ["method", "metric"]
 MEANS = {"": "mean", "_low": "low", "_high": "high", "_n": "n", "_n_inf": "n_inf"}
-LEAD = ("facial_judge", "facial")  # what the page goes by; first the one that no attack sees
+LEAD = ("left", "facial_judge", "facial")  # what the page goes by: the first that is there
 MOST_DOTS = 200  # people in a strip
 TONES = 8  # colours and shapes
 SIDE, CROP = 176, 256  # px of a picture in the page, and of one in which single pixels count
@@ -169,6 +170,11 @@ class Column(NamedTuple):
     way: int
     is_share: bool  # of edits: its values are 0 or 1
 
+    @property
+    def kind(self) -> str:
+        """The same for what several recognisers measure."""
+        return self.name.partition("_")[0] if is_of_faces(self.name) else self.name
+
     def show(self, value: float, sign: str = "") -> str:
         if self.is_share and not math.isnan(value):
             return f"{100 * value:{sign}.0f} %"
@@ -196,17 +202,32 @@ def name_rows(found: Means) -> list[Row]:
 
 
 def name_columns(found: Means, known: Sequence[Metric], values: pd.DataFrame) -> list[Column]:
-    """Lists the metrics: the judge's, the recogniser's, others; of each the known ones first."""
+    """Lists the metrics: those of the panel, others, each judge's, the attacked recogniser's."""
     there = dict.fromkeys(name for _, name in found)
-    metrics = {metric.name: metric for metric in known if metric.name in there}
-    columns = []
-    for name in metrics | there:
+    metrics, columns = {metric.name: metric for metric in known}, []
+    in_order = [name for name in metrics if name in there] + [name for name in there if name not in metrics]
+    for name in sorted(in_order, key=place_of):
         metric, own = metrics.get(name), values.loc[values["metric"] == name, "value"]
-        title, digits = (metric.title, metric.digits) if metric else (name, 3)
+        title = title_of(name) if is_of_faces(name) else metric.title if metric else name
+        digits = metric.digits if metric else 3
         is_share = len(own) and own.isin([0, 1]).all() and (not metric or own.any())
-        is_share = bool(is_share or (metric and metric.counts))
-        columns.append(Column(name, title, digits, {"↓": -1, "↑": 1}.get(title[-1:], 0), is_share))
-    return sorted(columns, key=lambda one: (one.name[:-6] not in there, f"{one.name}_judge" not in there))
+        is_share = is_share or (metric and metric.counts) or name.startswith(("recognised", "identified"))
+        columns.append(Column(name, title, digits, {"↓": -1, "↑": 1}.get(title[-1:], 0), bool(is_share)))
+    return columns
+
+
+def place_of(name: str) -> int:
+    """Orders columns as eval_all.py does."""
+    if name == "left" or name.endswith("_by_any") or name == NO_FACE.name:
+        return 0
+    return (3 if "_" not in name else 2) if is_of_faces(name) else 1
+
+
+def recogniser_of(name: str) -> str:
+    """Names the recogniser of a column; "" of those of the panel and of other metrics."""
+    if not is_of_faces(name) or place_of(name) == 0:
+        return ""
+    return name.partition("_")[2] or "the attacked recogniser"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -229,12 +250,19 @@ class Report:
         self.purified = {file.parent.name: read_means(file) for file in purified}
         self.records, self.damaged = read_records(root)
 
-        self.rows, self.columns = name_rows(self.found), name_columns(self.found, METRICS, values)
+        self.rows, self.columns = name_rows(self.found), name_columns(self.found, [*METRICS, NO_FACE], values)
         self.seen_rows = name_rows(self.visible)
         self.seen_columns = name_columns(self.visible, VISIBILITY, values[:0])
-        known = [column for name in LEAD for column in self.columns if column.name == name]
-        self.main = known or ([column for column in self.columns if column.way] or self.columns)[:1]
+        self.main = [column for name in LEAD for column in self.columns if column.name == name]
+        if self.main and self.main[0].name == "left":  # and beside it each judge's
+            self.main = [column for column in self.columns if column.kind == "left"]
+        if not self.main:
+            self.main = ([column for column in self.columns if column.way] or self.columns)[:1]
         self.lead = self.main[0]
+        of_lead = self.lead.name.replace("facial", "recognised")
+        still = "recognised_by_any" if self.lead.name == "left" else of_lead
+        same = [column for column in self.columns if column.name == still != self.lead.name]
+        self.still = same[0] if same else None
         self.clean = [row for row in self.rows if row.kind == "clean"]  # one or none
         marks = self.marks(self.lead, (row for row in self.rows if row.kind == "method"))
         self.methods = [mark["row"] for mark in marks]
@@ -266,6 +294,13 @@ class Report:
         means = tables.image_means(self.values[self.values["metric"] == column.name], ["method"])
         groups = means.groupby("method", observed=True)
         return {method: of.droplevel("method").to_dict() for method, of in groups}
+
+    def tables(self, columns: Sequence[Column]) -> dict[str, list[Column]]:
+        """Groups columns into tables: the headline, "", and one for each recogniser."""
+        groups: dict[str, list[Column]] = {"": []}
+        for column in columns:
+            groups.setdefault(recogniser_of(column.name), []).append(column)
+        return groups
 
     def is_best(self, row: Row, column: Column) -> bool:
         """Tells whether a method's interval is better than, and apart from, all others' of its budget."""

@@ -16,7 +16,7 @@ import tables
 from directories import Row, find_row
 from pairing import Edits, Key, Manifests, check_edits, find_edits
 from PIL import Image
-from views import FACES, PIXELS, Metric, View, load_views
+from views import FACE, PIXELS, Metric, View, load_views
 
 import models.sets
 import utils
@@ -79,7 +79,8 @@ def score(
     if "clip_texts" in needs:
         edits.check_texts()
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
-    views, rows, damaged = load_views(needs, chosen, texts, edits.gallery), rows_of(edits, metrics), []
+    views = load_views(needs, chosen, texts, edits.gallery, edits.references)
+    rows, damaged = rows_of(edits, metrics), []
     keys = _learn_sources(edits, views, damaged)
     place = {key: number for number, key in enumerate(edits.keys)}
     values = np.full((len(rows), len(edits.keys), len(metrics)), np.nan)
@@ -182,38 +183,45 @@ def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> dict[Key, l
 
 
 def script(
-    metric: Metric, doc: str, by: dict[str, dict[str, Metric]] | None = None, also: Sequence[Metric] = ()
+    metric: Metric,
+    doc: str,
+    asked: Callable[[argparse.Namespace, models.sets.Chosen], list[Metric]] | None = None,
+    add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
+    also: Sequence[Metric] = (),
 ) -> tuple[Callable[..., argparse.Namespace], Callable[..., int]]:
     """Makes a metric's command: its parse_args and its main.
 
-    by: the metrics among which --by and --what choose. also: is measured with it, for the screen.
+    asked: makes of flags, which `add_arguments` adds, the metrics that are measured instead, like `metric` in
+    what they need. also: is measured with them, for the screen.
     """
-    whats = next(iter(by.values())) if by else {metric.name: metric}  # the same of each of --by
 
     def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-        parser = make_parser(doc, metric.name, list(whats.values()))
-        if by:
-            compared, measured = "whose embeddings are compared", "what is measured of them"
-            parser.add_argument("--by", choices=tuple(by), default=next(iter(by)), help=compared)
-            parser.add_argument("--what", choices=tuple(whats), default=next(iter(whats)), help=measured)
+        parser = make_parser(doc, metric.name, [metric])
+        add_arguments(parser)
         return parser.parse_args(argv)
 
     def run(args: argparse.Namespace) -> int:
-        chosen = by[args.by][args.what] if by else metric
-        metrics, output = [chosen, *also], args.output or Path(f"{chosen.name}_metric.csv")
-        outputs.check_outputs([output, args.per_image])
+        chosen = None if is_plain([metric]) else models.sets.choose(args)
+        wanted = asked(args, chosen) if asked else [metric]
+        files = {one.name: Path(f"{one.name}_metric.csv") for one in wanted}
+        if args.output:
+            several = {one.name: args.output.with_stem(f"{args.output.stem}_{one.name}") for one in wanted}
+            files = several if len(wanted) > 1 else {wanted[0].name: args.output}
+        outputs.check_outputs([*files.values(), args.per_image])
         edits = edits_of(args)
-        baseline = find_row(rows_of(edits, metrics), args.baseline).method if args.baseline else None
+        baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
         check_edits(edits, Manifests())
-        networks = None if is_plain(metrics) else models.sets.choose(args)
-        scores = score(edits, metrics, networks, args.batch_size)
-        values = scores.values[scores.values["metric"] == chosen.name]
-        frame = tables.one_metric(values, baseline, chosen.infinite)
-        outputs.write_csv(output, frame)
-        if args.per_image:
+        scores = score(edits, [*wanted, *also], chosen, args.batch_size)
+        for one in wanted:
+            values = scores.values[scores.values["metric"] == one.name]
+            frame = tables.one_metric(values, baseline, one.infinite)
+            outputs.write_csv(files[one.name], frame)
+            print(tables.for_screen(frame, one.name, baseline))
+            print(utils.one_line(f"{files[one.name]}: {len(edits.prompts)} prompts, {len(frame)} rows"))
+        if args.per_image and len(wanted) == 1:
             outputs.write_csv(args.per_image, values.drop(columns="metric"))
-        print(tables.for_screen(frame, chosen.name, baseline))
-        print(utils.one_line(f"{output}: {len(edits.prompts)} prompts, {len(frame)} rows"))
+        elif args.per_image:
+            outputs.write_csv(args.per_image, tables.per_image(scores.values, list(files)))
         return scores.report()
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -250,10 +258,12 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
         models.sets.add_perceptual_argument(parser)
     if "clip_edits" in needs:
         models.sets.add_clip_argument(parser)
-    if needs & FACES:
+    if any(need.startswith(FACE) for need in needs):
         models.sets.add_face_arguments(parser)
         gallery = "portraits among which a person is looked for, beside the sources"
         add("--gallery_dir", type=utils.path, help=f"{gallery}; one of an edit's stem is the person's, too")
+        others = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
+        add("--reference_dir", type=utils.path, help=others)
     if is_plain(metrics):
         add("--debug", action="store_true", help="show the traceback of an error")
     else:
@@ -272,6 +282,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
 
 def edits_of(args: argparse.Namespace) -> Edits:
     """Finds the edits that a script's flags name. Raises UserError."""
-    flags = ("clean_edit_dir", "src_dir", "prompts", "prompt_file", "names", "common", "gallery_dir")
+    flags = ("clean_edit_dir", "src_dir", "prompts", "prompt_file", "names", "common")
+    flags += ("gallery_dir", "reference_dir")
     given = {flag: value for flag, value in vars(args).items() if flag in flags}
     return find_edits(args.defend_edit_dirs, args.seed, **given)

@@ -1,8 +1,10 @@
-"""What an experiment came to: FR side by side for editors or purifiers, and the verdict in words."""
+"""What an experiment came to: `left` side by side for editors or purifiers, and the verdict in words."""
 
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,9 +15,10 @@ import utils
 if TYPE_CHECKING:
     import pandas as pd
 
-ABOUT = "FR by the judge; lower is better."  # a page of side_by_side begins with it
-LEAST = 0.05  # of FR: of what takes less from the clean edits no share is told
-LEFT = "worst: the highest FR after any purification; left: the share of its drop in FR that survives it."
+# A page of side_by_side begins with it.
+ABOUT = "`left`: what the judge who finds most still finds, 1 the same picture, 0 a stranger; low is better."
+LEAST = 0.05  # of `left`: of what takes less from the clean edits no share is given
+KEPT = "worst: the highest after any purification; kept: the share of its drop that survives it."
 
 
 def read_table(root: Path) -> pd.DataFrame:
@@ -26,14 +29,14 @@ def read_table(root: Path) -> pd.DataFrame:
 
 
 def judged(roots: dict[str, Path]) -> pd.DataFrame:
-    """Reads FR by the judge of tables by label -> rows by method, a column each. Raises UserError."""
+    """Reads `left` of tables by label -> rows by method, a column each. Raises UserError."""
     import pandas as pd
 
-    return pd.DataFrame({label: read_table(root)["facial_judge"] for label, root in roots.items()})
+    return pd.DataFrame({label: read_table(root)["left"] for label, root in roots.items()})
 
 
 def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
-    """Writes FR by editor -> the table as a text. Raises UserError.
+    """Writes `left` by editor -> the table as a text. Raises UserError.
 
     roots: editor -> where its table is; attacked: row -> the editors whose VAEs its protection attacked.
     """
@@ -43,7 +46,7 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> 
 
 
 def purified(roots: dict[str, Path], output: Path) -> str:
-    """Writes FR by purifier, `none` among them, and what is left in the worst case -> the table as a text.
+    """Writes `left` by purifier, `none` among them, and what survives the worst one -> the table as a text.
 
     Raises UserError.
     """
@@ -51,8 +54,8 @@ def purified(roots: dict[str, Path], output: Path) -> str:
     taken = (table.loc["clean"] - table).drop("clean")
     table["worst"] = table.drop(columns="none").max(axis=1)
     share = taken.drop(columns="none").min(axis=1) / taken["none"]
-    table["left"] = share.where(taken["none"] > LEAST)
-    return side_by_side(table, output, LEFT)
+    table["kept"] = share.where(taken["none"] > LEAST)
+    return side_by_side(table, output, KEPT)
 
 
 def side_by_side(table: pd.DataFrame, output: Path, more: str = "") -> str:
@@ -68,43 +71,53 @@ def side_by_side(table: pd.DataFrame, output: Path, more: str = "") -> str:
 
 
 def by_person(root: Path) -> pd.DataFrame:
-    """Measures each row's people by the judge: `known`, the share of them that it recognises in most of their
-    edits, and `worst`, the mean FR of the tenth with the highest -> by row. Raises UserError.
+    """Measures each row's people: `known`, the share of them whom some judge recognises in most of their
+    edits, and `worst`, the mean `left` of the tenth with the highest -> by row. Raises UserError.
     """
     import pandas as pd
 
     table = outputs.read_csv(root / "per_image.csv")
     table["method"] = table["method"].str.removeprefix(f"{root / 'edits'}/")
-    people = table.groupby(["method", "name"])[["facial_judge", "recognised_judge"]].mean()
+    people = table.groupby(["method", "name"])[["left", "recognised_by_any"]].mean()
     rows = people.groupby("method")
-    worst = {row: of.nlargest(math.ceil(len(of) / 10)).mean() for row, of in rows["facial_judge"]}
-    known = rows["recognised_judge"].agg(lambda shares: (shares > 0.5).where(shares.notna()).mean())
+    worst = {row: of.nlargest(math.ceil(len(of) / 10)).mean() for row, of in rows["left"]}
+    known = rows["recognised_by_any"].agg(lambda shares: (shares > 0.5).where(shares.notna()).mean())
     return pd.DataFrame({"known": known, "worst": pd.Series(worst)})
+
+
+def recognisers(columns: Iterable[str]) -> dict[str, str]:
+    """Lists who measured faces in a table: how their columns end -> their name; "" is the attacked one's."""
+    ends = [name.removeprefix("facial") for name in columns if re.fullmatch(r"facial(_.+)?", name)]
+    ends = [end for end in ends if not re.search(r"_(low|high|n)$", end)]
+    return {end: end[1:] or "the attacked recogniser" for end in sorted(ends, key=lambda end: not end)}
 
 
 def verdict(root: Path, models: str, minutes: float) -> str:
     """Says in words what came out, from the tables that were written. Raises UserError."""
     table, people, lines = read_table(root), by_person(root), []
     for row, line in table.iterrows():
-        lines.append(f"  {row}")
-        for who, by in (("recogniser", ""), ("judge", "_judge")):
-            found, nearest = (line[f"{what}{by}"] for what in ("recognised", "identified"))
-            taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
-            lines.append(f"    {who}: FR {line[f'facial{by}']:.2f}, {taken}, identified in {nearest:.0%}")
         known, worst = people.loc[row]
-        told = "" if math.isnan(known) else f", {known:.0%} of the people recognised in most of their edits"
-        lines.append(f"    by person: FR of the worst tenth {worst:.2f}{told}, by the judge")
-    worth = "Weigh the judge's lines: the attack knows the recogniser, and others are not known to it."
+        told = "" if math.isnan(known) else f"; {known:.0%} of the people recognised in most of their edits"
+        lines.append(f"  {row}: left {line['left']:.2f}, {worst:.2f} of the worst tenth of the people{told}")
+        for end, name in recognisers(table.columns).items():
+            found, nearest = (line[f"{what}{end}"] for what in ("recognised", "identified"))
+            taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
+            is_sibling = models == "mini" and end == "_judge"
+            who = f"{name} (trained here, like the attacked recogniser)" if is_sibling else name
+            still = line.get(f"left{end}", math.nan) if end else math.nan
+            size = f"FR {line[f'facial{end}']:.2f}" + ("" if math.isnan(still) else f" (left {still:.2f})")
+            lines.append(f"    {who}: {size}, {taken}, identified in {nearest:.0%}")
+    worth = "Weigh the judges' lines: the attack knows its recogniser, and other judges may find more."
     if models == "mini":
         worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
     return f"""
-How much of the person is left in the edits, by the recogniser, which facelock attacks, and by a judge, which
-no attack sees. FR is 1 for the same face and 0 for a stranger's; recognised: above the threshold for one
-person; identified: nearest to its own source among all sources. All of it is better when it is lower:
+How much of the person is left in the edits, by judges that no attack sees. left: 1 is the same picture, 0 a
+stranger's, by the judge who finds most; FR: the cosine similarity by each; recognised: above the threshold
+for one person; identified: nearest to its own source among all sources. Lower is better for all of it:
 {chr(10).join(lines)}
 Look at {root / "figure.png"}: a protected portrait should look like its source, and its edits
 should not show the person whom the edits of the source (clean) show. Don't expect that each
-face is gone; what the judge still finds, others may find, too.
+face is gone; what a judge still finds, others may find, too.
 {worth}
 It took {minutes:.1f} minutes; all metrics are in {root / "all_metric.md"}.
 Next: python defend.py --input_path=PHOTO, or every method in one table: make table IMAGES=DIR"""

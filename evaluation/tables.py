@@ -147,35 +147,36 @@ def for_screen(table: pd.DataFrame, metric: str, baseline: str | None) -> str:
 
 
 def all_metrics(
-    found: pd.DataFrame, metrics: Sequence[Metric], rows: Sequence[str], note: str, sign: str = ""
+    found: pd.DataFrame, groups: dict[str, Sequence[Metric]], rows: Sequence[str], sign: str = ""
 ) -> tuple[pd.DataFrame, str]:
     """Makes the table of several metrics: method; value, _low, _high, _n and perhaps _n_inf of each; and the
-    same as Markdown, under a note that says of what it is.
+    same as Markdown, a table for each group under its title.
     """
     import pandas as pd
 
-    table = pd.DataFrame({"method": pd.Series(rows, dtype=object)})
-    text, counts = table.copy(), pd.DataFrame(index=table.index)
-    for metric in metrics:
-        of_rows = found[found.index.get_level_values("metric") == metric.name].droplevel("metric")
-        of_rows.index = of_rows.index.astype(object)
-        of_rows = of_rows.reindex(list(rows)).astype({"n": "Int64", "n_inf": "Int64"})
-        table[metric.name] = of_rows["mean"].to_numpy()
-        for column in ("low", "high", "n", *(["n_inf"] if metric.infinite else [])):
-            table[f"{metric.name}_{column}"] = of_rows[column].array
-        cells = []
-        for line in of_rows.itertuples():
-            ends = shown_interval(line.low, line.high, metric.digits, sign, " [{}, {}]")
-            infinite = "" if pd.isna(line.n_inf) or not line.n_inf else f" ({line.n_inf} inf)"
-            cells.append(shown(line.mean, metric.digits, sign) + ends + infinite)
-        text[metric.title] = cells
-        counts[metric.name] = of_rows["n"].array
-    text["n"] = [
-        " to ".join(str(n) for n in sorted({line.min(), line.max()})) if len(line := row.dropna()) else "0"
-        for _, row in counts.iterrows()
-    ]
-    note = "; ".join(filter(None, (note, about_intervals(found["n"]))))
-    return table, f"{harmless(note)}:\n\n{as_text(text, 'pipe')}"
+    columns, parts = {"method": pd.Series(rows, dtype=object)}, []
+    few = about_intervals(found["n"])
+    for title, metrics in groups.items():
+        text, counts = pd.DataFrame({"method": columns["method"]}), pd.DataFrame(index=range(len(rows)))
+        for metric in metrics:
+            of_rows = found[found.index.get_level_values("metric") == metric.name].droplevel("metric")
+            of_rows.index = of_rows.index.astype(object)
+            of_rows = of_rows.reindex(list(rows)).astype({"n": "Int64", "n_inf": "Int64"})
+            columns[metric.name] = of_rows["mean"].to_numpy()
+            for column in ("low", "high", "n", *(["n_inf"] if metric.infinite else [])):
+                columns[f"{metric.name}_{column}"] = of_rows[column].array
+            cells = []
+            for line in of_rows.itertuples():
+                ends = shown_interval(line.low, line.high, metric.digits, sign, " [{}, {}]")
+                infinite = "" if pd.isna(line.n_inf) or not line.n_inf else f" ({line.n_inf} inf)"
+                cells.append(shown(line.mean, metric.digits, sign) + ends + infinite)
+            text[metric.title] = cells
+            counts[metric.name] = of_rows["n"].array
+        ranges = [sorted({*row.dropna()}) or [0] for _, row in counts.iterrows()]
+        text["n"] = [" to ".join(str(n) for n in dict.fromkeys((all_n[0], all_n[-1]))) for all_n in ranges]
+        note = "; ".join(filter(None, (title, few if not parts else "")))
+        parts.append(f"{harmless(note)}:\n\n{as_text(text, 'pipe')}")
+    return pd.DataFrame(columns), "\n\n".join(parts)
 
 
 def per_image(values: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:

@@ -11,8 +11,9 @@ from pairing import Key, Size
 
 from images import load_image, to_tensor
 from models.clip import Clip, load_clip
-from models.faces import Box, FaceDetector, Recognizer, load_recognizer
+from models.faces import Box, FaceDetector
 from models.perceptual import load_perceptual
+from models.recognizers import Recognizer
 from models.sets import Chosen
 
 if TYPE_CHECKING:
@@ -20,9 +21,13 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-RECOGNIZERS = ("recognizer", "judge")  # members of a model set
 PIXELS = {"edits", "clean"}  # needs that no network gives: (B, 3, H, W) in [-1, 1]
-FACES = {f"{name}_edits" for name in RECOGNIZERS}
+FACE = "face:"  # how needs of a recogniser's begin: face:NAME:edits, sources, gallery, threshold, strangers
+
+
+def face_need(recognizer: str, what: str) -> str:
+    """Names what a metric needs of a recogniser."""
+    return f"{FACE}{recognizer}:{what}"
 
 
 @dataclass(frozen=True)
@@ -62,25 +67,26 @@ class View:
 
 
 def load_views(
-    needs: set[str], chosen: Chosen | None, texts: dict[int, str], gallery: dict[str, Path]
+    needs: set[str],
+    chosen: Chosen | None,
+    texts: dict[int, str],
+    gallery: dict[str, Path],
+    references: dict[str, list[Path]],
 ) -> list[View]:
     """Loads what gives the things needed: clip_edits, clip_sources, clip_texts, perceptual, undetected, own,
-    and for recognizer and judge _edits, _sources, _threshold, _gallery. Raises UserError.
+    and those of `face_need`. Raises UserError.
 
-    gallery: portraits by stem among which a person is looked for, beside the sources.
+    gallery: portraits by stem among which a person is looked for; references: other photos of each person.
     """
     views: list[View] = []
     if needs & {"clip_edits", "clip_sources", "clip_texts"}:
         views.append(ClipView(load_clip(chosen.clip, chosen.device, chosen.dtype), texts))
     if "perceptual" in needs:
         views.append(PerceptualView(load_perceptual(chosen.perceptual, chosen.device, chosen.dtype)))
-    recognizers = {
-        name: load_recognizer(getattr(chosen, name), chosen.device, chosen.dtype)
-        for name in RECOGNIZERS
-        if f"{name}_edits" in needs
-    }
-    if recognizers:
-        views.append(FaceView(recognizers, FaceDetector(chosen.device), chosen.device, gallery))
+    if any(need.startswith(FACE) for need in needs):
+        wanted = {need.split(":")[1] for need in needs if need.startswith(FACE)}
+        panel = {name: chosen.load_recognizer(one) for name, one in chosen.panel().items() if name in wanted}
+        views.append(FaceView(panel, FaceDetector(chosen.device), chosen.device, gallery, references))
     return views
 
 
@@ -119,12 +125,13 @@ class PerceptualView(View):
 
 
 class FaceView(View):
-    """Gives embeddings of the largest face of edits and sources, (B, D) of unit length.
+    """Gives embeddings of the largest face of edits, (B, D) of unit length, and of the people in them.
 
-    The faces are looked for once, whatever the number of recognisers. Where an edit shows none, its source's
-    box is used and `undetected` is 1 instead of 0. A source without a face is named among the problems, and
-    everything about its edits is NaN. The gallery holds the sources and `gallery`; `own` says which of its
-    portraits have an edit's stem.
+    A person is its source or, where there are `references`, its other photos: the mean of their embeddings,
+    whose product with an edit's is the mean cosine. The faces are looked for once, whatever the number of
+    recognisers. Where an edit shows none, its source's box is used and `undetected` is 1 instead of 0. A
+    person of whom no face is found is named among the problems, and everything about its edits is NaN. Among
+    the people and `gallery` a face is looked for; `own` says which of them have an edit's stem.
     """
 
     def __init__(
@@ -133,39 +140,52 @@ class FaceView(View):
         detector: FaceDetector,
         device: torch.device,
         gallery: dict[str, Path] | None = None,
+        references: dict[str, list[Path]] | None = None,
     ) -> None:
         self.recognizers = recognizers
         self.detector = detector
         self.device = device
         self.boxes: dict[tuple[str, Size], Box | None] = {}  # of the sources
-        self.sources: dict[tuple[str, str, Size], Tensor] = {}
+        self.people: dict[tuple[str, str, Size | None], Tensor] = {}
         self.stems: list[str] = []  # of the gallery
         self.gallery: dict[str, list[Tensor]] = {name: [] for name in recognizers}
+        self.references, self.faceless = references or {}, []
+        for name, paths in self.references.items():
+            self._enter(name, None, [load_image(path).pixels for path in paths])
         for stem, path in (gallery or {}).items():
-            self._enter(stem, load_image(path).pixels)
+            self._enter(stem, None, [load_image(path).pixels])
 
     @property
     def problems(self) -> list[str]:
-        """Which sources show no face."""
-        names = ", ".join(sorted({name for (name, _), box in self.boxes.items() if box is None}))
-        return [f"no face found in the source, FR not measured: {names}"] if names else []
+        """Says of whom no face is found."""
+        names = {name for (name, _), box in self.boxes.items() if box is None}
+        lines = {"the source": names, "the other photos": {*self.references} & {*self.faceless}}
+        return [
+            f"no face found in {where}, FR not measured: {', '.join(sorted(of))}"
+            for where, of in lines.items()
+            if of
+        ]
 
     def add_source(self, name: str, pixels: np.ndarray) -> None:
-        """Finds a source's face and embeds it."""
+        """Finds a source's face and, unless there are other photos of the person, embeds it."""
         size = pixels.shape[:2]
-        self.boxes[name, size] = box = self._enter(name, pixels)
-        if box:
-            for recognizer, portraits in self.gallery.items():
-                self.sources[recognizer, name, size] = portraits[-1]
+        if self.references:
+            self.boxes[name, size] = next(iter(self.detector(pixels)), None)
+        else:
+            self.boxes[name, size] = self._enter(name, size, [pixels])
 
-    def _enter(self, stem: str, pixels: np.ndarray) -> Box | None:
-        """Puts a portrait that shows a face into the gallery -> the face's box."""
-        box = next(iter(self.detector(pixels)), None)
-        if box:
-            self.stems.append(stem)
-            for recognizer, embeddings in self._embed(pixels[None], [box]).items():
-                self.gallery[recognizer].append(embeddings[0])
-        return box
+    def _enter(self, name: str, size: Size | None, pictures: Sequence[np.ndarray]) -> Box | None:
+        """Enters a person into the gallery -> the last face's box; None where no picture shows one."""
+        found = [(pixels, faces[0]) for pixels in pictures if (faces := self.detector(pixels))]
+        if not found:
+            self.faceless.append(name)
+            return None
+        self.stems.append(name)
+        of_pictures = [self._embed(pixels[None], [box]) for pixels, box in found]
+        for recognizer, portraits in self.gallery.items():
+            portraits.append(sum(one[recognizer][0] for one in of_pictures) / len(of_pictures))
+            self.people[recognizer, name, size] = portraits[-1]
+        return found[-1][1]
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
         """Finds the edits' faces and embeds them."""
@@ -178,15 +198,22 @@ class FaceView(View):
         boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
         measured = torch.tensor([source is not None for source in of_sources])
         undetected = torch.tensor([float(box is None) for box in found])
-        stems = self.stems or [""]  # where no source has a face, nothing is measured
+        stems = self.stems or [""]  # where nobody has a face, nothing is measured
         own = torch.tensor([[stem == key.name for stem in stems] for key in keys])  # (B, G)
         seen = {"undetected": torch.where(measured, undetected, torch.nan), "own": own}
-        for recognizer, embeddings in self._embed(images, boxes).items():
+        of_people = None if self.references else size
+        for name, embeddings in self._embed(images, boxes).items():
             unknown = torch.full_like(embeddings[0], torch.nan)
-            references = [self.sources.get((recognizer, key.name, size), unknown) for key in keys]
-            seen |= {f"{recognizer}_edits": embeddings, f"{recognizer}_sources": torch.stack(references)}
-            seen[f"{recognizer}_threshold"] = self.recognizers[recognizer].threshold
-            seen[f"{recognizer}_gallery"] = torch.stack(self.gallery[recognizer] or [unknown])  # (G, D)
+            people = [self.people.get((name, key.name, of_people), unknown) for key in keys]
+            people = [one if there else unknown for one, there in zip(people, measured, strict=True)]
+            recognizer = self.recognizers[name]
+            seen |= {
+                face_need(name, "edits"): embeddings,
+                face_need(name, "sources"): torch.stack(people),
+                face_need(name, "gallery"): torch.stack(self.gallery[name] or [unknown]),  # (G, D)
+                face_need(name, "threshold"): recognizer.strangers.threshold,
+                face_need(name, "strangers"): recognizer.strangers.mean,
+            }
         return seen
 
     def _embed(self, images: np.ndarray, boxes: Sequence[Box]) -> dict[str, Tensor]:

@@ -30,14 +30,13 @@ import train_editor
 import train_recognizer
 import train_vae
 import world
-from eval_facial import BY  # of evaluation/
+from eval_facial import WHATS, metric_of  # of evaluation/
 from pairing import Key
 from purify import chain, purify
 from views import FaceView
 
 import defend
 from images import save_png, to_tensor, to_uint8_within
-from models.faces import load_recognizer
 from protection import Protector
 from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
@@ -50,7 +49,7 @@ PEOPLE = 20  # of the edits and of the defenses
 PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS, PEOPLE_ALTERED = 50, 100, 200, 60
 PROMPTS = (0, 4, 5, 10, 13, 19)  # of the defenses and of the paper's guidance: hair, face, skin, clothes, ...
 BUDGET = 0.06
-RECOGNISERS = tuple(BY)
+RECOGNISERS = ("recognizer", "judge")
 PURIFIER = "jpeg:75+resize:0.5"
 LEFT = {"shifted": 0.95, "mirrored": 0.9, "gamma": 0.9, "saturated": 0.9, "blurred": 0.85, "scaled": 0.95}
 
@@ -85,7 +84,7 @@ class Models:
         self.chosen = world.mini_set(num_inference_steps=steps)
         self.editor = self.chosen.load_editor()
         self.recognizers = {
-            name: load_recognizer(getattr(self.chosen, name), CPU, torch.float32) for name in RECOGNISERS
+            name: self.chosen.load_recognizer(self.chosen.panel()[name]) for name in RECOGNISERS
         }
         self.views: dict[range, FaceView] = {}
 
@@ -99,11 +98,11 @@ class Models:
             self.views[people] = view = FaceView(self.recognizers, crops.detector(), CPU)
             for person in people[:PEOPLE_OF_RECOGNISERS]:
                 view.add_source(str(person), world.render([(person, 0, None)])[0])
-        values: dict[str, dict[str, list]] = {name: {what: [] for what in BY[name]} for name in RECOGNISERS}
+        values: dict[str, dict[str, list]] = {name: {what: [] for what in WHATS} for name in RECOGNISERS}
         for person, images in zip(people, edits, strict=False):
             seen = self.views[people](images, [Key(0, n, str(person)) for n in range(len(images))])
-            for who, what in itertools.product(RECOGNISERS, BY["judge"]):
-                metric = BY[who][what]
+            for who, what in itertools.product(RECOGNISERS, WHATS):
+                metric = metric_of(what, who, who)
                 values[who][what].append(metric.function(*(seen[need] for need in metric.needs)).numpy())
         found = {
             name: {what: float(np.nanmean(of)) for what, of in by.items()} for name, by in values.items()

@@ -41,7 +41,7 @@ from transformers import (
 )
 
 from images import to_tensor
-from models.faces import Recognizer, load_recognizer
+from models.recognizers import Recognizer, load_recognizer
 from utils import edit_prompts, pick_device, positive_int
 
 SIZE = 64  # px, the side of what the recognisers see

@@ -1,15 +1,10 @@
-"""Faces: recognisers, the similarity that the attack and FR share, and the detector."""
+"""Faces: where they are in a picture, and how one is cut out for a recogniser."""
 
 from __future__ import annotations
 
-import functools
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
-
-from models.loading import compiled, frozen, loading, read_state
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 if TYPE_CHECKING:
     import numpy as np
@@ -17,17 +12,26 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 outside
-
-# facenet-pytorch's two trainings of InceptionResnetV1 (its release v2.2.9)
-FACENET_RELEASE = "https://github.com/timesler/facenet-pytorch/releases/download/v2.2.9/"
-FACENET_URLS = {
-    "vggface2": FACENET_RELEASE + "20180402-114759-vggface2.pt",
-    "casia-webface": FACENET_RELEASE + "20180408-102900-casia-webface.pt",
-}
-FACENET_CROP = 160  # px
-FACENET_MEAN = [0.5] * 3  # its fixed standardisation (v - 127.5) / 128, for values in [0, 1]
-FACENET_STD = [64 / 127.5] * 3
+Points = tuple[tuple[float, float], ...]  # eyes, nose, corners of the mouth; the picture's left ones first
+USUAL_POINTS = ((0.275, 0.405), (0.735, 0.4), (0.505, 0.62), (0.31, 0.765), (0.72, 0.76))  # in a box
 DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks at them
+
+
+class Face(tuple):
+    """A box, x0, y0, x1, y1, that knows the five points of the face in it.
+
+    Of a box without points, as one given by hand, they are taken to be where they mostly are.
+    """
+
+    points: Points
+
+    def __new__(cls, box: Iterable[int], points: Iterable[Sequence[float]] | None = None) -> Self:
+        face = super().__new__(cls, box)
+        x0, y0, x1, y1 = face
+        if points is None:
+            points = ((x0 + x * (x1 - x0) - 0.5, y0 + y * (y1 - y0) - 0.5) for x, y in USUAL_POINTS)
+        face.points = tuple((float(x), float(y)) for x, y in points)
+        return face
 
 
 class Look(NamedTuple):
@@ -47,120 +51,7 @@ DETECTED_AT_ONCE = 32 * PHOTO_SIDE**2  # px, of all the pictures in one batch
 
 
 # ---------------------------------------------------------------------------------------------------------
-# recognisers
-
-
-@dataclass
-class Recognizer:
-    """A face recogniser and how its crops are made: box, resize to `size`, (x - mean) / std."""
-
-    name: str
-    network: torch.nn.Module  # (N, 3, size, size) -> (N, D), or transformers' output with a `pooler_output`
-    size: int  # px
-    mean: Tensor  # (1, 3, 1, 1), in [-1, 1]
-    std: Tensor
-    dtype: torch.dtype
-    threshold: float | None = None  # a cosine above it is taken for the same person, at 0.1 % false accepts
-
-    def embed(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
-        """Embeds all boxes of all images, image by image -> unit vectors, float (sum of boxes, D).
-
-        images: (B, 3, H, W) in [-1, 1], boxes in its pixels. Crops are resized with antialias;
-        differentiable.
-        """
-        import torch
-        import torch.nn.functional as F
-
-        crops, size = [], (self.size, self.size)
-        for image, faces in zip(images, boxes, strict=True):
-            for x0, y0, x1, y1 in faces:
-                crop = image[None, :, y0:y1, x0:x1]
-                if crop.shape[-2:] != size:
-                    crop = F.interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)
-                crops.append(crop)
-        batch = torch.cat(crops)  # (N, 3, size, size)
-        batch = (batch - self.mean.to(batch)) / self.std.to(batch)
-        found = self.network(batch.to(self.dtype))
-        found = found if isinstance(found, torch.Tensor) else found.pooler_output.flatten(1)
-        return F.normalize(found.to(images.dtype), dim=1)
-
-
-def face_similarity_to(
-    recognizer: Recognizer, clean: Tensor, boxes: Sequence[Sequence[Box]]
-) -> Callable[[Tensor], Tensor]:
-    """Makes a function of images like `clean` (B, 3, H, W): their faces' cosine similarity to its, (B,).
-
-    Every image has at least one box; with several, the mean over them. The clean faces are embedded here,
-    once.
-    """
-    import torch
-
-    with torch.no_grad():
-        reference = recognizer.embed(clean, boxes)  # (sum of boxes, D)
-    counts = torch.tensor([len(faces) for faces in boxes])
-    owner = torch.repeat_interleave(torch.arange(len(boxes)), counts).to(clean.device)
-
-    def face_similarity(images: Tensor) -> Tensor:
-        cosines = (recognizer.embed(images, boxes) * reference).sum(dim=1)  # (sum of boxes,)
-        sums = torch.zeros(len(boxes), dtype=cosines.dtype, device=cosines.device)
-        return sums.index_add(0, owner, cosines) / counts.to(cosines)
-
-    return face_similarity
-
-
-@functools.cache
-def load_recognizer(
-    member: str, device: torch.device, dtype: torch.dtype, compile: bool = False
-) -> Recognizer:
-    """Loads a facenet-pytorch training by name, a state-dict file of one, or a transformers directory.
-
-    The directory's `preprocessor_config.json` says what crops it wants (size: height; image_mean, image_std)
-    and may say a `verification_threshold`; its embedding is `pooler_output`. Once a process.
-    Raises UserError.
-    """
-    import torch
-
-    with loading("the face recogniser", member):
-        if member not in FACENET_URLS and Path(member).is_dir():
-            from transformers import AutoModel
-
-            wanted = json.loads((Path(member) / "preprocessor_config.json").read_text())
-            size, mean, std = wanted["size"]["height"], wanted["image_mean"], wanted["image_std"]
-            threshold = wanted.get("verification_threshold")
-            # transformers keeps the dtype of the file, float16, unless it is told
-            network = AutoModel.from_pretrained(
-                member, dtype=dtype, local_files_only=True, trust_remote_code=False
-            )
-        else:
-            size, mean, std, threshold = FACENET_CROP, FACENET_MEAN, FACENET_STD, None
-            network = _facenet(member)
-        network = frozen(network, device, dtype)
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (mean, std))  # of values in [0, 1]
-    if compile:
-        compiled(network)
-    return Recognizer(Path(member).name, network, size, 2 * mean - 1, 2 * std, dtype, threshold)
-
-
-def _facenet(member: str) -> torch.nn.Module:
-    import torch
-    from facenet_pytorch import InceptionResnetV1
-
-    if member in FACENET_URLS:
-        state = torch.hub.load_state_dict_from_url(
-            FACENET_URLS[member], map_location="cpu", weights_only=True
-        )
-    elif Path(member).is_file():
-        state = read_state(Path(member))
-    else:
-        raise FileNotFoundError(f"neither a file, a directory nor one of {', '.join(FACENET_URLS)}")
-    network = InceptionResnetV1(pretrained=None)
-    # The classifier over the training identities is not part of the embedding.
-    network.load_state_dict({key: value for key, value in state.items() if not key.startswith("logits.")})
-    return network
-
-
-# ---------------------------------------------------------------------------------------------------------
-# boxes
+# where faces are
 
 
 class FaceDetector:
@@ -176,15 +67,15 @@ class FaceDetector:
         self.mtcnn = {size: MTCNN(keep_all=True, min_face_size=size, device=device) for size in sizes}
         self.device = device
 
-    def __call__(self, pixels: np.ndarray) -> list[Box]:
-        """Gives the boxes in an image (H, W, 3) uint8, the largest first, cut to the image; margin 0."""
+    def __call__(self, pixels: np.ndarray) -> list[Face]:
+        """Gives the faces in an image (H, W, 3) uint8, the largest first, cut to the image; margin 0."""
         return self.find([pixels])[0]
 
-    def find(self, images: Sequence[np.ndarray]) -> list[list[Box]]:
-        """Gives the boxes in each of several images of one size, as a call with it alone does, but faster."""
+    def find(self, images: Sequence[np.ndarray]) -> list[list[Face]]:
+        """Gives the faces in each of several images of one size, as a call with it alone does, but faster."""
         import numpy as np
 
-        found: list[list[Box]] = [[] for _ in images]
+        found: list[list[Face]] = [[] for _ in images]
         if not len(images):
             return found
         size = images[0].shape[:2]
@@ -198,20 +89,27 @@ class FaceDetector:
             for start in range(0, len(left), at_once):
                 rows = left[start : start + at_once]
                 batch = np.stack([_reduced(images[row], (height, width)) for row in rows])
-                for row, boxes in zip(rows, self._look(look, batch), strict=True):
-                    inside = [box for one in boxes if (box := clip_box(one * scale, size))]
+                for row, faces in zip(rows, self._look(look, batch), strict=True):
+                    inside = [
+                        Face(box, points * scale)
+                        for one, points in faces
+                        if (box := clip_box(one * scale, size))
+                    ]
                     found[row] = sorted(inside, key=_area, reverse=True)
         return found
 
-    def _look(self, look: Look, images: np.ndarray) -> list[np.ndarray]:
-        """Looks once at images (B, H, W, 3) uint8 -> the boxes in each, (n, 4)."""
+    def _look(self, look: Look, images: np.ndarray) -> list[list[tuple[np.ndarray, np.ndarray]]]:
+        """Looks once at images (B, H, W, 3) uint8 -> for each its boxes (4,) with their points (5, 2)."""
         import numpy as np
         import torch
 
         images = sepia(images) if look.sepia else images
         with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
-            found, _ = self.mtcnn[look.min_face_size].detect(images)
-        return [np.zeros((0, 4)) if boxes is None else np.asarray(boxes, np.float64) for boxes in found]
+            found, _, points = self.mtcnn[look.min_face_size].detect(images, landmarks=True)
+        return [
+            [] if boxes is None else list(zip(*(np.asarray(part, np.float64) for part in (boxes, five))))
+            for boxes, five in zip(found, points, strict=True)
+        ]
 
 
 def sepia(images: np.ndarray) -> np.ndarray:
@@ -244,7 +142,72 @@ def clip_box(box: Sequence[float], size: Sequence[int]) -> Box | None:
     return (x0, y0, x1, y1) if x1 > x0 and y1 > y0 else None
 
 
-def scale_box(box: Box, size: Sequence[int], target: Sequence[int]) -> Box | None:
+def scale_box(box: Box, size: Sequence[int], target: Sequence[int]) -> Face | None:
     """Carries a box of an image of `size` (H, W) to its form of size `target`; None if nothing is left."""
     across, down = target[1] / size[1], target[0] / size[0]
-    return clip_box([round(side * by) for side, by in zip(box, (across, down) * 2, strict=True)], target)
+    inside = clip_box([round(side * by) for side, by in zip(box, (across, down) * 2, strict=True)], target)
+    points = getattr(box, "points", None)  # of pixels' middles
+    if points is not None:
+        points = [((x + 0.5) * across - 0.5, (y + 0.5) * down - 0.5) for x, y in points]
+    return inside and Face(inside, points)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# crops
+
+
+@dataclass(frozen=True)
+class BoxCrop:
+    """Cuts the box out and resizes it, as facenet-pytorch does with margin 0."""
+
+    size: int  # px
+
+    def __call__(self, image: Tensor, face: Box) -> Tensor:
+        """Cuts a face out of an image (1, 3, H, W) -> (1, 3, size, size); antialiased, differentiable."""
+        import torch.nn.functional as F
+
+        x0, y0, x1, y1 = face
+        crop, size = image[..., y0:y1, x0:x1], (self.size, self.size)
+        if crop.shape[-2:] == size:
+            return crop
+        return F.interpolate(crop, size, mode="bilinear", antialias=True, align_corners=False)
+
+
+@dataclass(frozen=True)
+class PointCrop:
+    """Turns, scales and moves the picture so that the five points come closest to a template's."""
+
+    size: int  # px
+    template: Points  # in the crop's pixels
+
+    def __call__(self, image: Tensor, face: Box) -> Tensor:
+        """Cuts a face out of an image (1, 3, H, W) in [-1, 1] -> (1, 3, size, size), black outside of it.
+
+        Antialiased, differentiable. The similarity transform is the least-squares one, in complex numbers:
+        a crop's pixel u is at a u + b in the image.
+        """
+        import numpy as np
+        import torch
+        import torch.nn.functional as F
+
+        points = face.points if isinstance(face, Face) else Face(face).points
+        there, here = (np.array(five) @ [1, 1j] for five in (points, self.template))
+        centred = here - here.mean()
+        a = np.vdot(centred, there - there.mean()) / np.vdot(centred, centred).real
+        b = there.mean() - a * here.mean()
+        steps = np.arange(self.size)
+        places = a * (steps[None, :] + 1j * steps[:, None]) + b  # (size, size), in pixels of the image
+        height, width = image.shape[-2:]
+        scale, margin = abs(a), 2 * abs(a) + 2
+        x0, x1 = np.clip([places.real.min() - margin, places.real.max() + margin], 0, width).astype(int)
+        y0, y1 = np.clip([places.imag.min() - margin, places.imag.max() + margin], 0, height).astype(int)
+        if x1 <= x0 or y1 <= y0:  # the face is outside
+            return image.new_full((1, 3, self.size, self.size), -1.0)
+        part = image[..., y0:y1, x0:x1]
+        if scale > 1:
+            size = [max(1, round(side / scale)) for side in part.shape[-2:]]
+            part = F.interpolate(part, size, mode="bilinear", antialias=True, align_corners=False)
+        across = (places.real + 0.5 - x0) / (x1 - x0) * 2 - 1
+        down = (places.imag + 0.5 - y0) / (y1 - y0) * 2 - 1
+        grid = torch.from_numpy(np.stack([across, down], axis=-1)[None]).to(part)  # (1, size, size, 2)
+        return F.grid_sample(part + 1, grid, align_corners=False) - 1  # zeros outside are black

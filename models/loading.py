@@ -40,6 +40,7 @@ def quiet() -> None:
     logging.getLogger("torch.hub").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=UserWarning, module="huggingface_hub")
     warnings.filterwarnings("ignore", category=FutureWarning, module="diffusers")
+    warnings.filterwarnings("ignore", category=UserWarning, module="onnx2torch")
     # of lpips' call
     warnings.filterwarnings("ignore", category=UserWarning, module="torchvision.models._utils")
 

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 import utils
 from models.editors import EDITORS, Editor
-from models.faces import FACENET_URLS
 from models.loading import ROOT, from_hub, loading, quiet, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
+from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -32,11 +32,12 @@ class ModelSet:
 
     editors: dict[str, str]  # one of EDITORS -> model id
     recognizer: str  # what the attack sees
-    judge: str  # a recogniser that no attack ever sees
+    judges: tuple[str, ...]  # recognisers that no attack ever sees
     perceptual: str
     clip: str
     settings: dict[str, Any] = field(default_factory=dict)  # instead of the editor's own
     only_size: int | None = None  # px; the one portrait size that the models were made for
+    portraits: str = "photos"  # what recognisers are asked about, as `load_recognizer` has it
 
 
 MODEL_SETS = {
@@ -50,14 +51,14 @@ MODEL_SETS = {
             "qwen-image-edit": "Qwen/Qwen-Image-Edit-2509",
         },
         recognizer="vggface2",
-        judge="casia-webface",
+        judges=("casia-webface", "dlib"),
         perceptual="vgg",
         clip="openai/clip-vit-base-patch32",
     ),
     "mini": ModelSet(
         editors={"instruct-pix2pix": str(MINI / "editor"), "flux-kontext": str(MINI / "kontext")},
         recognizer=str(MINI / "recognizer"),
-        judge=str(MINI / "judge"),
+        judges=(str(MINI / "judge"), "dlib"),
         perceptual=str(MINI / "perceptual"),
         clip=str(MINI / "clip"),
         settings={
@@ -68,6 +69,7 @@ MODEL_SETS = {
             "scheduler": None,
         },
         only_size=128,
+        portraits="mini",
     ),
 }
 
@@ -80,11 +82,12 @@ class Chosen:
     kind: str  # of editor, one of EDITORS
     model_id: str
     settings: dict[str, Any]  # of the editor: its knobs, resolution, scheduler
-    recognizer: str
-    judge: str
+    recognizers: tuple[str, ...]  # that the attack sees
+    judges: tuple[str, ...]  # that it doesn't
     perceptual: str
     clip: str
     only_size: int | None
+    portraits: str
     device: torch.device
     dtype: torch.dtype
 
@@ -111,6 +114,18 @@ class Chosen:
         """Raises UserError if the editing pipeline can't be had, which `load_editor` would find out later."""
         with loading("the editor", self.model_id):
             from_hub(self.model_id)
+
+    def panel(self) -> dict[str, str]:
+        """Gives the recognisers by what tables call them: the attacked ones first, then the judges."""
+        return dict(
+            zip(panel_names(self.recognizers, self.judges), (*self.recognizers, *self.judges), strict=True)
+        )
+
+    def load_recognizer(
+        self, member: str, dtype: torch.dtype | None = None, compile: bool = False
+    ) -> Recognizer:
+        """Loads one of the panel, or takes it from an earlier call. Raises UserError."""
+        return load_recognizer(member, self.device, dtype or self.dtype, compile, self.portraits)
 
     def edit_settings(self) -> dict[str, Any]:
         """Gives all that decides about an edit's pixels beside image, instruction and seed, for run.json."""
@@ -142,7 +157,8 @@ def choose(args: argparse.Namespace) -> Chosen:
     if given.get("model_id") is None and kind not in models.editors:
         raise UserError(f"the {args.models} models have no {kind} editor; it comes with --models full")
     for flag in ("model_id", "recognizer", "judge", "lpips", "clip"):
-        if given.get(flag) == "":
+        value = given.get(flag)
+        if "" in (value if isinstance(value, list) else [value]):
             raise UserError(f"--{flag}: an empty name")
     own = {**editor.knobs, "resolution": editor.resolution, "scheduler": editor.scheduler}
     settings = own | {name: value for name, value in models.settings.items() if name in own}
@@ -152,8 +168,11 @@ def choose(args: argparse.Namespace) -> Chosen:
         elif given.get(name) is not None:
             warn(f"--{name} is ignored: {kind} has no such knob")
     editor.check(settings)
-    flags = {"recognizer": "recognizer", "judge": "judge", "perceptual": "lpips", "clip": "clip"}
-    members = {member: given.get(flag) or getattr(models, member) for member, flag in flags.items()}
+    recognizers = tuple(given.get("recognizer") or [models.recognizer])
+    if seen := set(recognizers) & set(given.get("judge") or ()):
+        raise UserError(
+            f"--judge {min(seen)}: the attack sees it, so that it is no judge (--recognizer)"
+        )
     quiet()
     device = utils.pick_device(args.device)
     return Chosen(
@@ -161,11 +180,23 @@ def choose(args: argparse.Namespace) -> Chosen:
         kind=kind,
         model_id=given.get("model_id") or models.editors[kind],
         settings=settings,
-        **members,
+        recognizers=recognizers,
+        judges=tuple(given.get("judge") or (one for one in models.judges if one not in recognizers)),
+        perceptual=given.get("lpips") or models.perceptual,
+        clip=given.get("clip") or models.clip,
         only_size=models.only_size,
+        portraits=models.portraits,
         device=device,
         dtype=utils.pick_dtype(args.dtype, device, editor.half),
     )
+
+
+def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:
+    """Names recognisers and judges in tables, the same name never twice."""
+    names: list[str] = []
+    for name in map(name_of, (*recognizers, *judges)):
+        names.append(f"{name}-{len(names) + 1}" if name in names else name)
+    return names
 
 
 def choose_editor(args: argparse.Namespace, name: str) -> Chosen:
@@ -242,10 +273,23 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --recognizer and --judge."""
-    kinds = f"{', '.join(FACENET_URLS)}, a facenet-pytorch state dict, or a local transformers directory"
-    for member, what in (("recognizer", "that the attack sees"), ("judge", "that no attack sees")):
-        text = f"face recogniser {what}: {kinds} (default: {_of_each_set(member)})"
-        parser.add_argument(f"--{member}", help=text)
+    defaults = {
+        name: (shown(models.recognizer), " ".join(map(shown, models.judges)))
+        for name, models in MODEL_SETS.items()
+    }
+    for place, (flag, what) in enumerate(
+        (
+            (
+                "recognizer",
+                "face recognisers that the attack sees, one or several, whose mean similarity counts",
+            ),
+            ("judge", "face recognisers that no attack sees, one or several: a panel"),
+        )
+    ):
+        own = ", ".join(f"{name}: {pair[place]}" for name, pair in defaults.items())
+        parser.add_argument(
+            f"--{flag}", nargs="+", metavar="NAME", help=f"{what}: {KINDS_HELP} (default: {own})"
+        )
 
 
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:

@@ -35,12 +35,12 @@ def refuse_name():
 @pytest.fixture
 def fresh_loaders():
     """Forgets the networks that other tests have loaded, before a test and after it."""
-    from models import clip, editors, faces, perceptual, vaes
+    from models import clip, editors, perceptual, recognizers, vaes
 
     loaders = (
         vaes.load_vae,
         editors._load_pipeline,
-        faces.load_recognizer,
+        recognizers.load_recognizer,
         perceptual.load_perceptual,
         clip.load_clip,
     )

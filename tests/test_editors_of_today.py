@@ -461,7 +461,7 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     columns = {"edited by instruct-pix2pix-editor": root, "edited by flux-kontext-flux-kontext": other}
     assert list(table.columns[2:]) == list(columns)
     for column, place in columns.items():
-        own = pd.read_csv(place / "all_metric.csv")["facial_judge"]
+        own = pd.read_csv(place / "all_metric.csv")["left"]
         np.testing.assert_allclose(table[column], own, atol=1e-5)
         made = read_record(place / "edits" / "noise" / "budget_0.03" / "seed0")["arguments"]
         assert column.startswith(f"edited by {made['model']}-")

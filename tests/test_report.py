@@ -13,10 +13,14 @@ import pytest
 import report
 import tables
 from eval_all import METRICS, VISIBILITY
+from eval_facial import NO_FACE, metric_of, metric_of_panel
 from PIL import Image
 
 NAMES = [f"person{number}" for number in range(7)]
 HOSTILE = "<script>alert(1)</script>"
+HEADLINE = "What the panel of judges says, and the other metrics"
+MINUS = "in pairs: the same person, instruction and seed"
+OF_JUDGE = "By judge: trained here, like the attacked recogniser"
 PROMPTS = {0: "Turn the person's hair pink", 5: 'Let <b onclick="x()">it</b> be snowy'}
 METHODS = ["noise/budget_0.03", "facelock/budget_0.03", "facelock/budget_0.06"]
 
@@ -32,8 +36,10 @@ def make_values(root, names, more=()):
                 fr = 0.9 - strength * (1 - place / 6) + rng.normal(0, 0.005)
                 found = {
                     "clip_s": 0.7 + rng.normal(0, 0.01),
+                    "left": fr,
                     "facial": fr - 0.1 * strength,
-                    "facial_judge": fr,
+                    "facial_judge": fr - 0.05,
+                    "left_judge": fr,
                 }
                 found |= {"no_face": 0.0, "odd": rng.normal(), "taken": float(fr > 0.6)}
                 if method != "clean":
@@ -47,8 +53,10 @@ def write_tables(root, values):
 
     names = list(dict.fromkeys(values["metric"]))
     rows = list(dict.fromkeys(values["method"]))
-    known = [metric for metric in METRICS if metric.name in names]
-    table, _ = tables.all_metrics(tables.means(values), known, rows, "")
+    of_faces = [metric_of_panel("left", ["judge"]), NO_FACE, metric_of("similarity", "recognizer", "")]
+    of_faces += [metric_of(what, "judge", "judge") for what in ("similarity", "left")]
+    known = [metric for metric in (*METRICS, *of_faces) if metric.name in names]
+    table, _ = tables.all_metrics(tables.means(values), {"": known}, rows)
     outputs.write_csv(root / "all_metric.csv", table)
     outputs.write_csv(root / "per_image.csv", tables.per_image(values, names))
 
@@ -85,7 +93,7 @@ def whole(tmp_path_factory):
     visible = values[(values["method"] != "clean") & (values["metric"] == "psnr")]
     visible = visible.assign(method=visible["method"].str.replace("/edits/", "/protected/"))
     rows = list(dict.fromkeys(visible["method"]))
-    frame, _ = tables.all_metrics(tables.means(visible), VISIBILITY[:1], rows, "")
+    frame, _ = tables.all_metrics(tables.means(visible), {"": VISIBILITY[:1]}, rows)
     frame.to_csv(root / "all_metric_protected.csv", index=False)
     purified = root / "purified/jpeg-75"
     purified.mkdir(parents=True)
@@ -132,7 +140,7 @@ def words_of(page):
 
 def table_of(page, caption):
     """Heading and cells of a table of the page, by row and column; the texts without their intervals."""
-    (found,) = re.findall(rf"<caption [^>]*>{caption}.*?</table>", page, re.DOTALL)
+    (found,) = re.findall(rf"<caption [^>]*>{caption}</caption>.*?</table>", page, re.DOTALL)
     heads = [html.unescape(text) for text in re.findall(r"<button>(.*?)</button>", found)]
     rows = re.findall(r"<tr class=.*?</tr>", found, re.DOTALL)
     cells = [re.findall(r"<t[hd].*?</t[hd]>", row, re.DOTALL) for row in rows]
@@ -145,9 +153,10 @@ def table_of(page, caption):
 
 def test_the_values_are_those_of_the_tables(whole, page):
     expected = pd.read_csv(whole / "all_metric.csv")
-    lines = table_of(page, "All metrics")
-    assert len(lines) == len(expected) == 4
-    for line, (_, row) in zip(lines, expected.iterrows(), strict=True):
+    lines, of_judge = table_of(page, HEADLINE), table_of(page, OF_JUDGE)
+    assert len(lines) == len(of_judge) == len(expected) == 4
+    for line, own, (_, row) in zip(lines, of_judge, expected.iterrows(), strict=True):
+        line = own | line
         for title, name, digits in (("FR, judge ↓", "facial_judge", 3), ("CLIP-S ↓", "clip_s", 3)):
             ends = [tables.shown(row[f"{name}_{end}"], digits) for end in ("low", "high")]
             assert words_of(line[title]) == f"{tables.shown(row[name], digits)} [{ends[0]}, {ends[1]}]"
@@ -157,27 +166,29 @@ def test_the_values_are_those_of_the_tables(whole, page):
 
 
 def test_paired_differences_are_those_of_tables(whole, page):
-    lines = table_of(page, "Minus unprotected")
+    # of the unprotected edits there is no PSNR
+    lines = table_of(page, f"{OF_JUDGE}, {MINUS}, minus unprotected")
     values = report.read_values(whole / "per_image.csv")
     found = tables.differences(values, "clean").loc[f"{whole}/edits/{METHODS[2]}", "facial_judge"]
     assert words_of(lines[2]["FR, judge ↓"]) == f"{found['mean']:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
-    assert "PSNR ↓" not in lines[0]  # there is none of the unprotected edits
+    assert "PSNR ↓" not in table_of(page, f"Minus unprotected, {MINUS}")[0]
 
 
 def test_an_unknown_metric_is_shown_and_zeros_and_ones_are_a_share(whole, page):
     values = pd.read_csv(whole / "per_image.csv")
-    lines = table_of(page, "All metrics")
+    lines = table_of(page, HEADLINE)
     of_method = values[values["method"] == f"{whole}/edits/{METHODS[2]}"]
     assert words_of(lines[3]["odd"]).startswith(tables.shown(of_method["odd"].mean()))
     assert words_of(lines[3]["taken"]).startswith(f"{of_method['taken'].mean():.0%}".replace("%", " %"))
-    assert words_of(lines[0]["no face"]) == "0 %"
+    assert words_of(lines[0]["no face (FDFR)"]) == "0 %"
     assert "Not a metric of FaceLock" in words_of(page)
 
 
 def test_the_best_is_marked_only_where_its_interval_is_apart(page):
-    lines = table_of(page, "All metrics")
+    lines = table_of(page, HEADLINE)
     marked = [[title for title, cell in line.items() if "<b>" in cell] for line in lines]
-    assert marked[2] == ["FR, judge ↓", "FR ↓", "PSNR ↓"]
+    assert marked[2] == ["left, hardest judge ↓", "PSNR ↓"]
+    assert "<b>" in table_of(page, "By the attacked recogniser, no evidence of protection")[2]["FR ↓"]
     assert marked[0] == marked[1] == marked[3] == []  # 0.06 has one method: nothing to be better than
 
 
@@ -311,7 +322,8 @@ def test_little_is_enough(tmp_path, lines, said):
 def test_the_long_table_is_read_too(experiment, page):
     values = report.read_values(experiment / "per_image.csv")
     values.to_csv(experiment / "per_image.csv", index=False)
-    assert table_of(make(experiment), "Minus") == table_of(page, "Minus")
+    caption = f"Minus unprotected, {MINUS}"
+    assert table_of(make(experiment), caption) == table_of(page, caption)
 
 
 @pytest.mark.parametrize(
@@ -372,7 +384,7 @@ def test_it_opens_from_the_disk_and_sorts(whole, page):
         tab.on("request", lambda request: loaded.append(request.url[:5]))
         tab.goto((whole.parent / "report.html").as_uri())
         table = tab.locator("table.sortable").first
-        button = table.get_by_role("button", name="FR, judge")
+        button = table.get_by_role("button", name="left, hardest judge")
         orders = []
         for _ in range(2):
             button.press("Enter")

@@ -234,14 +234,14 @@ def test_who_looks_at_no_face_looks_for_none(tmp_path, protector):
 def test_a_method_loads_only_what_it_needs(call, face, tiny_models):
     (face.parent / "models").mkdir()
     (face.parent / "models" / "vae").symlink_to(tiny_models.editor / "vae")
-    nothing = "--recognizer /none --judge /none --lpips /none"
+    nothing = "--recognizer /none --judge /nobody --lpips /none"
     line = f"--input_path {face} --defend_method encoder {nothing} --model_id {face.parent}/models"
     assert call(defend, line).status == 0
     assert call(defend, f"--input_path {face} --defend_method noise {nothing} --model_id /none").status == 0
 
 
 def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
-    line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /none"
+    line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /some/judge"
     done = call(defend, line)
     assert done.status == 0 and "judge not measured" in done.out
     assert sum("not measured: " in warning for warning in done.warnings) == 1  # the VAE, and so the rest
@@ -896,7 +896,7 @@ def test_an_unforeseen_error_is_one_line_too(call, face, monkeypatch):
 
 
 def test_a_missing_judge_ends_nothing(call, folder, tmp_path):
-    line = f"--image_dir {folder} --output_dir {tmp_path}/out --judge {tmp_path}/none"
+    line = f"--image_dir {folder} --output_dir {tmp_path}/out --judge {tmp_path}/judge"
     done = call(main_defend, line)
     assert done.status == 0 and "3 written" in done.out
     assert len(re.findall(r"recognizer -?[\d.]+ -> -?[\d.]+, judge not measured", done.out)) == 3

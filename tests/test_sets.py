@@ -35,11 +35,12 @@ FULL = Chosen(
         "resolution": 512,
         "scheduler": "EulerAncestralDiscreteScheduler",
     },
-    recognizer="vggface2",
-    judge="casia-webface",
+    recognizers=("vggface2",),
+    judges=("casia-webface", "dlib"),
     perceptual="vgg",
     clip="openai/clip-vit-base-patch32",
     only_size=None,
+    portraits="photos",
     **CPU,
 )
 MINIS = Chosen(
@@ -53,8 +54,11 @@ MINIS = Chosen(
         "resolution": 128,
         "scheduler": None,
     },
-    **{name: str(MINI / name) for name in ("recognizer", "judge", "perceptual", "clip")},
+    recognizers=(str(MINI / "recognizer"),),
+    judges=(str(MINI / "judge"), "dlib"),
+    **{name: str(MINI / name) for name in ("perceptual", "clip")},
     only_size=128,
+    portraits="mini",
     **CPU,
 )
 
@@ -108,13 +112,13 @@ def test_full_has_every_editor_with_its_own_settings(kind):
 def test_mini_set_is_bundled():
     assert MINI == ROOT / "assets" / "mini" and MINI.is_absolute()
     assert all((MINI / name).is_dir() for name in ("editor", "recognizer", "judge", "perceptual", "clip"))
-    assert shown(MINIS.judge) == "assets/mini/judge"
+    assert shown(MINIS.judges[0]) == "assets/mini/judge"
 
 
 def test_flags_replace_members_and_values():
-    members = "--models mini --model_id me/ed --recognizer r --judge j --lpips p --resolution 96"
+    members = "--models mini --model_id me/ed --recognizer r s --judge j k --lpips p --resolution 96"
     assert chosen(members, defend) == dataclasses.replace(
-        MINIS, model_id="me/ed", recognizer="r", judge="j", perceptual="p",
+        MINIS, model_id="me/ed", recognizers=("r", "s"), judges=("j", "k"), perceptual="p",
         settings=MINIS.settings | {"resolution": 96},
     )  # fmt: skip
     values = {"num_inference_steps": 7, "guidance_scale": 0.0, "image_guidance_scale": 2.0}

@@ -176,6 +176,7 @@ def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
 
 def _write_preprocessor(directory: Path, size: int, mean: float, std: float) -> None:
     settings = {"size": {"height": size, "width": size}, "image_mean": [mean] * 3, "image_std": [std] * 3}
+    settings["strangers_mean"] = 0.25
     (directory / "preprocessor_config.json").write_text(json.dumps(settings))
 
 
