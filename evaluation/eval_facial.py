@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from scoring import Metric, Tensor, script
 from views import face_need
 
-from models.sets import MODEL_SETS, Chosen, panel_names
+from models.sets import MODEL_SETS, Chosen, identity, panel_names
 from utils import UserError
 
 BUNDLED = MODEL_SETS["mini"].judges[:1]  # judges that were trained in this project
@@ -147,7 +147,8 @@ def groups(chosen: Chosen) -> dict[str, list[Metric]]:
     panel = [metric_of_panel(what, judges) for what in ("left", "recognised", "identified") if judges]
     found = {"": [*panel, NO_FACE]}
     for judge, member in zip(judges, chosen.judges, strict=True):
-        who = "trained here, like the attacked recogniser" if member in BUNDLED else "whom no attack sees"
+        is_sibling = identity(member) in BUNDLED
+        who = "trained here, like the attacked recogniser" if is_sibling else "which no attack sees"
         found[f"judge {judge}, {who}"] = [metric_of(what, judge, judge) for what in WHATS]
     title = f"{' and '.join(attacked)}, which attacks see: no evidence of protection"
     metrics = [metric for what in WHATS if what != "left" for metric in of_attacked(what, attacked)]

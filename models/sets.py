@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
@@ -169,10 +170,9 @@ def choose(args: argparse.Namespace) -> Chosen:
             warn(f"--{name} is ignored: {kind} has no such knob")
     editor.check(settings)
     recognizers = tuple(given.get("recognizer") or [models.recognizer])
-    if seen := set(recognizers) & set(given.get("judge") or ()):
-        raise UserError(
-            f"--judge {min(seen)}: the attack sees it, so that it is no judge (--recognizer)"
-        )
+    attacked = {identity(member) for member in recognizers}
+    if seen := [one for one in given.get("judge") or () if identity(one) in attacked]:
+        raise UserError(f"--judge {seen[0]}: the attack sees it, so that it is no judge (--recognizer)")
     quiet()
     device = utils.pick_device(args.device)
     return Chosen(
@@ -181,7 +181,7 @@ def choose(args: argparse.Namespace) -> Chosen:
         model_id=given.get("model_id") or models.editors[kind],
         settings=settings,
         recognizers=recognizers,
-        judges=tuple(given.get("judge") or (one for one in models.judges if one not in recognizers)),
+        judges=tuple(given.get("judge") or (one for one in models.judges if identity(one) not in attacked)),
         perceptual=given.get("lpips") or models.perceptual,
         clip=given.get("clip") or models.clip,
         only_size=models.only_size,
@@ -189,6 +189,11 @@ def choose(args: argparse.Namespace) -> Chosen:
         device=device,
         dtype=utils.pick_dtype(args.dtype, device, editor.half),
     )
+
+
+def identity(member: str) -> str:
+    """Says which recogniser a member is, however its path is written."""
+    return str(Path(member).resolve()) if Path(member).exists() else member
 
 
 def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:

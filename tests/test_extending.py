@@ -43,7 +43,7 @@ def test_every_change_runs(changed):
     for script, flag, more in (
         ("defend.py", "--defend_method=turn", ["--num_iters=2"]),
         ("edit.py", "--model=hq-edit", ["--num_inference_steps=2"]),
-        ("defend.py", "--recognizer=", ["--num_iters=2"]),
+        ("defend.py", "--recognizer assets", ["--num_iters=2"]),
         ("evaluation/eval_l1.py", "fewer_steps", []),
     ):
         _, *words = command(script, flag)
