@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.loading import from_hub, frozen, loading
+from models.loading import check_tokenizer, complete, from_hub, frozen, loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -47,5 +47,8 @@ def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
 
     with loading("CLIP", member):
         name, where = from_hub(member)
-        network = CLIPModel.from_pretrained(name, dtype=dtype, **where)
-        return Clip(frozen(network, device, dtype), CLIPProcessor.from_pretrained(name, **where))
+        how = {"dtype": dtype, "output_loading_info": True, **where}
+        network = complete("CLIP", CLIPModel.from_pretrained(name, **how))
+        processor = CLIPProcessor.from_pretrained(name, **where)
+        check_tokenizer(processor.tokenizer)
+        return Clip(frozen(network, device, dtype), processor)

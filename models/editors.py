@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from images import from_working, resize, to_uint8, to_working, working_size
-from models.loading import from_hub, load_networks, loading
+from models.loading import check_tokenizer, from_hub, load_networks, loading
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -309,6 +309,9 @@ def _load_pipeline(
         classes = {part: entry for part, entry in parts.items() if part not in editor.options}
         networks = load_networks(classes, name, where, device, dtype)
         pipeline = kind.from_pretrained(name, **editor.options, **networks, **where)
+        for part in classes:
+            if part.startswith("tokenizer"):
+                check_tokenizer(getattr(pipeline, part))
         if scheduler is not None:
             pipeline.scheduler = getattr(diffusers, scheduler).from_config(pipeline.scheduler.config)
     return pipeline

@@ -168,13 +168,41 @@ def load_networks(
     for part, class_name in classes.items():
         kind = getattr(diffusers, str(class_name), None) or getattr(transformers, str(class_name), None)
         if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
-            loaded = kind.from_pretrained(name, subfolder=part, **variant.get(part, {}), **how)
-            networks[part] = frozen(loaded, device, dtype)
+            own = {"subfolder": part, "output_loading_info": True, **variant.get(part, {})}
+            network = complete(part, kind.from_pretrained(name, **own, **how))
+            networks[part] = frozen(network, device, dtype)
     return networks
 
 
+def complete(part: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
+    """Takes what `from_pretrained` gives with `output_loading_info` -> the network.
+
+    The libraries fill what is missing in a file at random. Raises ValueError instead.
+    """
+    network, info = loaded
+    for what in ("missing", "unexpected", "mismatched"):
+        keys = info.get(f"{what}_keys") or ()
+        if keys := sorted(str(key[0] if isinstance(key, tuple) else key) for key in keys):
+            more = f" and {len(keys) - 1} more" if keys[1:] else ""
+            raise ValueError(f"{part}: {what} in its file: {keys[0]}{more}")
+    return network
+
+
+def check_tokenizer(tokenizer: Any) -> None:
+    """Refuses a tokenizer that knows no words, as the libraries make of a folder without its files.
+
+    Raises ValueError.
+    """
+    one, other = ({*tokenizer(text).input_ids} for text in ("Let it be snowy", "Add elf-like ears"))
+    if one == other:  # the same tokens, for the beginning, the end and what is unknown
+        raise ValueError("its tokenizer knows no words: tokenizer.json or vocab.json is not there")
+
+
 def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-    """Readies a network for inference: no dropout, no gradients for its parameters."""
+    """Readies a network for inference: no dropout, no gradients. Raises ValueError: a value isn't finite."""
+    for name, values in network.state_dict().items():
+        if values.is_floating_point() and not values.isfinite().all():
+            raise ValueError(f"{name} has values that are not finite")
     network = network.to(device=device, dtype=dtype)
     if all(weights.ndim < 5 for weights in network.parameters()):  # torch has no such format for videos
         network = network.to(memory_format=memory_format(device))

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.faces import Box, BoxCrop, PointCrop
-from models.loading import compiled, frozen, loading, read_state
+from models.loading import compiled, complete, frozen, loading, read_state
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -162,9 +162,8 @@ def _transformers(member: str, portraits: str) -> Parts:
     from transformers import AutoModel
 
     # transformers keeps the dtype of the file, float16, unless it is told
-    network = AutoModel.from_pretrained(
-        member, dtype="float32", local_files_only=True, trust_remote_code=False
-    )
+    how = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
+    network = complete("the network", AutoModel.from_pretrained(member, dtype="float32", **how))
     return network, _described(Path(member) / "preprocessor_config.json", BoxCrop)
 
 

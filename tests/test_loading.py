@@ -14,6 +14,7 @@ import pytest
 import tiny
 import torch
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from safetensors.torch import load_file, save_file
 
 from models import loading
 from models.clip import load_clip
@@ -262,3 +263,47 @@ def test_a_bundled_member_is_recorded_with_its_weights(tmp_path, monkeypatch):
         names.append(recorded(str(tmp_path / "mini")))
     recorded.cache_clear()
     assert names[0].startswith("mini ") and names[0] == names[2] != names[1]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# files that are not whole: the libraries would fill them at random
+
+
+FOLDERS = {  # a folder of tiny_models -> where its weights are, and how it is loaded
+    "recognizer": ("model.safetensors", lambda path: load_recognizer(path, CPU, F32)),
+    "judge": ("model.safetensors", lambda path: load_recognizer(path, CPU, F32)),
+    "clip": ("model.safetensors", lambda path: load_clip(path, CPU, F32)),
+    "editor": ("text_encoder/model.safetensors", load_any_editor),
+    "perceptual": ("model.safetensors", lambda path: load_perceptual(path, CPU, F32)),
+}
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched", "nan"])
+@pytest.mark.parametrize("what", [*FOLDERS, "vae"])
+def test_weights_that_are_not_whole_are_one_line(what, change, tiny_models, tmp_path, fresh_loaders):
+    file, load = FOLDERS.get(what, ("vae/diffusion_pytorch_model.safetensors", load_any_vae))
+    place = shutil.copytree(tiny_models.root / ("editor" if what == "vae" else what), tmp_path / "own")
+    state = load_file(place / file)
+    name = max(state, key=lambda key: state[key].numel())
+    if change == "missing":
+        del state[name]
+    elif change == "unexpected":
+        state["something.else"] = torch.zeros(3)
+    elif change == "mismatched":
+        state[name] = state[name].flatten()[:-1].clone()
+    else:
+        state[name].flatten()[7] = torch.nan
+    save_file(state, place / file, {"format": "pt"})
+    with pytest.raises(UserError, match=f"{place}.* can't be loaded") as caught:
+        load(str(place))
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("what", "folder"), [("clip", ""), ("editor", "tokenizer")])
+def test_a_tokenizer_without_words_is_one_line(what, folder, tiny_models, tmp_path, fresh_loaders):
+    place = shutil.copytree(getattr(tiny_models, what), tmp_path / "own")
+    for name in ("tokenizer.json", "vocab.json", "merges.txt"):
+        (place / folder / name).unlink(missing_ok=True)
+    with pytest.raises(UserError, match="can't be loaded") as caught:
+        FOLDERS[what][1](str(place))
+    assert "\n" not in str(caught.value)
