@@ -42,6 +42,7 @@ MOST_TICKS = 8  # written where a curve has points; of more, matplotlib chooses
 AMPLIFY = 10  # of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
+PLAIN = {"parse_math": False}  # names and prompts with two $ are no formulas
 FORMATS = (".png", ".pdf")
 VISIBLE = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "linf": "L-infinity"}
 NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
@@ -147,9 +148,11 @@ def make_grid(
             line += [image, *([difference(image, source)] if with_difference else [])]
             line.append(load_image(edits.path(row, key)).pixels)
         cells.append(line)
-    labels = [f"{key.name}\n{edits.texts.get(key.prompt, f'prompt {key.prompt}')}" for key in keys]
+    texts = [edits.texts.get(key.prompt, f"prompt {key.prompt}") for key in keys]
+    pairs = zip((key.name for key in keys), texts, strict=True)
+    labels = ["\n".join(map(utils.one_line, pair)) for pair in pairs]
     columns = ["source", "edit of source"]
-    for method in (f"\n{title}" if title else "" for title in titles):
+    for method in (f"\n{utils.one_line(title)}" if title else "" for title in titles):
         added = [f"difference x{AMPLIFY}"] if with_difference else []
         columns += [f"protected{method}", *added, f"edit of protected{method}"]
     save(draw(cells, labels, columns), output)
@@ -172,9 +175,9 @@ def draw(cells: list[list[np.ndarray]], labels: Sequence[str], columns: Sequence
         axis.set(xticks=[], yticks=[])
         axis.spines[:].set_visible(False)
     for axis, title in zip(axes[0], columns, strict=True):
-        axis.set_title(title, fontsize=8)
+        axis.set_title(title, fontsize=8, **PLAIN)
     for axis, label in zip(axes[:, 0], labels, strict=True):
-        axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True)
+        axis.set_ylabel(label, fontsize=7, rotation=0, ha="right", va="center", wrap=True, **PLAIN)
     figure.tight_layout(pad=0.3)
     return figure
 
@@ -275,19 +278,21 @@ def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
     for number, method in enumerate(methods):
         own = points[points["method"] == method].sort_values("x")
         for value in own.loc[own["x"].isna(), "value"]:
-            axis.axhline(value, linestyle="--", color="grey", label=method)
+            axis.axhline(value, linestyle="--", color="grey", label=utils.one_line(method))
         own = own.dropna(subset="x")
         if len(own):
             beside = 0 if to_scale else 0.5 * ((number + 0.5) / len(methods) - 0.5)
             ends = [(own["value"] - own["low"]).fillna(0), (own["high"] - own["value"]).fillna(0)]
             look = {"marker": "o", "capsize": 3, "linestyle": "-" if to_scale else ""}
-            axis.errorbar(own["x"] + beside, own["value"], yerr=ends, label=method, **look)
+            axis.errorbar(own["x"] + beside, own["value"], yerr=ends, label=utils.one_line(method), **look)
     if not to_scale or len(at) <= MOST_TICKS:
-        axis.set_xticks(list(at.values()), list(at))
+        axis.set_xticks(list(at.values()), list(map(utils.one_line, at)), **PLAIN)
     if not to_scale:
         axis.tick_params(axis="x", rotation=30)
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
+    axis.set_xlabel(utils.one_line(xlabel), **PLAIN)
+    axis.set_ylabel(utils.one_line(ylabel), **PLAIN)
+    for text in axis.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1)).get_texts():
+        text.set(**PLAIN)
     figure.tight_layout()
     return figure
 

@@ -1064,6 +1064,20 @@ def test_the_grid_names_what_is_missing(world, capsys):
     assert Path("f.pdf").read_bytes().startswith(b"%PDF")
 
 
+def test_two_dollars_are_no_formula_and_no_bytes_break_a_figure(world):
+    """Prompts and names of users: none of them is parsed, and each can be drawn."""
+    texts = ["from $5 to $\\frac$", "price: $3_ and $x", "two\tparts", "fourth"]
+    (world / "prompts.txt").write_text("\n".join(texts))
+    args = grid_args(world, "--prompt_file", f"{world}/prompts.txt", "--names", "ben", "--output", "f.png")
+    for name in NAMES:
+        write(world / "protected" / f"{name}.png", tiny.portrait(32, seed=NAMES.index(name)))
+    assert figure.main([*args, "--titles", "$\\alpha$ \udcff"]) == 0
+    points = pd.DataFrame({"method": ["$\\frac$", "b $x$"], "value": [0.1, 0.2], "place": ["$1", "$\\frac"]})
+    points = points.assign(low=points["value"], high=points["value"])
+    figure.save(figure.draw_plot(points, "$\\frac", "two $ and $\\sqrt"), Path("plot.png"))
+    assert Path("plot.png").stat().st_size > 1000
+
+
 def test_the_plot_shows_a_metric_against_budget(world, monkeypatch):
     assert eval_psnr.main(psnr_args(world)) == 0
     seen = {}
