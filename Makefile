@@ -48,7 +48,7 @@ table: $(VENV)/installed
 
 # 20 portraits that nothing else uses: the paper's methods and ours with all instructions; purified, with four of them
 experiment: $(VENV)/installed-dev
-	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1005000 --count 20
+	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1010000 --count 20
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods --methods $(METHODS) facelock-dim $(OURS)
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock $(OURS) \
 		--prompts=0,4,13,19 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10 resize:0.5 jpeg:75+resize:0.5 blur:5:1.5+jpeg:75
