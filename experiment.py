@@ -219,7 +219,7 @@ def run(args: argparse.Namespace) -> int:
     protected = {row: args.output_dir / "protected" / row for row in protectors}
     for row, protector in protectors.items():
         passes = n_images * (1 + 4 * protector.run.num_iters * bool(protector.method.reads))
-        work = partial(protect_directory, args.image_dir, protected[row], protector, options, runs.ALONE)
+        work = partial(protect_directory, args.image_dir, protected[row], protector, options)
         parts.add(f"protect {row}", passes, work)
     add_rows(Rows(args.output_dir, {"clean": args.image_dir, **protected}, args.seed))
     for name, steps in args.purify:

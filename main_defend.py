@@ -17,12 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-import records
 import runs
 import utils
 from defend import add_defense_arguments, progress_bar
 from images import image_size
-from processes import Team
 from protection import Protector, Subject
 from utils import UserError
 
@@ -42,16 +40,16 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Protects the directory that the flags name -> exit status."""
-    team = Team.gather(args.device)
-    directory = team.once(lambda: budget_directory(args.output_dir, args.attack_budget))
-    args.seed = team.once(lambda: settle_seed(args.seed, directory))
-    return protect_directory(args.image_dir, directory, Protector(args), runs.Options.of(args), team)
+    runs.processes(args.device)
+    directory = runs.once(lambda: budget_directory(args.output_dir, args.attack_budget))
+    args.seed = runs.once(lambda: settle_seed(args.seed, directory))
+    return protect_directory(args.image_dir, directory, Protector(args), runs.Options.of(args))
 
 
 def budget_directory(parent: Path, budget: float) -> Path:
     """Names the directory of a budget as the authors' release does; an older, shorter name is still found."""
     short = parent / f"budget_{budget:g}"
-    record = records.read_record(short)
+    record = runs.read_record(short)
     if record and record["arguments"].get("attack_budget") == budget:
         return short
     return parent / f"budget_{budget}"
@@ -59,23 +57,24 @@ def budget_directory(parent: Path, budget: float) -> Path:
 
 def settle_seed(seed: int, directory: Path) -> int:
     """Draws the seed if it is -1. Raises UserError if the directory was begun with one already."""
-    if seed == -1 and (record := records.read_record(directory)):
+    if seed == -1 and (record := runs.read_record(directory)):
         raise UserError(f"{directory} was begun with --seed {record.get('seed')}; give that, not -1")
     return utils.draw_seed(seed)
 
 
 def protect_directory(
-    image_dir: Path, directory: Path, protector: Protector, options: runs.Options, team: Team
+    image_dir: Path, directory: Path, protector: Protector, options: runs.Options = runs.USUAL
 ) -> int:
     """Protects the portraits of a directory into another -> exit status. Raises UserError."""
     from tqdm import tqdm
 
-    images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(image_dir)])
+    images = runs.once(lambda: [(path, image_size(path)) for path in runs.find_images(image_dir)])
     if directory.resolve() == image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
     utils.check_directory(directory)
     items = [runs.Item(path, directory / f"{path.stem}.png", size, path.name) for path, size in images]
-    if team.is_first:
+    is_first = runs.processes().is_main_process
+    if is_first:
         protector.chosen.warn_of(size for _, size in images)
 
     def load(item: runs.Item) -> Subject:
@@ -83,7 +82,7 @@ def protect_directory(
 
     def work(batch: list[runs.Item], subjects: list[Subject], wanted: list[bool]) -> runs.Facts:
         outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
-        with progress_bar(protector.run.num_iters, protector.name, shown=team.is_first) as step:
+        with progress_bar(protector.run.num_iters, protector.name, shown=is_first) as step:
             reports = protector.save(subjects, outputs, step)
         for report in reports:
             tqdm.write(str(report))
@@ -91,10 +90,9 @@ def protect_directory(
         return [report.facts() for report in reports]
 
     settings, prepare = protector.settings(), protector.preload
-    status = runs.make(
-        items, load, work, directory, settings, options=options, prepare=prepare, unit="portrait", team=team
-    )
-    if team.is_first:
+    job = runs.Job(items, load, work, directory, settings, options, prepare=prepare, unit="portrait")
+    status = job.run()
+    if is_first:
         write_report(directory)
     return status
 
@@ -103,10 +101,10 @@ def write_report(directory: Path) -> None:
     """Writes report.csv: what each file of the directory measured when it was written. Raises UserError."""
     import pandas as pd
 
-    lines = [entry for entry in records.read_manifest(directory).values() if "linf" in entry]
+    lines = [entry for entry in runs.read_manifest(directory).values() if "linf" in entry]
     if not lines:
         return
-    table = pd.DataFrame(lines).drop(columns=["source", "settings", "sha256", "bytes"])
+    table = pd.DataFrame(lines).drop(columns=["source", "sha256", "bytes"])
     table.insert(0, "name", table.pop("output").map(lambda output: utils.csv_name(Path(output).stem)))
     text = table.sort_values("name").to_csv(index=False, float_format="%.6g")
     utils.write_file(directory / "report.csv", text.encode(errors="surrogateescape"))

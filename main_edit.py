@@ -24,7 +24,6 @@ import utils
 from edit import add_seed_argument, edit_portraits
 from images import Portrait, image_size, load_portrait, save_png
 from models.sets import Chosen, add_edit_arguments, choose
-from processes import Team
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -53,10 +52,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Edits the directory that the flags name -> exit status."""
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
-    team = Team.gather(args.device)
-    seed = team.once(lambda: settle_seed(args.seed, args.edit_dir))
+    runs.processes(args.device)
+    seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory = args.edit_dir / f"seed{seed}"
-    return edit_directory(args.src_dir, directory, prompts, seed, choose(args), runs.Options.of(args), team)
+    return edit_directory(args.src_dir, directory, prompts, seed, choose(args), runs.Options.of(args))
 
 
 def settle_seed(seed: int, edit_dir: Path) -> int:
@@ -74,17 +73,16 @@ def edit_directory(
     seed: int,
     chosen: Chosen,
     options: runs.Options = runs.USUAL,
-    team: Team = runs.ALONE,
 ) -> int:
     """Edits the images of a directory into a seed{S} -> exit status. Raises UserError."""
-    images = team.once(lambda: [(path, image_size(path)) for path in runs.find_images(src_dir)])
+    images = runs.once(lambda: [(path, image_size(path)) for path in runs.find_images(src_dir)])
     utils.check_directory(directory)
     items = []
     for path, size in images:
         for number, text in prompts.items():
             output = directory / f"prompt{number}" / f"{path.stem}.png"
             items.append(runs.Item(path, output, size, f"prompt{number}/{path.name}", text))
-    if team.is_first:
+    if runs.processes().is_main_process:
         chosen.warn_of((size for _, size in images), prompts.values())
 
     editor = functools.cache(chosen.load_editor)  # once: it may have something to say
@@ -100,10 +98,7 @@ def edit_directory(
         return [{}] * sum(wanted)
 
     settings = {"seed": seed, **chosen.edit_settings()}
-    return runs.make(
-        items, load, work, directory, settings,
-        options=options, prompts=prompts, prepare=editor, unit="edit", team=team,
-    )  # fmt: skip
+    return runs.Job(items, load, work, directory, settings, options, prompts, editor, "edit").run()
 
 
 if __name__ == "__main__":

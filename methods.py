@@ -258,7 +258,11 @@ def _mean_square(values: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A defense: its objective, the loop that maximises it, and what of `Run` that loop reads."""
+    """A defense: its objective, the loop that maximises it, and what of `Run` that loop reads.
+
+    version: raise it when the method's pixels change, whatever changed them: earlier results are then no
+    longer taken for finished. tests/test_golden.py says when that is so.
+    """
 
     objective: Callable[..., Objective]
     loop: Callable[[Tensor, Objective, Run], Tensor] = pgd
@@ -266,6 +270,7 @@ class Method(NamedTuple):
     fp32: bool = False  # networks in float32 whatever --dtype says
     run: Run = Run()  # its own defaults; lr is that of all
     mask: str = "none"  # its own --budget_mask
+    version: int = 1
 
     @property
     def parameters(self) -> dict[str, Any]:

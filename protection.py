@@ -36,7 +36,6 @@ from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to
 from models.vaes import WorkingVAE, load_vae
-from records import code_of, hash_of
 from transforms import around
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 
@@ -63,16 +62,6 @@ def generator_of(seed: int) -> torch.Generator:
     import torch
 
     return torch.Generator().manual_seed(start_seed(seed, "objective"))
-
-
-CODE = {  # of what is offered to the objectives, which decides about pixels, too
-    "vae": load_vae,
-    "editor": Denoiser,
-    "generators": generator_of,
-    "face_similarity": face_similarity_to,
-    "face_window": around,
-    "perceptual_distance": perceptual_distance_to,
-}
 
 
 @dataclass
@@ -168,22 +157,21 @@ class Protector:
         found = {
             "seed": self.seed,
             "defend_method": self.name,
+            "method_version": self.method.version,
             "attack_budget": self.run.budget,
+            "budget_mask": self.mask,
             **{name: getattr(self.run, name) for name in self.method.reads},
             **self.knobs,
-            "code": hash_of([code_of(self.method.objective), code_of(self.method.loop)]),
         }
         chosen = self.chosen
         if self.mask != "none":
-            found |= {"budget_mask": self.mask, "mask_code": hash_of(code_of(masks.budget_mask))}
+            found["mask_version"] = masks.VERSION
         if self.needs:  # noise sees no network
-            codes = [code_of(CODE[need], classes=True) for need in self.needs if need in CODE]
             found |= {"model": chosen.kind, "model_id": recorded(chosen.model_id)}
-            found["networks_code"] = hash_of(codes)
             found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
-        if self.is_ensemble and "vae" in self.needs:
+        if "vae" in self.needs:
             names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
-            found["vae_ids"] = names
+            found["vae_ids"] = names if self.is_ensemble else None
         if self.needs_face:
             found |= {"faces": self.faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:

@@ -33,7 +33,6 @@ import runs
 import utils
 from images import Portrait, load_image, save_png
 from main_edit import edit_directory
-from records import read_record
 from utils import UserError
 
 GAMMA = 1.5
@@ -108,7 +107,7 @@ def check_reseeding(clean: Path, chosen: models.sets.Chosen, seed: int, other_se
     """Refuses to edit anew in another way than the clean edits of a seed{S} were made. Raises UserError."""
     if other_seed == seed:
         raise UserError(f"--other_seed {other_seed}: that is the clean edits' own noise")
-    before = (read_record(clean) or {}).get("arguments", {})
+    before = (runs.read_record(clean) or {}).get("arguments", {})
     differing = [
         f"--{flag} {before[flag]}, not {value}"
         for flag, value in chosen.edit_settings().items()
@@ -138,8 +137,8 @@ def alter(
         return [{}] * len(batch)
 
     settings = {"seed": edits.keys[0].seed, "cheat": cheat} | ({"shift": shift} if cheat == "shifted" else {})
-    how = {"options": options, "prompts": {number: text for number, text in texts.items() if text}}
-    return runs.make(items, load, work, directory, settings, unit="picture", **how)
+    known = {number: text for number, text in texts.items() if text}
+    return runs.Job(items, load, work, directory, settings, options, known, unit="picture").run()
 
 
 if __name__ == "__main__":

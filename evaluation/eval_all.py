@@ -39,7 +39,7 @@ from views import Metric
 import models.sets
 import utils
 from images import images_by_stem
-from records import listed, read_record
+from runs import listed, read_record
 from utils import UserError
 
 METRICS = [  # beside those of faces

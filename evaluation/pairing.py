@@ -19,7 +19,7 @@ from directories import Row, clean_row, find_rows, prompts_of
 import utils
 from images import image_size, images_by_stem
 from models.sets import EDIT_KNOBS
-from records import digest, listed, read_manifest, read_record
+from runs import digest, listed, read_manifest, read_record
 from utils import UserError, warn
 
 EDIT_SETTINGS = ("model", "model_id", "dtype", "resolution", "scheduler", *EDIT_KNOBS)

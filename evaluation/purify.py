@@ -232,15 +232,12 @@ def purify_directory(
             save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, vae_trip))
         return [{}] * len(batch)
 
-    return runs.make(
-        [runs.Item(path, output_dir / f"{path.stem}.png", None, path.name) for path in images],
-        lambda item: load_image(item.source),
-        work,
-        output_dir,
-        settings,
-        options=options,
-        prepare=prepare,
-    )
+    items = [runs.Item(path, output_dir / f"{path.stem}.png", None, path.name) for path in images]
+
+    def load(item: runs.Item) -> Portrait:
+        return load_image(item.source)
+
+    return runs.Job(items, load, work, output_dir, settings, options, prepare=prepare).run()
 
 
 if __name__ == "__main__":

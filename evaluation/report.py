@@ -33,7 +33,7 @@ from figure import NUMBER, difference
 
 import utils
 from images import images_by_stem, load_image
-from records import MANIFEST, digest, read_record
+from runs import MANIFEST, digest, read_record
 from utils import UserError
 
 if TYPE_CHECKING:

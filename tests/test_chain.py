@@ -20,7 +20,7 @@ import tiny
 from PIL import Image
 
 import main_edit
-import records
+import runs
 
 pytestmark = pytest.mark.usefixtures("whole_images")
 
@@ -38,9 +38,8 @@ def note(directory: Path, sources: Path, **arguments: object) -> None:
     lines = [
         {
             "output": path.relative_to(directory).as_posix(),
-            "source": records.digest(sources / path.name),
-            "settings": "",
-            "sha256": records.digest(path),
+            "source": runs.digest(sources / path.name),
+            "sha256": runs.digest(path),
             "bytes": path.stat().st_size,
         }
         for path in sorted(directory.rglob("*.png"))
@@ -219,7 +218,7 @@ def test_a_chain_ends_at_a_file_that_was_made_anew_and_after_some_steps(world):
         return pairing.Manifests().origins(directory, "prompt0/ben.png")
 
     before = origins()
-    assert before == [records.digest(place / "ben.png") for place in (protected, portraits)]
+    assert before == [runs.digest(place / "ben.png") for place in (protected, portraits)]
     note(portraits, protected)  # made of each other
     assert len(origins()) == pairing.MOST_STEPS
     write(protected / "ben.png", tiny.portrait(32, seed=7))

@@ -26,7 +26,7 @@ from models.faces import scale_box
 from models.sets import choose, choose_editor
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
 from protection import Protector
-from records import read_record
+from runs import read_record
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("whole_images")

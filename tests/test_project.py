@@ -277,17 +277,13 @@ def knobs_and_members() -> set[str]:
     return {*sets.EDIT_KNOBS, *defend.KNOBS, *others}
 
 
-def test_the_readme_is_short():
-    assert (ROOT / "README.md").stat().st_size <= 9 * 1024
-
-
 # ---------------------------------------------------------------------------------------------------------
 # the house
 
 
 ORDER = [
-    "utils", "images", "transforms", "loops", "methods", "models", "masks", "records", "processes",
-    "protection", "runs", "evaluation",
+    "utils", "images", "transforms", "loops", "methods", "models", "masks", "protection", "runs",
+    "evaluation",
 ]  # fmt: skip
 
 

@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 import images
 import main_defend
 import protection
-import records
+import runs
 from images import image_size, load_image
 from utils import UserError, temporary_name
 
@@ -136,7 +136,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path, defend_flags, monkeypatch, 
             there = files(place)
             assert there.keys() >= before.keys()
             assert all(data in (expected[name], before.get(name)) for name, data in there.items())
-            noted = {name for name, entry in records.read_manifest(place).items() if "sha256" in entry}
+            noted = {name for name, entry in runs.read_manifest(place).items() if "sha256" in entry}
             assert before or len(there.keys() - noted) <= 2  # the batch in flight
         told = tmp_path / f"{output}.txt"
         assert one.finish(output, *more) == 0, told.read_text()
@@ -196,7 +196,7 @@ def test_sixty_portraits_two_processes_ten_kills(tmp_path, capsys):
     assert status == 0 and len(done) == 60 and done == files(tmp_path / "whole/budget_0.03")
     assert not list(place.glob(".*.tmp")) and not list(place.glob("manifest.*.jsonl"))
     assert finish(start(tmp_path, "killed", 2, *flags, "--verify"))[0] == 0
-    assert len(records.read_manifest(place)) == 60
+    assert len(runs.read_manifest(place)) == 60
     with capsys.disabled():
         print(f"\n60 portraits, {kills} kills, {waits} times told to wait, files lost: 0")
     assert kills == 10

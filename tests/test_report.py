@@ -261,7 +261,7 @@ def test_a_stand_in_is_called_so(experiment, page):
 
 
 def test_commands_settings_versions_and_hashes_are_told(whole, page):
-    from records import digest
+    from runs import digest
 
     text = words_of(page)
     assert text.count("python experiment.py --models mini --image_dir 'a folder'") == 1

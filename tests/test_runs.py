@@ -1,10 +1,13 @@
-"""runs.py: finding inputs, batches, the loop that carries on, and what it makes of a directory."""
+"""runs.py: a run over a directory, and what of an earlier one it takes for finished."""
 
 from __future__ import annotations
 
-import errno
+import json
 import os
+import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,9 +16,10 @@ import torch
 from PIL import Image
 
 import images
-import records
 import runs
 from utils import UserError, temporary_name
+
+ROOT = Path(runs.__file__).resolve().parent
 
 
 def touch(directory: Path, *names: str) -> Path:
@@ -26,34 +30,84 @@ def touch(directory: Path, *names: str) -> Path:
     return directory
 
 
-def item(name: str, size: tuple[int, int] | None = (64, 64), root: Path = Path()) -> runs.Item:
-    return runs.Item(root / "in" / name, root / "out" / f"{name}.png", size, label=name)
+class Copies:
+    """Makes upper-case copies of `in` in `out`; "bad" can't be read, "bomb" breaks."""
+
+    def __init__(self, root: Path) -> None:
+        self.root, self.directory = root, root / "out"
+        (root / "in").mkdir()
+        self.settings = {"seed": 0, "how": "upper"}
+        self.prompts: dict[int, str] = {}
+        self.computed: list[str] = []  # the batches of the last run
+        self.prepared = 0
+
+    def load(self, item: runs.Item) -> str:
+        if "bad" in item.label:
+            raise UserError(f"{item.source}: not a readable image")
+        return item.source.read_text().upper()
+
+    def work(self, items: list[runs.Item], loaded: list[str], wanted: list[bool]) -> runs.Facts:
+        self.computed.append("".join(loaded))
+        if any("bomb" in item.label for item in items):
+            raise ValueError("too large\nsecond line")
+        for item, value, is_wanted in zip(items, loaded, wanted, strict=True):
+            if is_wanted:
+                item.output.write_text(value)
+        return [{"psnr": 1.0}] * sum(wanted)
+
+    def prepare(self) -> None:
+        self.prepared += 1
+
+    def __call__(self, names: str, **options) -> int:
+        """Makes some files, one per word, and forgets what was computed before."""
+        self.computed, self.prepared, items = [], 0, []
+        for name in names.split():
+            source = self.root / "in" / name
+            if not source.exists():
+                source.write_text(name)
+            items.append(runs.Item(source, self.directory / f"{name}.png", (64, 64), name))
+        options = runs.Options(**options)
+        how = {"prompts": self.prompts, "prepare": self.prepare}
+        return runs.Job(items, self.load, self.work, self.directory, self.settings, options, **how).run()
+
+    def refuses(self, names: str, why: str, **options) -> None:
+        """Tells that a run ends before any work, in one line with this in it."""
+        before = self.files
+        with pytest.raises(UserError) as caught:
+            self(names, **options)
+        assert why in str(caught.value) and str(self.directory) in str(caught.value)
+        assert "\n" not in str(caught.value)
+        assert self.computed == [] and self.prepared == 0 and self.files == before
+
+    @property
+    def files(self) -> dict[str, str]:
+        return {path.stem: path.read_text() for path in sorted(self.directory.glob("*.png"))}
+
+    @property
+    def record(self) -> dict:
+        return json.loads((self.directory / "run.json").read_text())
+
+
+@pytest.fixture
+def copies(tmp_path) -> Copies:
+    return Copies(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------
 # inputs and batches
 
 
-def test_find_images(tmp_path, capsys):
-    touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "run.json", "inner/d.png", "dir.png/x.txt")
+def test_images_are_found_and_what_is_not_read_is_counted(tmp_path, capsys):
+    touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "inner/d.png", "dir.png/x.txt")
+    touch(tmp_path, "run.json", "manifest.jsonl", "report.csv", ".lock")  # what the scripts write beside them
     assert [path.name for path in runs.find_images(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: sub-directories are not searched: dir.png, inner\n"
     )
-
-
-def test_find_images_says_nothing_of_a_flat_directory(tmp_path, capsys):
-    """Nor of what the scripts write beside images."""
-    touch(tmp_path, "a.png", "run.json", "manifest.jsonl", "report.csv", ".lock")
+    touch(tmp_path, "b.txt", "c.mp4", "d.psd", "e", "f.raw", "g.doc")
     runs.find_images(tmp_path)
-    assert capsys.readouterr() == ("", "")
-
-
-def test_files_of_other_kinds_are_counted_in_one_line(tmp_path, capsys):
-    touch(tmp_path, "a.png", "b.txt", "c.mp4", "d.psd", "e", "f.raw", "g.doc", ".hidden")
-    runs.find_images(tmp_path)
-    told = "6 files of other kinds are left out (b.txt, c.mp4, d.psd, e, f.raw and 1 more)"
-    assert capsys.readouterr().err == f"warning: {tmp_path}: {told}\n"
+    text = "6 files of other kinds are left out (b.txt, c.mp4, d.psd, e, f.raw and 1 more)"
+    assert capsys.readouterr().err.endswith(f"warning: {tmp_path}: {text}\n")
 
 
 @pytest.mark.parametrize("installed", [False, True])
@@ -71,7 +125,6 @@ def test_heic_is_named_with_the_way_out(tmp_path, capsys, monkeypatch, installed
     [
         (["x"], "none", "none: no such directory"),
         (["x"], "x", "x: not a directory"),
-        (["d/.keep"], "d", "d: no image files in it"),
         (["d/notes.txt", "d/inner/a.png"], "d", "d: no image files in it"),
         (["d/a.jpg", "d/a.png", "d/b.png"], "d", "a.jpg=a.png"),
         (["d/budget_0.03/a.png"], "d", "it holds budget_{B}, give one of them"),
@@ -85,365 +138,415 @@ def test_find_images_refuses(tmp_path, files, directory, message):
 
 
 def test_batches_hold_one_size_in_order_of_their_first_item():
-    wide, tall = (64, 96), (96, 64)
-    sizes = {"a": wide, "b": tall, "c": wide, "d": None, "e": wide, "f": None}
-    items = [item(name, size) for name, size in sizes.items()]
-    found = runs.batches(items, 2, lambda one: one.size or one.output)
-    cut = [[one.label for one in batch] for batch in found]
-    assert cut == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
+    sizes = {"a": "wide", "b": "tall", "c": "wide", "d": 1, "e": "wide", "f": 2}
+    assert runs.batches(list(sizes), 2, sizes.get) == [["a", "c"], ["b"], ["d"], ["e"], ["f"]]
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the loop
+# what is finished
 
 
-class Job:
-    """Makes upper-case copies of `in` in `out` by `runs.make`; "bad" can't be read, "bomb" breaks."""
-
-    def __init__(self, root: Path) -> None:
-        self.root, self.directory = root, root / "out"
-        (root / "in").mkdir()
-        self.settings = {"seed": 0, "how": "upper"}
-        self.computed: list[list[str]] = []
-        self.prepared = 0
-
-    def load(self, one: runs.Item) -> str:
-        if "bad" in one.label:
-            raise UserError(f"{one.source}: not a readable image")
-        return one.source.read_text().upper()
-
-    def work(self, items: list[runs.Item], loaded: list[str], wanted: list[bool]) -> runs.Facts:
-        self.computed.append(loaded)
-        if any("bomb" in one.label for one in items):
-            raise ValueError("too large\nsecond line")
-        for one, value, is_wanted in zip(items, loaded, wanted, strict=True):
-            if is_wanted:
-                one.output.write_text(value)
-        return [{"psnr": 1.0}] * sum(wanted)
-
-    def prepare(self) -> None:
-        self.prepared += 1
-
-    def __call__(self, names: str, **options) -> int:
-        """Makes the items, one a letter or word, and forgets what was computed before."""
-        self.computed, self.prepared = [], 0
-        items = [item(name, root=self.root) for name in names.split()]
-        for one in items:
-            if not one.source.exists():
-                one.source.write_text(one.label)
-        return runs.make(
-            items,
-            self.load,
-            self.work,
-            self.directory,
-            self.settings,
-            options=runs.Options(**options),
-            prepare=self.prepare,
-        )
-
-    @property
-    def files(self) -> dict[str, str]:
-        return {path.stem: path.read_text() for path in sorted(self.directory.glob("*.png"))}
-
-
-@pytest.fixture
-def job(tmp_path) -> Job:
-    return Job(tmp_path)
-
-
-def test_all_is_made_and_recorded(job, capsys):
-    assert job("a b c", batch_size=2) == 0
-    assert job.computed == [["A", "B"], ["C"]] and job.prepared == 1
-    assert job.files == {"a": "A", "b": "B", "c": "C"}
-    assert capsys.readouterr().out == f"{job.directory}: 3 written, 0 there already, 0 failed\n"
-    assert sorted(os.listdir(job.directory)) == [
-        ".lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"
-    ]  # fmt: skip
-    entries = records.read_manifest(job.directory)
+def test_all_is_made_and_recorded(copies, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["main_defend.py", "--seed=0"])
+    copies.prompts = {3: "beard"}
+    assert copies("a b c", batch_size=2) == 0
+    assert copies.computed == ["AB", "C"] and copies.prepared == 1
+    assert copies.files == {"a": "A", "b": "B", "c": "C"}
+    assert capsys.readouterr().out == f"{copies.directory}: 3 written, 0 there already, 0 failed\n"
+    made = [".lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"]
+    assert sorted(os.listdir(copies.directory)) == made
+    assert copies.record == {
+        "seed": 0,
+        "arguments": {"how": "upper"},
+        "sources": str(copies.root / "in"),
+        "command": ["main_defend.py", "--seed=0"],
+        "versions": runs.versions(),
+        "prompts": {"3": "beard"},
+    }
+    entries = runs.read_manifest(copies.directory)
     assert set(entries) == {"a.png", "b.png", "c.png"}
-    assert all(found["psnr"] == 1.0 and found["sha256"] for found in entries.values())
-    assert entries["a.png"]["source"] == records.digest(job.root / "in/a")
+    assert entries["a.png"] == {
+        "output": "a.png",
+        "source": runs.digest(copies.root / "in/a"),
+        "sha256": runs.digest(copies.directory / "a.png"),
+        "bytes": 1,
+        "psnr": 1.0,
+    }
 
 
-def test_what_is_there_is_not_made_again(job, capsys):
-    job("a b c")
-    assert job("a b c", batch_size=3) == 0 and job("a b c", overwrite=True, verify=True) == 0
-    assert job.computed == [] and job.prepared == 0
+def test_what_is_there_is_not_made_again(copies, capsys, tmp_path):
+    """Nor after the data set was moved; new ones are added."""
+    copies("a b c")
+    assert copies("a b c", batch_size=3) == 0 and copies("a b c", overwrite=True, verify=True) == 0
+    assert copies.computed == [] and copies.prepared == 0
     assert "0 written, 3 there already, 0 failed" in capsys.readouterr().out
+    copies.root = tmp_path / "elsewhere"
+    copies.root.mkdir()
+    (tmp_path / "in").rename(copies.root / "in")
+    copies.directory = copies.directory.rename(copies.root / "results")
+    assert copies("a b c d") == 0 and copies.computed == ["D"]
+    assert copies.record["sources"] == str(copies.root / "in")
 
 
-def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_written(job, capsys):
-    job("a b c d", batch_size=2)
-    times = {path.stem: path.stat().st_mtime_ns for path in job.directory.glob("*.png")}
-    (job.directory / "a.png").unlink()
-    assert job("a b c d", batch_size=2) == 0
-    assert job.computed == [["A", "B"]] and "1 written, 3 there already" in capsys.readouterr().out
-    after = {path.stem: path.stat().st_mtime_ns for path in job.directory.glob("*.png")}
+def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_written(copies, capsys):
+    copies("a b c d", batch_size=2)
+    times = {path.stem: path.stat().st_mtime_ns for path in copies.directory.glob("*.png")}
+    (copies.directory / "a.png").unlink()
+    assert copies("a b c d", batch_size=2) == 0
+    assert copies.computed == ["AB"] and "1 written, 3 there already" in capsys.readouterr().out
+    after = {path.stem: path.stat().st_mtime_ns for path in copies.directory.glob("*.png")}
     assert {name for name in "abcd" if after[name] != times[name]} == {"a"}
 
 
-def test_what_is_stale_is_refused_before_any_work_and_overwrite_makes_just_that(job):
-    job("a b c")
-    (job.root / "in/b").write_text("somebody else")
-    with pytest.raises(UserError, match="b.png: its source has changed"):
-        job("a b c d")
-    assert job.computed == [] and job.prepared == 0 and set(job.files) == set("abc")
-    assert job("a b c d", overwrite=True) == 0
-    assert job.computed == [["SOMEBODY ELSE"], ["D"]]
-    assert job("a b c d") == 0 and job.computed == []
+def test_a_replaced_source_is_refused_and_made_again_alone(copies):
+    copies("a b c")
+    (copies.root / "in/b").write_text("somebody else")
+    why = "not the results of this run: b.png: its source has changed; --overwrite makes them again"
+    copies.refuses("a b c d", why)
+    assert copies("a b c d", overwrite=True) == 0
+    assert copies.computed == ["SOMEBODY ELSE", "D"]
+    assert copies("a b c d") == 0 and copies.computed == []
 
 
-def test_an_overwriting_run_that_is_killed_leaves_nothing_that_passes_for_its_own(job, monkeypatch):
-    """Also of files that no manifest knows: once run.json is written, they would look like its results."""
-    job("a b c")
-    (job.directory / "manifest.jsonl").unlink()  # as an older version leaves them
-    job.settings["how"] = "otherwise"
-    with pytest.raises(UserError, match="how: 'upper' there, 'otherwise' now"):
-        job("a b c")
-
-    def kill(*_):
-        raise SystemExit
-
-    with monkeypatch.context() as patch:
-        patch.setattr(runs, "go_through", kill)
-        with pytest.raises(SystemExit):
-            job("a b c", overwrite=True)
-    assert job("a b c") == 0 and job.computed == [["A"], ["B"], ["C"]]
+def test_the_first_five_and_a_count(copies):
+    names = "a b c d e f g h"
+    copies(names)
+    for name in names.split():
+        (copies.root / "in" / name).write_text("somebody else")
+    copies.refuses(names, "e.png: its source has changed and 3 more; --overwrite")
 
 
-def test_files_that_nobody_noted_are_taken_with_a_warning(job, capsys):
-    job("a")
+def test_a_replaced_result_is_refused(copies):
+    """By its size; with --verify by its bytes."""
+    copies("a b c")
+    output = copies.directory / "b.png"
+    for other, options in (("", {}), ("longer", {}), ("x", {"verify": True})):
+        output.write_text(other)
+        copies.refuses("a b c", "b.png: not the file that was written", **options)
+    assert copies("a b c") == 0 and copies.files["b"] == "x"
+    assert copies("a b c", verify=True, overwrite=True) == 0 and copies.computed == ["B"]
+    output.unlink()
+    output.mkdir()
+    with pytest.raises(UserError, match="b.png: not the file that was written"):
+        copies("a b c")
+
+
+def test_other_settings_are_listed_and_refused(copies):
+    copies.settings |= {"method_version": 1, "vae_ids": None}
+    copies("a b c")
+    copies.settings |= {"how": "lower", "method_version": 2, "seed": 1, "vae_ids": ["x"]}
+    text = "method_version: 1 there, 2 now; seed: 0 there, 1 now; vae_ids: None there, ['x'] now"
+    copies.refuses(
+        "a b c",
+        f"was made with other arguments (how: 'upper' there, 'lower' now; {text}); "
+        "--overwrite makes its files again",
+    )
+    for options in ({}, {"overwrite": True}):
+        copies.refuses("a", "and this run doesn't make all of its files again (b.png, c.png)", **options)
+    assert copies("a b c", overwrite=True) == 0 and copies.computed == ["A", "B", "C"]
+
+
+def test_other_instructions_are_refused_and_new_ones_added(copies):
+    copies.prompts = {0: "hat", 3: "beard"}
+    copies("a")
+    copies.prompts = {3: "scarf"}
+    copies.refuses("a", "prompt 3: 'beard' there, 'scarf' now")
+    copies.prompts = {3: "beard", 7: "ears"}
+    copies("a b")
+    assert copies.record["prompts"] == {"0": "hat", "3": "beard", "7": "ears"}
+
+
+def test_a_directory_of_an_older_version_is_refused_in_a_clear_line(copies):
+    """It recorded a hash of the method's source text, which says nothing about its version."""
+    copies("a")
+    copies.settings["method_version"] = 1
+    copies.refuses("a", "made with other arguments (by an older FaceLock, which recorded no method_version)")
+    assert copies("a", overwrite=True) == 0 and copies.computed == ["A"]
+
+
+@pytest.mark.parametrize("name", ["a.png", "b.jpg", "else.webp", "prompt0/a.JPG"])
+def test_images_without_a_record_are_refused(copies, name):
+    """As the authors' release leaves them: ours between them could not be told apart."""
+    touch(copies.directory, name)
+    for options in ({}, {"overwrite": True}):
+        why = f"has images ({Path(name).name}), but no run.json that says what made them"
+        copies.refuses("a", why, **options)
+    shutil.rmtree(copies.directory)
+    touch(copies.directory, ".hidden.png", "notes.txt", "inner/a.png")  # which don't matter
+    assert copies("a") == 0
+
+
+def test_files_made_by_hand_are_taken_with_a_warning(copies, capsys):
+    copies("a")
     for name in "bcdefgh":
-        (job.directory / f"{name}.png").write_text("by hand")
-    assert job("a b c d e f g h") == 0 and job.computed == []
-    assert (
-        f"warning: {job.directory}: nothing says what made b.png, c.png, d.png, e.png, f.png and 2 more; "
-        "taken as they are\n"
-    ) in capsys.readouterr().err
+        (copies.directory / f"{name}.png").write_text("by hand")
+    assert copies("a b c d e f g h") == 0 and copies.computed == []
+    text = "nothing says what made b.png, c.png, d.png, e.png, f.png and 2 more; taken as they are"
+    assert f"warning: {copies.directory}: {text}\n" in capsys.readouterr().err
+    touch(copies.directory, "i.png")
+    copies.refuses("a i", "i.png: not the file that was written")
+    copies.settings["seed"] = 1
+    copies.refuses("a b c d e f g h i", "seed: 0 there, 1 now")
 
 
-def test_a_source_that_changes_while_it_is_read_is_never_taken_for_the_one_that_was(job):
-    def load(one: runs.Item) -> str:
-        text = one.source.read_text().upper()
-        one.source.write_text("somebody else")
-        return text
-
-    job.load = load
-    job("a")
-    with pytest.raises(UserError, match="a.png: its source has changed"):
-        job("a")
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", '{"seed": 1}', '{"arguments": 3}', '{"arguments": {}, "prompts": {"x": ""}}', "\xff"],
+)
+def test_a_damaged_record_is_one_line(copies, text):
+    copies.directory.mkdir()
+    (copies.directory / "run.json").write_bytes(text.encode("latin-1"))
+    copies.refuses("a", "run.json: not a record of a run")
 
 
-def test_the_loop_carries_on_past_bad_files_and_broken_batches(job, capsys):
-    assert job("a bad1 bad2 x bomb b c y", batch_size=2) == 1
-    assert job.computed == [["A"], ["X"], ["BOMB", "B"], ["C", "Y"]]
-    assert set(job.files) == set("acxy")
-    out, err = capsys.readouterr()
-    failed = [
-        f"{job.root}/in/bad1: not a readable image",
-        f"{job.root}/in/bad2: not a readable image",
-        "bomb: ValueError: too large",
-        "b: ValueError: too large",
-    ]
-    assert out == f"{job.directory}: 4 written, 0 there already, 4 failed\n"
-    assert [line for line in err.splitlines() if line.startswith("  failed")] == [
-        f"  failed: {line}" for line in failed
-    ]
-    assert job("a x", batch_size=2) == 0 and job.computed == []
+def test_another_commit_or_package_is_one_line_and_the_run_goes_on(copies, capsys):
+    """Once for each, however often the run is repeated; without git there is nothing to say."""
+    copies("a")
+    before = runs.versions()
+    old = {**before, "torch": "2.0", "commit": "0123456789ab"}
+    (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": old}))
+    for _ in range(2):
+        assert copies("a b") == 0
+    changed = f"torch 2.0, now {before['torch']}"
+    if "commit" in before:
+        changed += f"; commit 0123456789ab, now {before['commit']}"
+    text = f"warning: {copies.directory} was begun with other versions: {changed}\n"
+    assert capsys.readouterr().err.count(text) == 1
+    assert copies.record["versions"] == old and copies.record["later_versions"] == [before]
 
 
-def test_a_bad_file_whose_output_is_there_is_no_failure(job, capsys):
-    """As the batch is computed for another one's sake."""
-    job("a b", batch_size=2)
-    (job.directory / "a.png").unlink()
-    job.load = lambda one: Job.load(job, one) if one.label == "a" else 1 / 0
-    assert job("a b", batch_size=2) == 0 and job.computed == [["A"]]
-    assert "1 written, 1 there already, 0 failed" in capsys.readouterr().out
+def test_the_commit_is_recorded_where_there_is_one(tmp_path):
+    """With -dirty for what is not committed; not at all in a copy without a history."""
+    for name in ("runs.py", "images.py", "utils.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    say = [sys.executable, "-c", "import runs; print(runs.versions().get('commit'))"]
+    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
 
+    def commit() -> str:
+        environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
+        return subprocess.check_output(say, cwd=tmp_path, text=True, env=environment).strip()
 
-def test_an_unexpected_error_while_loading_fails_that_file_alone(job, capsys):
-    def load(one):
-        if one.label == "b":
-            raise RuntimeError("the detector broke")
-        return one.label.upper()
-
-    job.load = load
-    assert job("a b c", batch_size=2) == 1
-    assert "failed: b: RuntimeError: the detector broke" in capsys.readouterr().err
-    assert job.computed == [["A"], ["C"]]
-
-
-def test_debug_raises(job):
-    with pytest.raises(ValueError):
-        job("bomb", debug=True)
-
-
-def test_failures_are_told_without_control_characters(job, capsys):
-    assert job("bad\x1b[2J") == 1
-    err = capsys.readouterr().err
-    assert "\x1b[2J" not in err and err.count("bad\\x1b[2J: not a readable image") == 2
-
-
-def test_images_without_a_record_are_refused(job):
-    touch(job.directory, "p0.jpg")
-    with pytest.raises(UserError, match="no run.json that says what made them"):
-        job("a")
-    assert os.listdir(job.directory) == ["p0.jpg"]
+    assert commit() == "None"
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "runs.py"], cwd=tmp_path, check=True)
+    subprocess.run([*git, "commit", "-qm", "x"], cwd=tmp_path, check=True)
+    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True)
+    assert commit() == head[:12]
+    (tmp_path / "runs.py").write_text((tmp_path / "runs.py").read_text() + "\n")
+    assert commit() == f"{head[:12]}-dirty"
 
 
 # ---------------------------------------------------------------------------------------------------------
-# what a killed run left
+# what fails, and what is left of a run that was killed
 
 
-def test_only_files_that_a_run_can_have_left_are_removed(job, tmp_path):
+def test_one_bad_file_never_stops_the_rest(copies, capsys):
+    assert copies("a bad1 bad\x1b[2J x bomb b c y", batch_size=2) == 1
+    assert copies.computed == ["A", "X", "BOMBB", "CY"] and set(copies.files) == set("acxy")
+    out, err = capsys.readouterr()
+    assert out == f"{copies.directory}: 4 written, 0 there already, 4 failed\n"
+    assert [line for line in err.splitlines() if line.startswith("  failed")] == [
+        f"  failed: {copies.root}/in/bad1: not a readable image",
+        f"  failed: {copies.root}/in/bad\\x1b[2J: not a readable image",
+        "  failed: bomb: ValueError: too large",
+        "  failed: b: ValueError: too large",
+    ]
+    assert copies("a x", batch_size=2) == 0 and copies.computed == []
+    with pytest.raises(ValueError):
+        copies("bomb", debug=True)
+
+
+def test_a_bad_file_whose_output_is_there_is_no_failure(copies, capsys):
+    """As it is only read so that its batch has the same arithmetic."""
+    copies("a b", batch_size=2)
+    (copies.directory / "a.png").unlink()
+    copies.load = lambda item: Copies.load(copies, item) if item.label == "a" else 1 / 0
+    assert copies("a b", batch_size=2) == 0 and copies.computed == ["A"]
+    assert "1 written, 1 there already, 0 failed" in capsys.readouterr().out
+
+
+def test_a_source_that_changes_while_it_is_read_is_never_taken_for_the_one_that_was(copies):
+    def load(item: runs.Item) -> str:
+        text = item.source.read_text().upper()
+        item.source.write_text("somebody else")
+        return text
+
+    copies.load = load
+    copies("a")
+    copies.computed, copies.prepared = [], 0
+    with pytest.raises(UserError, match="a.png: its source has changed"):
+        copies("a")
+
+
+def test_a_killed_run_leaves_nothing_that_passes_for_its_own(copies):
+    """Neither the file that it was making nor those that it was to overwrite, manifest or not."""
+
+    def kill(*_):
+        (copies.directory / "d.png").write_text("half")
+        raise SystemExit
+
+    copies("a b c")
+    (copies.directory / "manifest.jsonl").unlink()
+    copies.settings["how"], work = "otherwise", copies.work
+    copies.work = kill
+    with pytest.raises(SystemExit):
+        copies("d a b c", overwrite=True)
+    copies.work = work
+    assert copies("d a b c") == 0 and copies.computed == ["D", "A", "B", "C"]
+
+
+def test_the_parts_of_a_manifest_are_gathered(copies):
+    """Half-written lines are left out, and the last line on a file counts."""
+    copies("a b c")
+    manifest = copies.directory / "manifest.jsonl"
+    first, *others = manifest.read_text().splitlines(keepends=True)
+    manifest.write_text(others[0].replace('"psnr": 1.0', '"psnr": 0.5') + 'not JSON\n[]\n{"source": 1}\n')
+    for number, line in enumerate((first, *others)):
+        part = copies.directory / f"manifest.{number} on a machine.jsonl"
+        part.write_bytes(line.encode() + line[: 10 * number].encode() + b"\xff\n")
+    assert copies("a b c d") == 0 and copies.computed == ["D"]
+    assert [path.name for path in copies.directory.glob("manifest*")] == ["manifest.jsonl"]
+    found = runs.read_manifest(copies.directory)
+    assert set(found) == {"a.png", "b.png", "c.png", "d.png"} and found["b.png"]["psnr"] == 1.0
+
+
+def test_only_files_that_a_run_can_have_left_are_removed(copies, tmp_path):
     names = [
         ".facelock-0123456789ab-123.tmp",
         f"prompt0/{temporary_name(Path('a.png')).name}",
         ".notes.2024.tmp",
-        ".a.png.123.tmp",
         "facelock-0123456789ab-123.tmp",
         ".facelock-0123456789ab-x.tmp",
-        ".facelock-0123456789AB-123.tmp",
         ".facelock-mine.tmp",
     ]
-    touch(job.directory, *names)
-    (job.directory / ".facelock-ba9876543210-1.tmp").mkdir()
+    touch(copies.directory, *names)
+    (copies.directory / ".facelock-ba9876543210-1.tmp").mkdir()
     (tmp_path / "precious").write_text("precious")
-    (job.directory / ".facelock-000000000000-1.tmp").symlink_to(tmp_path / "precious")
-    assert job("a") == 0
-    kept = [*names[2:], ".facelock-ba9876543210-1.tmp", "prompt0"]
-    made = [".lock", "a.png", "manifest.jsonl", "run.json"]
-    assert sorted(os.listdir(job.directory)) == sorted([*kept, *made])
-    assert os.listdir(job.directory / "prompt0") == []
+    (copies.directory / ".facelock-000000000000-1.tmp").symlink_to(tmp_path / "precious")
+    assert copies("a") == 0
+    made = [".lock", "a.png", "manifest.jsonl", "run.json", "prompt0"]
+    kept = [*names[2:], ".facelock-ba9876543210-1.tmp"]
+    assert sorted(os.listdir(copies.directory)) == sorted([*kept, *made])
+    assert os.listdir(copies.directory / "prompt0") == []
     assert (tmp_path / "precious").read_text() == "precious"
 
 
-def test_the_parts_of_a_killed_runs_manifest_are_gathered(job):
-    job("a b c")
-    lines = (job.directory / "manifest.jsonl").read_text().splitlines(keepends=True)
-    (job.directory / "manifest.jsonl").unlink()
-    for rank, line in enumerate(lines):
-        (job.directory / f"manifest.{rank}.jsonl").write_text(line + line[: 10 * rank])
-    assert job("a b c d") == 0 and job.computed == [["D"]]
-    assert [path.name for path in job.directory.glob("manifest*")] == ["manifest.jsonl"]
-    assert set(records.read_manifest(job.directory)) == {"a.png", "b.png", "c.png", "d.png"}
+def test_names_as_long_as_names_may_be(copies):
+    """The temporary name doesn't add to them; and names that are no text are noted, too."""
 
-
-def test_a_disk_that_is_full_at_the_end(job, monkeypatch, capsys):
-    """What was made is told all the same, and the next run gathers the manifest."""
-
-    def refuse(directory):
-        if (directory / "a.png").exists():
-            raise UserError("No space left on device")
-
-    monkeypatch.setattr(records, "gather_manifest", refuse)
-    assert job("a") == 0 and "1 written" in capsys.readouterr().out
-    monkeypatch.undo()
-    assert (job.directory / "manifest.0.jsonl").exists()
-    assert job("a b") == 0 and job.computed == [["B"]]
-
-
-def test_a_disk_that_is_full_for_one_file(job, capsys):
     def work(items, loaded, wanted):
-        if items[0].label == "b":
-            items[0].output.write_text("half")
-            raise OSError(errno.ENOSPC, "No space left on device")
-        return Job.work(job, items, loaded, wanted)
+        for item in items:
+            images.save_png(item.output, images.load_image(item.source).pixels)
+        return [{}] * len(items)
 
-    job.work = work
-    assert job("a b c") == 1 and "2 written, 0 there already, 1 failed" in capsys.readouterr().out
-    del job.work
-    assert job("a b c") == 0 and job.files["b"] == "B" and job.computed == [["B"]]
+    copies.load, copies.work = (lambda item: ""), work
+    stems = ["x" * 251, "ü" * 125, os.fsdecode(b"latin\xe9")]
+    for stem in stems:
+        Image.new("RGB", (8, 8)).save(copies.root / "in" / stem, format="PNG")
+    assert copies(" ".join(stems)) == 0
+    assert set(runs.read_manifest(copies.directory)) == {f"{stem}.png" for stem in stems}
 
 
 # ---------------------------------------------------------------------------------------------------------
-# interrupts and memory
-
-
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_an_interrupt_finishes_the_batch(job, capsys, number, status):
-    def work(items, loaded, wanted):
-        if items[0].label == "c":
-            os.kill(os.getpid(), number)
-        return Job.work(job, items, loaded, wanted)
-
-    before = signal.getsignal(number)
-    job.work = work
-    assert job("a b c d e f", batch_size=2) == status
-    assert set(job.files) == set("abcd") and signal.getsignal(number) is before
-    assert "4 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
-    assert job("a b c d e f", batch_size=2) == 0 and job.computed == [["E", "F"]]
-
-
-@pytest.mark.parametrize(
-    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
-)
-def test_a_second_interrupt_stops_at_once(job, number, raised):
-    def work(items, loaded, wanted):
-        os.kill(os.getpid(), number)
-        os.kill(os.getpid(), number)
-        time.sleep(0.1)
-        pytest.fail("went on")
-
-    job.work = work
-    with pytest.raises(raised):
-        job("a")
-    assert job.files == {}
+# memory, signals, locks
 
 
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
         MemoryError(),
-        RuntimeError("[enforce fail at alloc_cpu.cpp:115] DefaultCPUAllocator: can't allocate memory: you"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:115] . DefaultCPUAllocator: can't allocate memory: you"),
     ],
 )
-def test_too_little_memory_halves_the_batch(job, capsys, error):
+def test_too_little_memory_halves_the_batch(copies, capsys, error):
     sizes = []
 
     def work(items, loaded, wanted):
         sizes.append(len(items))
-        if len(items) > 3:
+        if len(items) > 3 or items[-1].label == "b7":
             raise error
-        return Job.work(job, items, loaded, wanted)
+        return Copies.work(copies, items, loaded, wanted)
 
-    job.work = work
-    assert job(" ".join(f"{k}{n}" for k in "ab" for n in range(8)), batch_size=8) == 0
-    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2]
+    copies.work = work
+    assert copies(" ".join(f"{k}{n}" for k in "ab" for n in range(8)), batch_size=8) == 1
+    assert sizes == [8, 4, 2, 2, 2, 2, 2, 2, 2, 2, 1, 1]
     out = capsys.readouterr().out
-    assert "16 written, 0 there already, 0 failed" in out
-    assert "out of memory with 8 at a time; going on with 4" in out and "going on with 2" in out
+    assert "15 written, 0 there already, 1 failed" in out  # one that is too large alone
+    assert "out of memory with 8 at a time; going on with 4" in out and "going on with 1" in out
 
 
-def test_one_alone_that_is_too_large_is_a_failure(job, capsys):
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_the_run_after_its_batch(copies, capsys, number, status):
     def work(items, loaded, wanted):
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        if items[0].label == "c":
+            os.kill(os.getpid(), number)
+        return Copies.work(copies, items, loaded, wanted)
 
-    job.work = work
-    assert job("a b", batch_size=2) == 1
-    failed = [line for line in capsys.readouterr().err.splitlines() if line.startswith("  failed")]
-    assert failed == [f"  failed: {name}: OutOfMemoryError: CUDA out of memory" for name in "ab"]
+    before = signal.getsignal(number)
+    copies.work = work
+    assert copies("a b c d e f", batch_size=2) == status
+    assert set(copies.files) == set("abcd") and signal.getsignal(number) is before
+    assert "4 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
+    assert copies("a b c d e f", batch_size=2) == 0 and copies.computed == ["EF"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# names as long as names may be
+SLOW = """
+import sys, time, runs, utils, argparse
+from pathlib import Path
+here = Path(sys.argv[1])
+def work(*_):
+    print("in", flush=True)
+    try: time.sleep(60)
+    except Exception: pass
+    time.sleep(60)
+def run(args):
+    item = runs.Item(here / "in", here / "out/a.png", None, "a")
+    return runs.Job([item], str, work, here / "out", {}).run()
+sys.exit(utils.run_command(run, argparse.Namespace(debug=False)))
+"""
 
 
-def test_names_of_251_bytes_and_more(job):
-    """The temporary name doesn't add to them."""
+def begin(folder: Path) -> subprocess.Popen:
+    """Starts a run that is at work on its only file for a minute."""
+    (folder / "in").touch()
+    command = [sys.executable, "-c", SLOW, folder]
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, bufsize=1
+    )
+    assert process.stdout.readline() == "in\n"
+    return process
 
-    def work(items, loaded, wanted):
-        for one in items:
-            images.save_png(one.output, images.load_image(one.source).pixels)
-        return [{}] * len(items)
 
-    stems = ["x" * 251, "ü" * 125, "y" * 250]
-    for stem in stems:
-        Image.new("RGB", (8, 8)).save(job.root / "in" / f"{stem}.png")
-    items = [
-        runs.Item(job.root / "in" / f"{stem}.png", job.directory / f"{stem}.png", (8, 8), stem)
-        for stem in stems
-    ]
-    assert runs.make(items, lambda one: one.label, work, job.directory, job.settings) == 0
-    assert {path.stem for path in job.directory.glob("*.png")} == set(stems)
+@pytest.mark.parametrize("numbers", [(signal.SIGTERM, signal.SIGTERM), (signal.SIGINT, signal.SIGINT)])
+def test_a_second_signal_ends_it_at_once(tmp_path, numbers):
+    process, began = begin(tmp_path), time.monotonic()
+    process.send_signal(numbers[0])
+    while "stopping after this batch" not in process.stderr.readline():
+        pass
+    process.send_signal(numbers[1])
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 128 + numbers[1] and "Traceback" not in err
+    assert time.monotonic() - began < 30 and not (tmp_path / "out/a.png").exists()
+
+
+def test_a_second_run_is_kept_out_while_the_first_lives(copies, tmp_path):
+    first = begin(tmp_path)
+    for _ in range(2):
+        with pytest.raises(UserError, match=f"another run is writing into it .process {first.pid} on "):
+            copies("a")
+    first.kill()
+    first.communicate()
+    copies.settings = {}
+    assert copies("a") == 0  # no lock outlives a run that was killed
+
+
+@pytest.mark.parametrize("kind", ["link", "directory"])
+def test_a_lock_that_is_no_plain_file_is_refused(copies, tmp_path, kind):
+    (tmp_path / "precious").write_text("precious")
+    copies.directory.mkdir()
+    lock = copies.directory / ".lock"
+    lock.symlink_to(tmp_path / "precious") if kind == "link" else lock.mkdir()
+    with pytest.raises(UserError, match=".lock: can't be locked"):
+        copies("a")
+    assert (tmp_path / "precious").read_text() == "precious"

@@ -25,10 +25,8 @@ import edit
 import loops
 import main_defend
 import main_edit
-import methods
 import models.perceptual
 import protection
-import records
 import utils
 from images import linf, load_image
 from methods import METHODS
@@ -542,22 +540,13 @@ def test_a_replaced_source_is_refused_and_made_again_alone(call, folder, finishe
     assert levels(folder / "face1.png", finished.made / "face1.png") <= 3
 
 
-@pytest.mark.parametrize("part", ["objective", "loop"])
-def test_a_methods_changed_code_is_another_setting(call, finished, monkeypatch, part):
-    """Of its objective and its loop, and of no other method's."""
-
-    def objective(x, vae, targeted=True):
-        return methods.encoder_attack(x, vae, targeted)
-
-    def loop(x, objective, run):
-        return loops.pgd(x, objective, run)
-
-    changed = {part: {"objective": objective, "loop": loop}[part]}
-    monkeypatch.setitem(METHODS, "facelock", METHODS["facelock"]._replace(**changed))
+def test_another_version_of_a_method_is_another_setting(call, finished, monkeypatch):
+    """And of no other method's."""
+    monkeypatch.setitem(METHODS, "facelock", METHODS["facelock"]._replace(version=9))
     assert call(main_defend, finished.line).status == 0
-    monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(**changed))
+    monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(version=9))
     done = call(main_defend, finished.line)
-    assert done.status == 1 and re.search(r"code: '\w{16}' there, '\w{16}' now", done.errors[0])
+    assert done.status == 1 and "method_version: 1 there, 9 now" in done.errors[0]
     assert tree(finished.made) == finished.files
 
 
@@ -600,31 +589,27 @@ def test_an_edit_of_what_was_protected_otherwise_since_is_refused(call, folder, 
     assert "0 written, 6 there already" in call(main_edit, edits, "--verify").out
 
 
-def test_other_versions_are_said_and_recorded(call, finished, monkeypatch):
-    before = records.versions()
-    monkeypatch.setattr(records, "versions", lambda: {**before, "torch": "99.0"})
-    done = call(main_defend, finished.line)
-    assert done.status == 0 and "0 written, 3 there already" in done.out
-    (told,) = [warning for warning in done.warnings if "versions" in warning]
-    assert told.endswith(f"was begun with other versions: torch {before['torch']}, now 99.0")
-    record = json.loads((finished.made / "run.json").read_text())
-    assert record["versions"] == before and record["later_versions"] == [{**before, "torch": "99.0"}]
-
-
-def test_files_of_an_older_version_or_made_by_hand_are_taken_with_a_warning(call, finished):
+def test_files_made_by_hand_are_taken_with_a_warning(call, finished):
     (finished.made / "manifest.jsonl").unlink()
-    record = json.loads((finished.made / "run.json").read_text())
-    for newer in ("sources", "command"):
-        del record[newer]
-    del record["arguments"]["code"]
-    record["arguments"] |= {"image_dir": "/elsewhere", "batch_size": 4, "strength": None, "debug": False}
-    (finished.made / "run.json").write_text(json.dumps(record))
     done = call(main_defend, finished.line)
     assert done.status == 0 and "0 written, 3 there already" in done.out
     told = "nothing says what made face0.png, face1.png, face2.png; taken as they are"
     assert f"{finished.made}: {told}" in done.warnings
     done = call(main_defend, finished.line, "--step_size", 0.003)
     assert done.status == 1 and "step_size: 0.01 there, 0.003 now" in done.errors[0]
+
+
+def test_a_directory_of_an_older_version_is_one_line(call, finished):
+    """It recorded hashes of source text in the place of the method's version."""
+    record = json.loads((finished.made / "run.json").read_text())
+    del record["arguments"]["method_version"]
+    record["arguments"] |= {"code": "3435dbe8465e2a89", "networks_code": "0123456789abcdef"}
+    (finished.made / "run.json").write_text(json.dumps(record))
+    done = call(main_defend, finished.line)
+    assert done.status == 1 and len(done.errors) == 1
+    assert "by an older FaceLock, which recorded no method_version" in done.errors[0]
+    done = call(main_defend, finished.line, "--overwrite")
+    assert done.status == 0 and "3 written" in done.out
 
 
 def test_a_data_set_that_moved_is_the_same(call, folder, finished, tmp_path):
