@@ -297,14 +297,6 @@ def test_a_figure_is_made_again_but_not_over_what_it_shows(world, call):
     assert found.status == 1 and "would overwrite what this run reads" in found.error
 
 
-def test_an_output_that_is_read_is_refused(tmp_path):
-    path = tmp_path / "t.csv"
-    path.write_text("method,mean\n")
-    outputs.check_outputs([path])
-    with pytest.raises(outputs.UserError, match="would overwrite what this run reads"):
-        outputs.check_outputs([path], [tmp_path / "other.csv", path])
-
-
 def test_a_device_is_written_through(call):
     for script in (eval_psnr, eval_all, figure):
         assert call(script, "--output", "/dev/null").status == 0
