@@ -196,8 +196,8 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
     first, later = old.get("versions", now), old.get("later_versions", [])
     if now not in [first, *later]:
         changed = [name for name in now if first.get(name, now[name]) != now[name]]
-        words = "; ".join(f"{name} {first[name]}, now {now[name]}" for name in changed)
-        warn(f"{directory} was begun with other versions: {words}")
+        if words := "; ".join(f"{name} {first[name]}, now {now[name]}" for name in changed):
+            warn(f"{directory} was begun with other versions: {words}")
         later = [*later, now]
     arguments = {key: value for key, value in settings.items() if key != "seed"}
     record = {"seed": settings.get("seed"), "arguments": arguments, "sources": str(sources.resolve())}

@@ -300,11 +300,15 @@ def test_a_damaged_record_is_one_line(copies, text):
 
 
 def test_another_commit_or_package_is_one_line_and_the_run_goes_on(copies, capsys):
-    """Once for each, however often the run is repeated; without git there is nothing to say."""
+    """Once for each, however often the run is repeated; nothing of what an older record doesn't know."""
     copies("a")
+    less = {name: version for name, version in runs.versions().items() if name != "commit"}
+    (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": less}))
+    assert copies("a") == 0 and "versions" not in capsys.readouterr().err
     before = runs.versions()
     old = {**before, "torch": "2.0", "commit": "0123456789ab"}
-    (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": old}))
+    changed = {"versions": old, "later_versions": []}
+    (copies.directory / "run.json").write_text(json.dumps(copies.record | changed))
     for _ in range(2):
         assert copies("a b") == 0
     changed = f"torch 2.0, now {before['torch']}"
