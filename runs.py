@@ -244,7 +244,7 @@ def processes(device: str = "auto") -> PartialState:
 
 
 def once(work: Callable[[], T]) -> T:
-    """Does it in the first process, for all; a UserError there ends all, with one line and status 1."""
+    """Calls a function in the first process, for all; a UserError ends all of them, with status 1."""
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None, None]
@@ -405,8 +405,8 @@ class Job:
         stale = [path for path, why in wanted.items() if why]
         otherwise = f"{directory} was made with other arguments ({'; '.join(others)})"
         if record is None and there:
-            there = listed(sorted(there))
-            raise UserError(f"{directory} has images ({there}), but no run.json that says what made them")
+            names = listed(sorted(there))
+            raise UserError(f"{directory} has images ({names}), but no run.json that says what made them")
         if others and left:
             raise UserError(f"{otherwise}, and this run doesn't make all of its files again ({left})")
         if others and there and not self.options.overwrite:
@@ -430,18 +430,19 @@ class Job:
         for path in [*self.directory.glob(".facelock-*.tmp"), *self.directory.glob("*/.facelock-*.tmp")]:
             if re.fullmatch(r"\.facelock-[0-9a-f]{12}-\d+\.tmp", path.name) and path.is_file():
                 path.unlink(missing_ok=True)
-        entries = read_manifest(self.directory)
-        for output in (path for path, why in wanted.items() if why):
-            name = str(output.relative_to(self.directory))
-            entries[name] = {"output": name}  # if this run is killed, the old file is not taken for its own
-        write_manifest(self.directory, entries)
+        entries, record = read_manifest(self.directory), read_record(self.directory)
+        stale = {str(path.relative_to(self.directory)) for path, why in wanted.items() if why}
+        if differences(record, self.settings, self.prompts):
+            stale |= entries.keys()
+        # if this run is killed, the next one doesn't take the old files for its own
+        write_manifest(self.directory, entries | {name: {"output": name} for name in stale})
         write_record(self.directory, self.settings, self.prompts, self.items[0].source.parent)
         return wanted
 
     def go_through(self, own: list[list[Item]]) -> int:
-        """Makes this process's batches, whatever fails -> the signal that ended it, or 0.
+        """Makes this process's batches, whatever fails in them -> the signal that ended it, or 0.
 
-        Where memory doesn't suffice for a batch, it and the following are cut in halves.
+        Where memory doesn't suffice for a batch, it and those after it are halved.
         """
         from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
         from tqdm import tqdm

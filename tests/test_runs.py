@@ -243,7 +243,11 @@ def test_other_settings_are_listed_and_refused(copies):
     )
     for options in ({}, {"overwrite": True}):
         copies.refuses("a", "and this run doesn't make all of its files again (b.png, c.png)", **options)
-    assert copies("a b c", overwrite=True) == 0 and copies.computed == ["A", "B", "C"]
+    gone = (copies.directory / "c.png").read_text()
+    (copies.directory / "c.png").unlink()
+    assert copies("a b", overwrite=True) == 0 and copies.computed == ["A", "B"]
+    (copies.directory / "c.png").write_text(gone)  # back again, but of the settings before
+    assert copies("a b c") == 0 and copies.computed == ["C"]
 
 
 def test_other_instructions_are_refused_and_new_ones_added(copies):
