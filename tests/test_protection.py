@@ -17,7 +17,6 @@ import masks
 from images import load_image, save_png, to_tensor
 from loops import random_start
 from methods import METHODS, MIX, Method, encoder_attack
-from models.perceptual import perceptual_distance_to
 from models.recognizers import face_similarity_to
 from models.vaes import WorkingVAE
 from protection import Protector, Report, generator_of, knobs
