@@ -3,7 +3,7 @@
     python app.py
     python app.py --models=mini --attack_budget=0.06
 
-Listens on 127.0.0.1 alone and keeps nothing: pictures are gone when their page is closed, or after an hour.
+Listens on 127.0.0.1 alone and keeps nothing: pictures are gone with the page that they were for.
 Needs Gradio (pip install -r requirements-app.txt). The other flags are those of defend.py; method, budget and
 iterations are what the page begins with. docs/app.md has more.
 """
@@ -13,37 +13,24 @@ import argparse
 import contextlib
 import html
 import io
-import os
 import re
-import signal
 import sys
-import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
 from defend import add_defense_arguments, face_box
-from images import load_image
+from images import image_size, load_image
 from loops import CHECK_EVERY
 from methods import METHODS
 from models.loading import ROOT
-from studio import (
-    AMPLIFY,
-    SHOWN_SIDE,
-    Cancelled,
-    Face,
-    Studio,
-    Visit,
-    amplified,
-    measured,
-    shown,
-    table_of,
-)
+from studio import AMPLIFY, SHOWN_SIDE, Face, Studio, amplified, given, measured, notes, shown, table_of
 from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts
+from visits import Cancelled, Picture, Visit, Visits
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -51,7 +38,6 @@ if TYPE_CHECKING:
 PORTRAITS = ROOT / "assets" / "portraits"
 BUNDLED = {"full": "*.*", "mini": "mini/*.png"}  # of PORTRAITS, by --models
 GROUPS = {"Face": range(10), "Accessory": range(10, 18), "Background": range(18, 25)}  # of edit_prompts
-HOUR = 3600  # s, after which a page's pictures are deleted
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -68,26 +54,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Serves the page until Ctrl-C -> exit status."""
+    """Serves the page until a signal ends it."""
     if util.find_spec("gradio") is None:
         raise UserError("the page needs Gradio: pip install -r requirements-app.txt")
+    from server import serve
+
     args.seed = utils.draw_seed(args.seed)
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the folder is deleted then, too
-    with tempfile.TemporaryDirectory(prefix="facelock-") as folder:
-        os.environ |= {"GRADIO_TEMP_DIR": folder, "GRADIO_ANALYTICS_ENABLED": "False"}
-        for name in ("no_proxy", "NO_PROXY"):  # Gradio asks itself whether it is up
-            os.environ[name] = f"{os.environ.get(name, '')},127.0.0.1"
-        page = build(Studio(args, Path(folder))).queue(default_concurrency_limit=1, max_size=50)
-        try:
-            page.launch(
-                server_name="127.0.0.1", server_port=args.port, share=False, max_file_size="100mb",
-                theme=theme(), css=CSS, footer_links=[], run_history=False, ssr_mode=False,
-                quiet=True, prevent_thread_lock=True,
-            )  # fmt: skip
-        except OSError:
-            raise UserError(f"--port {args.port} is taken, or needs other rights") from None
-        print(f"http://127.0.0.1:{args.port} (Ctrl-C ends it and deletes what it has)", flush=True)
-        page.block_thread()
+    own = set(map(str, bundled(args.models)))
+    serve(lambda visits: (build(Studio(args), visits), {"theme": theme(), "css": CSS}), args.port, own)
     return 0
 
 
@@ -97,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 HEAD = """<h1>FaceLock</h1>
 <p>Changes a portrait a little, so that a diffusion model's edit of it no longer shows the same person; then
 edits it as a stranger would, and says what is left. Everything happens on the machine that runs app.py, and
-nothing is kept: your pictures are deleted when you close this page, or after an hour.</p>{}"""
+nothing is kept: your pictures are deleted when you close this page, or leave it idle for an hour.</p>{}"""
 STAND_IN = """<p class="note">These are the bundled mini models, made for 128x128 synthetic portraits. They
 show how the thing works, and say nothing about how well a real photo is protected.</p>"""
 ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the same seed.</p>"
@@ -119,9 +93,7 @@ def theme() -> Any:
     from gradio import themes
 
     fonts = [themes.Font("system-ui"), themes.Font("sans-serif")]
-    look = themes.Base(
-        primary_hue="teal", neutral_hue="stone", radius_size="md", font=fonts, font_mono=fonts
-    )
+    look = themes.Base(primary_hue="teal", neutral_hue="stone", radius_size="md", font=fonts, font_mono=fonts)
     return look.set(
         body_background_fill="*neutral_50", body_background_fill_dark="*neutral_950",
         button_primary_background_fill="*primary_700", button_primary_background_fill_hover="*primary_800",
@@ -131,12 +103,17 @@ def theme() -> Any:
     )  # fmt: skip
 
 
-def build(studio: Studio) -> Any:
+def bundled(models: str) -> list[Path]:
+    """Lists the portraits that come with a set of models."""
+    return sorted(path for path in PORTRAITS.glob(BUNDLED[models]) if path.is_file())
+
+
+def build(studio: Studio, visits: Visits) -> Any:
     """Lays the page out and connects it to the studio -> gradio.Blocks."""
     import gradio as gr
 
     args = studio.args
-    portraits = sorted(path for path in PORTRAITS.glob(BUNDLED[args.models]) if path.is_file())
+    portraits = bundled(args.models)
 
     def view(label: str, alt: str, height: int | None = None) -> gr.Image:
         return gr.Image(
@@ -147,9 +124,13 @@ def build(studio: Studio) -> Any:
     def iterations_of(name: str) -> int:
         return METHODS[name].run.num_iters if args.num_iters is None else args.num_iters
 
+    least, largest = min(0.01, args.attack_budget), max(USUAL_BUDGET, args.attack_budget)
+    a_budget = utils.number(float, least, largest, f"a number from {least:g} to {largest:g}")
+    most = max(500, *map(iterations_of, METHODS))
+    a_count = utils.number(int, 0, most, f"a whole number from 0 to {most}")
+
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
-    with gr.Blocks(title="FaceLock", analytics_enabled=False, delete_cache=(HOUR, HOUR)) as page:
-        state = gr.State(time_to_live=HOUR, delete_callback=studio.close)
+    with gr.Blocks(title="FaceLock", analytics_enabled=False) as page:
         gr.HTML(HEAD.format(STAND_IN if args.models == "mini" else ""), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
@@ -158,7 +139,7 @@ def build(studio: Studio) -> Any:
                     label="Your portrait", alt_text="Your portrait", height=250, type="filepath",
                     sources=["upload", "webcam", "clipboard"], buttons=["fullscreen"],
                 )  # fmt: skip
-                bundled = gr.Gallery(
+                gallery = gr.Gallery(
                     [(str(path), path.stem) for path in portraits], label="Or a bundled one",
                     columns=6, height="auto", object_fit="cover", allow_preview=False, buttons=[],
                     elem_id="bundled",
@@ -172,16 +153,15 @@ def build(studio: Studio) -> Any:
                     )  # fmt: skip
                 gr.HTML("<h2>2. Its protection</h2>")
                 method = gr.Dropdown(list(METHODS), value=args.defend_method, label="Method")
-                ends = min(0.01, args.attack_budget), max(USUAL_BUDGET, args.attack_budget)
-                budget = gr.Slider(*ends, args.attack_budget, step=0.005, label="Budget, in [-1, 1]")
-                given = iterations_of(args.defend_method)
-                n_iters = gr.Slider(0, max(500, given), given, step=1, label="Iterations")
+                # numbers, not sliders, which silently change what is typed
+                budget = gr.Number(args.attack_budget, step=0.005, label="Budget, in [-1, 1]")
+                n_iters = gr.Number(iterations_of(args.defend_method), step=1, label="Iterations")
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
                     start = gr.Button("Protect", variant="primary", min_width=120)
                     stop = gr.Button("Cancel", interactive=False, min_width=120)
-                status = gr.Markdown("Choose a portrait to begin with.", elem_id="status")
+                status = gr.HTML("Choose a portrait to begin with.", elem_id="status")
                 with gr.Row():
                     source = view("Source", "The source", 200)
                     protected = view("Protected", "The protected picture", 200)
@@ -198,7 +178,7 @@ def build(studio: Studio) -> Any:
                 label="Or your own", placeholder="instead of the one chosen", max_lines=1, scale=3,
                 min_width=260,
             )  # fmt: skip
-            seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**31, min_width=90)
+            seed = gr.Number(0, label="Seed", step=1, min_width=90)
             edit = gr.Button("Edit both", variant="primary", min_width=140)
         verdict = gr.HTML(ABOUT_EDITS)
         with gr.Row():
@@ -211,182 +191,203 @@ def build(studio: Studio) -> Any:
         # what happens: a handler gives what changes on the page
 
         @contextlib.contextmanager
-        def telling(visit: Visit | None, shows: dict, place: Any) -> Iterator[None]:
-            """Shows an error as the sentence that a script would print."""
+        def telling(shows: dict, place: Any) -> Iterator[None]:
+            """Shows an error as the sentence that a script would print, and nothing that nobody waits for."""
             try:
-                shows[state] = visit  # another hour
                 yield
             except Cancelled:
-                shows[place] = "Stopped. Nothing was saved."
+                shows.clear()
             except Exception as error:  # as in utils.run_command: one line, whatever it is
                 if args.debug:
                     traceback.print_exc()
                 known = isinstance(error, (UserError, argparse.ArgumentTypeError))
                 text = str(error) if known else f"{type(error).__name__}: {utils.first_line(error)}"
-                text = re.sub(rf"{re.escape(str(studio.folder))}/\S*/", "", text)  # the folders of uploads
+                text = re.sub(rf"{re.escape(str(visits.folder))}/\S*/", "", text)  # a visit's folder
                 shows[place] = TROUBLE.format(html.escape(utils.one_line(text)))
 
-        def check(visit: Visit | None) -> None:
-            if visit is None or not visit.folder.exists():
-                raise UserError("this page was idle for an hour, its pictures are deleted: load it again")
+        idle = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
 
         def cleared() -> dict:
             nothing = dict.fromkeys([protected, difference, compare, *edits, table])
-            return nothing | {download: gr.update(value=None, interactive=False), verdict: ABOUT_EDITS}
+            return idle | nothing | {download: gr.update(value=None, interactive=False), verdict: ABOUT_EDITS}
 
-        def look(visit: Visit | None, path: str | None) -> dict:
+        def look(request: gr.Request, find: Callable[[Visit], Path] | None) -> dict:
             nothing = {picture: None, source: None, faces: None, which: gr.update(visible=False), status: ""}
             shows = cleared() | nothing
-            with telling(visit, shows, status):
-                check(visit)
-                visit.source = visit.protected = visit.corner = None
-                if path:
-                    studio.look(visit, Path(path))
-                    shows |= seen(visit)
-            return shows
+            with telling(shows, status):
+                visit = visits.find(request.session_hash)
+                visit.expect(coming := Picture() if find else None)
+                if find:
+                    with visit.making(lambda: visit.coming is coming):
+                        coming.source = find(visit)
+                        studio.look(coming)
+                        shows |= seen(visit, coming)
+                        visit.show(coming)
+            return shows or gr.skip()
 
-        def seen(visit: Visit) -> dict:
-            pixels, n_faces = load_image(visit.source).pixels, len(visit.boxes)
+        def seen(visit: Visit, it: Picture) -> dict:
+            pixels, n_faces = load_image(it.source).pixels, len(it.boxes)
             choices = [(f"face {i + 1}", i) for i in range(n_faces)]
             first = [0] if args.faces == "largest" else list(range(n_faces))
-            text = f"{visit.source.name}, {pixels.shape[1]}x{pixels.shape[0]}."
+            text = html.escape(utils.one_line(f"{it.source.name}, {pixels.shape[1]}x{pixels.shape[0]}."))
             if not n_faces:
-                text = TROUBLE.format("No face was found: say where it is, under Faces.")
-            return dict.fromkeys((picture, source), shown(visit, pixels)) | {
-                faces: shown(visit, pixels, visit.boxes),
+                text = TROUBLE.format("No face was found: draw a box around it, under Faces.")
+            return dict.fromkeys((picture, source), shown(visit, "shown", pixels)) | {
+                faces: shown(visit, "faces", pixels, it.boxes),
                 which: gr.update(choices=choices, value=first[:n_faces], visible=n_faces > 1),
                 panel: gr.update(label=f"Faces ({n_faces})", **({} if n_faces == 1 else {"open": True})),
                 status: text,
             }
 
-        def take_upload(visit: Visit | None, file: dict | None) -> dict:
-            return look(visit, file and file["path"])
+        def take_upload(request: gr.Request, file: dict | None) -> dict:
+            return look(request, file and (lambda visit: visits.take(visit, file["path"])))
 
-        def take_bundled(visit: Visit | None, event: gr.SelectData) -> dict:
-            return look(visit, str(portraits[event.index]))
+        def take_bundled(request: gr.Request, event: gr.SelectData) -> dict:
+            index = event.index
+            if not isinstance(index, int) or not 0 <= index < len(portraits):
+                return gr.skip()  # not the page's
+            return look(request, lambda visit: portraits[index])
 
-        def take_box(visit: Visit | None, text: str) -> dict:
-            shows = cleared()
-            with telling(visit, shows, status):
-                check(visit)
-                studio.point(visit, face_box(text))
-                shows |= seen(visit)
-            return shows
-
-        def take_click(visit: Visit | None, event: gr.SelectData) -> dict:
+        def take_box(request: gr.Request, text: str) -> dict:
             shows: dict = {}
-            with telling(visit, shows, status):
-                check(visit)
-                scale = max(1, max(load_image(visit.source).size) / SHOWN_SIDE)
-                x, y = (round(place * scale) for place in event.index)
+            with telling(shows, status):
+                visit = visits.find(request.session_hash)
+                shows |= cleared() | seen(visit, studio.point(visit, face_box(text)))
+            return shows or gr.skip()
+
+        def take_click(request: gr.Request, event: gr.SelectData) -> dict:
+            at, shows = event.index, {}
+            if (
+                not isinstance(at, list)
+                or len(at) != 2
+                or not all(isinstance(one, int | float) for one in at)
+            ):
+                return gr.skip()  # not the page's
+            with telling(shows, status):
+                visit = visits.find(request.session_hash)
+                if visit.picture is None:
+                    raise UserError("choose a portrait first")
+                scale = max(1, max(image_size(visit.picture.source)) / SHOWN_SIDE)
+                x, y = (round(min(max(0, place), SHOWN_SIDE) * scale) for place in at)
                 if visit.corner is None:
                     visit.corner = x, y
                     return {status: f"One corner is at {x},{y}: click on the opposite one."}
                 (x0, x1), (y0, y1) = (sorted(pair) for pair in zip(visit.corner, (x, y), strict=True))
-                shows |= {by_hand: f"{x0},{y0},{x1},{y1}"} | take_box(visit, f"{x0},{y0},{x1},{y1}")
-            return shows
+                box, visit.corner = (x0, y0, x1, y1), None
+                shows |= (
+                    cleared() | seen(visit, studio.point(visit, box)) | {by_hand: ",".join(map(str, box))}
+                )
+            return shows or gr.skip()
 
-        def describe(name: str, size: float) -> tuple:
+        def describe(name: str, size: Any) -> tuple:
             about = METHODS[name].objective.__doc__.splitlines()[0].rstrip(":")
-            levels = f"{size / LEVEL:.1f}/255: a pixel moves by at most {allowed_levels(size)} of 255 levels"
+            try:
+                size = given(a_budget, "Budget", size)
+                most = allowed_levels(size)
+                levels = f"{size / LEVEL:.1f}/255: a pixel moves by at most {most} of 255 levels"
+            except UserError as error:
+                levels = str(error)
             return gr.update(info=about), gr.update(info=levels)
 
-        def begin(visit: Visit | None) -> dict:
-            if visit is not None:
-                visit.cancelled = False
-            buttons = {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
-            return cleared() | buttons | {status: ""}
+        def begin(request: gr.Request, name: str, size: Any, total: Any, chosen: list[int]) -> dict:
+            shows = cleared() | {status: ""}
+            with telling(shows, status):
+                visit = visits.find(request.session_hash)
+                if name not in METHODS:
+                    raise UserError("choose a method")
+                settings = {"defend_method": name, "attack_budget": given(a_budget, "Budget", size)}
+                settings["num_iters"] = given(a_count, "Iterations", total)
+                studio.plan(visit, settings, chosen or [])
+                shows |= {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
+            return shows
 
-        def end() -> dict:
-            return {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        def end(request: gr.Request) -> dict:
+            visit = visits.visits.get(request.session_hash)
+            return gr.skip() if visit and visit.job else idle
 
-        def cancel(visit: Visit | None) -> None:
-            if visit is not None:
-                visit.cancelled = True
+        def cancel(request: gr.Request) -> dict:
+            shows = idle | {status: "Stopped. Nothing was saved."}
+            with telling(shows, status):
+                visits.find(request.session_hash).job = None
+            return shows
 
         bar = gr.Progress()
 
-        def protect(
-            visit: Visit | None, name: str, size: float, total: int, chosen: list[int], progress: Any = bar
-        ) -> dict:
-            began, objective = time.monotonic(), ""
+        def protect(request: gr.Request, progress: Any = bar) -> dict:
+            began, objective, shows = time.monotonic(), "", {}
 
             def step(i: int, values: "Tensor") -> None:
                 nonlocal objective
-                if visit.cancelled:
-                    raise Cancelled
+                total = job.settings["num_iters"]
                 if (i + 1) % CHECK_EVERY == 0 or i + 1 == total:  # where the loop waits for the device anyway
                     objective = f"objective {values.mean().item():.4g}, "
                 left = (time.monotonic() - began) / (i + 1) * (total - i - 1)
                 text = f"iteration {i + 1} of {total}, {objective}about {left:.0f} s left"
                 progress((i + 1) / total, desc=text)
 
-            shows: dict = {}
-            with telling(visit, shows, status), contextlib.redirect_stderr(io.StringIO()) as heard:
-                check(visit)
-                settings = {"defend_method": name, "attack_budget": size, "num_iters": int(total)}
-                report = studio.protect(visit, settings, chosen, step)
-                text = measured(report, time.monotonic() - began)
-                before, after = (load_image(path).pixels for path in (visit.source, report.path))
-                pair = shown(visit, before), shown(visit, after)
-                shows |= {
-                    protected: pair[1],
-                    difference: shown(visit, amplified(after, before)),
-                    compare: COMPARE.format(*(f"/gradio_api/file={path}" for path in pair)),
-                    download: gr.update(value=str(report.path), interactive=True),
-                    status: f"{text}\n\n{notes(heard)}",
-                }
-            return shows
+            with telling(shows, status), contextlib.redirect_stderr(io.StringIO()) as heard:
+                visit = visits.find(request.session_hash)
+                if (job := visit.job) is None:
+                    raise Cancelled
+                with visit.doing(job):
+                    report = studio.protect(visit, job, step)
+                    text = measured(report, time.monotonic() - began)
+                    before, after = (load_image(path).pixels for path in (job.picture.source, report.path))
+                    pair = shown(visit, "before", before), shown(visit, "after", after)
+                    shows |= {
+                        protected: pair[1],
+                        difference: shown(visit, "difference", amplified(after, before)),
+                        compare: COMPARE.format(*(f"/gradio_api/file={path}" for path in pair)),
+                        download: gr.update(value=str(report.path), interactive=True),
+                        status: f"<p>{text}</p>{notes(heard.getvalue())}",
+                    }
+            return shows or gr.skip()
 
-        def edit_both(visit: Visit | None, chosen: str, written: str, number: int) -> dict:
+        def edit_both(request: gr.Request, chosen: str, written: str, number: Any) -> dict:
             shows = dict.fromkeys([*edits, table])
-            with telling(visit, shows, verdict), contextlib.redirect_stderr(io.StringIO()) as heard:
-                check(visit)
-                pair = studio.edit(visit, written.strip() or chosen, int(number))
-                shows |= {it: shown(visit, pixels) for it, pixels in zip(edits, pair, strict=True)}
-                found = studio.compare(visit, pair)
-                parts = [f"<h3>{headline}</h3><p>{why}</p>" for headline, why in map(Face.verdict, found)]
+            with telling(shows, verdict), contextlib.redirect_stderr(io.StringIO()) as heard:
+                number = given(utils.known_seed, "Seed", number)
+                visit = visits.find(request.session_hash)
+                it = visit.picture
+                if it is None or it.protected is None:
+                    raise UserError("protect a portrait first")
+                with visit.making(lambda was=it.protected: visit.picture is it and it.protected is was):
+                    pair = studio.edit(it, (written or "").strip() or chosen, number)
+                    shows |= {edits[i]: shown(visit, f"edit {i}", pair[i]) for i in range(2)}
+                    found = studio.compare(it, pair)
+                numbers = [f"Face {i + 1}: " if len(found) > 1 else "" for i in range(len(found))]
+                told = zip(numbers, map(Face.verdict, found), strict=True)
+                parts = [f"<h3>{number}{headline}</h3><p>{why}</p>" for number, (headline, why) in told]
                 worth = WORTH.format(" And the models are stand-ins." if args.models == "mini" else "")
-                parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard)]
+                parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard.getvalue())]
                 shows[verdict] = f'<section class="verdict" role="status">{"".join(parts)}</section>'
                 if found:
                     rows = table_of(found).to_markdown(floatfmt=".2f", missingval="-")
                     shows[table] = f"{rows}\n\n{ABOUT_TABLE}"
-            return shows
-
-        def notes(heard: io.StringIO) -> str:
-            lines = re.findall("^warning: (.*)", heard.getvalue(), re.MULTILINE)
-            return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
-
-        def open_visit(request: gr.Request) -> Visit:
-            return studio.open(request.session_hash)
-
-        def close_visit(request: gr.Request) -> None:
-            studio.close(studio.visits.get(request.session_hash))
+            return shows or gr.skip()
 
         outputs = [
-            state, picture, faces, which, panel, by_hand, start, stop, status, source, protected, difference,
+            picture, faces, which, panel, by_hand, start, stop, status, source, protected, difference,
             compare, download, *edits, verdict, table,
         ]  # fmt: skip
         quick = {"show_progress": "hidden", "api_visibility": "private"}
-        job = {"concurrency_id": "job", "api_visibility": "private"}
-        opened = page.load(open_visit, None, state, **quick)
-        page.unload(close_visit)
-        picture.input(take_upload, [state, picture], outputs, preprocess=False, **quick)
-        bundled.select(take_bundled, state, outputs, **quick)
-        by_hand.submit(take_box, [state, by_hand], outputs, **quick)
-        faces.select(take_click, state, outputs, **quick)
+        queued = {"concurrency_id": "job", "api_visibility": "private"}
         choices = [method, budget]
-        opened.then(describe, choices, choices, **quick)
+        page.unload(lambda: None)  # so that the page keeps a connection open, whose end ends its visit
+        page.load(describe, choices, choices, **quick)
         method.change(iterations_of, method, n_iters, **quick)
         gr.on([method.change, budget.change], describe, choices, choices, **quick)
-        asked = [state, method, budget, n_iters, which]
-        begun = start.click(begin, state, outputs, queue=False, **quick)
-        done = begun.then(protect, asked, outputs, show_progress_on=status, **job)
+        begun = start.click(begin, [*choices, n_iters, which], outputs, queue=False, **quick)
+        done = begun.then(protect, None, outputs, show_progress_on=status, **queued)
         done.then(end, None, outputs, queue=False, **quick)
-        stop.click(cancel, state, None, queue=False, **quick)
-        edit.click(edit_both, [state, prompt, own, seed], outputs, show_progress_on=verdict, **job)
-    return page
+        edited = edit.click(edit_both, [prompt, own, seed], outputs, show_progress_on=verdict, **queued)
+        stop.click(cancel, None, outputs, queue=False, cancels=done, **quick)
+        running = [done, edited]
+        picture.input(take_upload, picture, outputs, preprocess=False, cancels=running, **quick)
+        gallery.select(take_bundled, None, outputs, cancels=running, **quick)
+        by_hand.submit(take_box, by_hand, outputs, **quick)
+        faces.select(take_click, None, outputs, **quick)
+    return page.queue(default_concurrency_limit=1, max_size=50)
 
 
 if __name__ == "__main__":

@@ -97,6 +97,15 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
         return None
 
 
+def stored_size(path: str | os.PathLike) -> tuple[int, int] | None:
+    """Reads (H, W) of the stored, maybe turned, pixels without decoding any; None if that can't be read."""
+    try:  # not image_size: for PNG, Pillow looks for the orientation behind the pixels
+        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
+            return image.size[::-1]
+    except Exception:  # as in load_image, which will say what is wrong
+        return None
+
+
 def images_by_stem(directory: Path) -> dict[str, Path]:
     """Lists the image files of a directory by stem, sorted by name; hidden files and other things are left.
 
@@ -210,11 +219,16 @@ def linf(a: np.ndarray, b: np.ndarray) -> float:
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:
     """Writes (H, W, 3) uint8 as PNG, whole or not at all, and no metadata (GPS tags). Raises UserError."""
+    write_file(Path(path), png_bytes(pixels, alpha))
+
+
+def png_bytes(pixels: np.ndarray, alpha: np.ndarray | None = None) -> bytes:
+    """Packs (H, W, 3) uint8 and (H, W) alpha as PNG."""
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="PNG")
-    write_file(Path(path), buffer.getvalue())
+    return buffer.getvalue()
 
 
 def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -> Path:

@@ -330,6 +330,7 @@ class Protector:
         subjects: Sequence[Subject],
         outputs: Sequence[Path | None],
         callback: Callable[[int, Tensor], None] | None = None,
+        write: Callable[..., None] = save_png,
     ) -> list[Report]:
         """Protects portraits of one size, saves and measures those with an output path. Raises UserError."""
         import numpy as np
@@ -343,7 +344,7 @@ class Protector:
         reports = []
         for subject, output, result in zip(subjects, outputs, pixels, strict=True):
             if output is not None:
-                save_png(output, result, subject.portrait.alpha)
+                write(output, result, subject.portrait.alpha)
                 reports.append(self.measure(subject, output))
         return reports
 

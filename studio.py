@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import argparse
-import shutil
-import tempfile
+import html
+import re
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
-from images import load_image, load_portrait, save_png, to_tensor
-from models.faces import Box, scale_box
+from images import image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
+from models.faces import Box, clip_box, scale_box
 from protection import Protector, Report
 from utils import LEVEL, UserError
+from visits import Cancelled, Job, Picture, Visit
 
 if TYPE_CHECKING:
     import numpy as np
@@ -25,28 +27,6 @@ EDITS = ("your picture", "the protected picture")
 MOST_PIXELS = 32_000_000  # a loop keeps some ten float tensors of a picture's size
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 AMPLIFY = 10  # of the difference, which is shown around grey
-
-
-class Cancelled(Exception):
-    """The visitor wants the loop to stop."""
-
-
-@dataclass
-class Visit:
-    """What one open page has; its folder is deleted with it."""
-
-    folder: Path
-    uploads: list[Path] = field(default_factory=list)  # Gradio's copies; other visits may have the same
-    source: Path | None = None
-    boxes: list[Box] = field(default_factory=list)  # of faces, in the source's pixels
-    chosen: list[Box] = field(default_factory=list)  # those that the protected picture was made for
-    protected: Path | None = None
-    corner: tuple[int, int] | None = None  # the first of two clicks
-    cancelled: bool = False
-
-    def new_folder(self) -> Path:
-        """Makes a place for a file of a known name; browsers keep what an address once showed."""
-        return Path(tempfile.mkdtemp(dir=self.folder))
 
 
 @dataclass
@@ -93,81 +73,81 @@ class Studio:
     The networks are loaded at once, so that what is wrong with them is said before anybody waits.
     """
 
-    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
-        self.args, self.folder = args, folder
-        self.visits: dict[str, Visit] = {}  # by Gradio's name of a session
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+        self.at_work = threading.Lock()  # one job at a time, also beside one that was cancelled and ends soon
         protector = Protector(args)
         protector.preload()
         self.detector, self.chosen = protector.detector, protector.chosen
         self.editor = self.chosen.load_editor()
 
-    def open(self, session: str) -> Visit:
-        """Begins a visit."""
-        visit = self.visits[session] = Visit(Path(tempfile.mkdtemp(dir=self.folder)))
-        return visit
-
-    def close(self, visit: Visit | None) -> None:
-        """Ends a visit and deletes its pictures."""
-        if visit is not None:
-            visit.cancelled = True
-            self.visits = {session: other for session, other in self.visits.items() if other is not visit}
-            shutil.rmtree(visit.folder, ignore_errors=True)
-            for path in set(visit.uploads).difference(*(other.uploads for other in self.visits.values())):
-                path.unlink(missing_ok=True)
-
-    def look(self, visit: Visit, path: Path) -> None:
-        """Takes a picture and finds the faces in it."""
-        if path.is_relative_to(self.folder):
-            visit.uploads.append(path)
-            path = Path(shutil.copy(path, visit.new_folder()))
-        portrait = load_portrait(path, self.chosen.resolution)
-        height, width = portrait.size
-        if height * width > MOST_PIXELS:
+    def look(self, picture: Picture) -> None:
+        """Finds the faces in a picture."""
+        path = picture.source
+        if (size := stored_size(path)) and size[0] * size[1] > MOST_PIXELS:
             most = f"the {MOST_PIXELS / 1e6:.0f} megapixels that this page takes"
-            raise UserError(f"{path}: {width}x{height} is more than {most}; reduce it, or use defend.py")
-        visit.source, visit.boxes = path, self.detector(portrait.pixels)
+            raise UserError(f"{path}: {size[1]}x{size[0]} is more than {most}; reduce it, or use defend.py")
+        picture.boxes = self.detector(load_portrait(path, self.chosen.resolution).pixels)
 
-    def point(self, visit: Visit, box: Box) -> None:
+    def point(self, visit: Visit, box: Box) -> Picture:
         """Takes a face given by hand instead of those that were found."""
-        if visit.source is None:
+        if visit.picture is None:
             raise UserError("choose a portrait first")
-        visit.boxes, visit.protected, visit.corner = [box], None, None
+        path = visit.picture.source
+        height, width = image_size(path)
+        if (inside := clip_box(box, (height, width))) is None:
+            raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
+        visit.expect(picture := Picture(path, [inside]))
+        visit.show(picture)
+        return picture
 
-    def protect(
-        self,
-        visit: Visit,
-        settings: dict[str, Any],
-        faces: Sequence[int],
-        callback: Callable[[int, Tensor], None],
-    ) -> Report:
-        """Protects the visit's picture. settings: instead of the flags; faces: numbers of boxes."""
-        if visit.source is None:
+    def plan(self, visit: Visit, settings: dict[str, Any], faces: Sequence[int]) -> Job:
+        """Begins to protect the visit's picture. settings: instead of the flags; faces: numbers of boxes."""
+        if (picture := visit.picture) is None:
             raise UserError("choose a portrait first")
-        visit.chosen = [visit.boxes[i] for i in faces] if len(visit.boxes) > 1 else visit.boxes
-        if visit.boxes and not visit.chosen:
+        boxes = picture.boxes
+        chosen = boxes if len(boxes) < 2 else [box for i, box in enumerate(boxes) if i in faces]
+        if boxes and not chosen:
             raise UserError("choose at least one face")
-        protector = Protector(argparse.Namespace(**vars(self.args) | settings))
-        subject = protector.load(visit.source, next(iter(visit.chosen), None))
-        size = subject.portrait.size
-        working = protector.chosen.editor.working_size(size, protector.resolution)
-        if visit.chosen:
-            subject.boxes = [inside for box in visit.chosen if (inside := scale_box(box, size, working))]
-        protector.preload()
-        protector.chosen.warn_of([size])
-        output = visit.new_folder() / f"protected_{visit.source.stem}.png"
-        (report,) = protector.save([subject], [output], callback)
-        visit.protected = output
+        picture.protected = None
+        visit.job = Job(picture, settings, chosen)
+        return visit.job
+
+    def protect(self, visit: Visit, job: Job, callback: Callable[[int, Tensor], None]) -> Report:
+        """Protects a job's picture. Raises Cancelled once the visitor doesn't wait for it any more."""
+
+        def step(i: int, values: Tensor) -> None:
+            if visit.job is not job:
+                raise Cancelled
+            callback(i, values)
+
+        def write(path: Path, *pixels: np.ndarray) -> None:
+            visit.write(path, png_bytes(*pixels))
+
+        with self.at_work, visit.making(lambda: visit.job is job):
+            protector = Protector(argparse.Namespace(**vars(self.args) | job.settings))
+            if protector.needs_face and not job.faces:
+                raise UserError("no face was found: draw a box around it, under Faces")
+            subject = protector.load(job.picture.source, next(iter(job.faces), None))
+            size = subject.portrait.size
+            working = protector.chosen.editor.working_size(size, protector.resolution)
+            if job.faces:
+                subject.boxes = [inside for box in job.faces if (inside := scale_box(box, size, working))]
+            protector.preload()
+            protector.chosen.warn_of([size])
+            output = visit.place("protected", f"protected_{job.picture.source.stem}.png")
+            (report,) = protector.save([subject], [output], step, write)
+        job.picture.protected, job.picture.chosen = output, job.faces
         return report
 
-    def edit(self, visit: Visit, prompt: str, seed: int) -> np.ndarray:
-        """Edits the source and the protected picture alike -> (2, H, W, 3) uint8."""
-        if visit.source is None or visit.protected is None:
-            raise UserError("protect a portrait first")
-        pair = [load_image(path) for path in (visit.source, visit.protected)]
+    def edit(self, picture: Picture, prompt: str, seed: int) -> np.ndarray:
+        """Edits a picture and its protection alike -> (2, H, W, 3) uint8."""
+        pair = [load_image(path) for path in (picture.source, picture.protected)]
         self.chosen.warn_of([pair[0].size], [prompt])
-        return edit_portraits(pair, [prompt] * 2, self.editor, seed)
+        with self.at_work:
+            return edit_portraits(pair, [prompt] * 2, self.editor, seed)
 
-    def compare(self, visit: Visit, edits: np.ndarray) -> list[Face]:
+    def compare(self, picture: Picture, edits: np.ndarray) -> list[Face]:
         """Measures FR of both edits by recognisers and judges, for each face that was chosen.
 
         As in evaluation/, the detector looks at the edits, too; where it finds none, the source's box counts.
@@ -175,10 +155,10 @@ class Studio:
         import numpy as np
         import torch
 
-        images = to_tensor(np.stack([load_image(visit.source).pixels, *edits])).to(self.chosen.device)
+        images = to_tensor(np.stack([load_image(picture.source).pixels, *edits])).to(self.chosen.device)
         detected = [self.detector(edit) for edit in edits]
         faces = []
-        for box in visit.chosen:
+        for box in picture.chosen:
             overlapping = [[other for other in boxes if shared(box, other)] for boxes in detected]
             nearest = [max(boxes, key=lambda other: shared(box, other), default=box) for boxes in overlapping]
             panel = self.chosen.panel()
@@ -210,10 +190,24 @@ def measured(report: Report, seconds: float) -> str:
     pairs = [f"{name} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two]
     return (
         "Saved, read back and measured: no colour of a pixel differs from your picture by more than "
-        f"**{round(report.linf / LEVEL)} of 255 levels** (L-infinity {report.linf:.4f} in [-1, 1], "
-        f"allowed {report.budget:g}); **PSNR {report.psnr:.1f} dB**. It took {seconds:.1f} s."
+        f"<b>{round(report.linf / LEVEL)} of 255 levels</b> (L-infinity {report.linf:.4f} in [-1, 1], "
+        f"allowed {report.budget:g}); <b>PSNR {report.psnr:.1f} dB</b>. It took {seconds:.1f} s."
         + (f" Face similarity after the editor's autoencoder alone: {', '.join(pairs)}." if pairs else "")
     )
+
+
+def notes(stderr: str) -> str:
+    """Shows the warnings among what was printed."""
+    lines = re.findall("^warning: (.*)", stderr, re.MULTILINE)
+    return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
+
+
+def given(kind: Callable[[str], Any], name: str, value: Any) -> Any:
+    """Reads a number that the page gives as argparse reads a flag's. Raises UserError."""
+    try:
+        return kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {'nothing is given' if value is None else error}") from None
 
 
 def table_of(faces: Sequence[Face]) -> pd.DataFrame:
@@ -230,7 +224,7 @@ def table_of(faces: Sequence[Face]) -> pd.DataFrame:
     return table.dropna(axis=1, how="all")
 
 
-def shown(visit: Visit, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:
+def shown(visit: Visit, kind: str, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:
     """Writes what the browser shows of (H, W, 3) uint8: reduced if it is large, with numbered boxes."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
@@ -244,8 +238,8 @@ def shown(visit: Visit, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:
         corners = [place * scale for place in box]
         draw.rectangle(corners, outline="white", width=line)
         draw.text(corners[:2], f" {number}", "white", font, stroke_width=line, stroke_fill="black")
-    path = visit.new_folder() / "shown.png"
-    save_png(path, np.asarray(image))
+    path = visit.place(kind, "shown.png")
+    visit.write(path, png_bytes(np.asarray(image)))
     return str(path)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+import json
 import os
 import re
 import shutil
 import socket
+import stat
 import struct
 import subprocess
 import sys
+import threading
 import time
 import zlib
 from pathlib import Path
@@ -22,6 +27,7 @@ import defend
 from images import linf, load_image, save_png
 from models.loading import ROOT
 from utils import UserError
+from visits import HOUR, MARK, MOST_WAITING, Cancelled, Picture, Visits, clear_dead, server_folder
 
 MINI = sorted((ROOT / "assets" / "portraits" / "mini").glob("*.png"))
 BUDGET = 0.06
@@ -69,70 +75,451 @@ def test_the_table_has_a_line_a_recogniser_and_no_column_of_unknown_thresholds()
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the work
+# visits
 
 
 @pytest.fixture
-def visit(defend_flags, tmp_path):
-    """Begins a visit of a studio with tiny models in place of the full set's, but for MTCNN."""
-    studio = app.Studio(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"]), tmp_path)
-    visit = studio.open("a session")
-    yield studio, visit
-    studio.close(visit)
-    assert not visit.folder.exists() and not studio.visits
+def visits(tmp_path):
+    (tmp_path / "server").mkdir()
+    return Visits(tmp_path / "server")
+
+
+def test_a_visit_has_one_folder_that_is_never_made_again(visits):
+    visit = visits.open("a session")
+    assert stat.S_IMODE(visit.folder.stat().st_mode) == 0o700
+    path = visit.place("shown", "shown.png")
+    visit.write(path, b"data")
+    visits.close(visit)
+    assert list(visits.folder.iterdir()) == [] and not visits.visits
+    with pytest.raises(Cancelled):
+        visit.write(path, b"data")
+    with pytest.raises(Cancelled):
+        visit.place("shown", "shown.png")
+    assert list(visits.folder.iterdir()) == []
+
+
+def test_a_visit_that_ends_while_its_files_are_written_leaves_none(visits):
+    visit = visits.open("a session")
+    begun = threading.Event()
+
+    def write():
+        with contextlib.suppress(Cancelled):
+            while True:
+                visit.write(visit.place("shown", "shown.png"), b"data")
+                begun.set()
+
+    writers = [threading.Thread(target=write) for _ in range(4)]
+    for writer in writers:
+        writer.start()
+    begun.wait(10)
+    visits.close(visit)
+    for writer in writers:
+        writer.join(10)
+    assert list(visits.folder.iterdir()) == []
+
+
+def test_a_visit_stores_one_file_of_a_kind_and_none_of_the_last_picture(visits):
+    visit = visits.open("a session")
+    for kind in ("source", "protected", "protected"):
+        visit.write(path := visit.place(kind, "it.png"), b"data")
+        assert path.read_bytes() == b"data" and visits.has(str(path))
+    assert len([path for path in visit.folder.rglob("*") if path.is_file()]) == 2
+    visit.expect(Picture(visit.files["source"]))  # a face given by hand
+    assert list(visit.files) == ["source"]
+    visit.expect(Picture())
+    assert list(visit.folder.iterdir()) == []
+
+
+def test_what_belongs_to_no_visit_is_swept(visits, monkeypatch):
+    first, second = visits.open("first"), visits.open("second")
+    (visits.folder / "stray").mkdir()
+    (visits.folder / "file").write_text("stray")
+    visits.wait("old.png", io.BytesIO())
+    second.used -= HOUR + 1
+    visits.waiting = {key: (name, file, at - 61) for key, (name, file, at) in visits.waiting.items()}
+    token = visits.wait("new.png", io.BytesIO(b"data"))
+    visits.sweep()
+    assert list(visits.folder.iterdir()) == [first.folder] and list(visits.waiting) == [token]
+    assert visits.find("first") is first
+    with pytest.raises(UserError, match="load it again"):
+        visits.find("second")
+    visits.end()
+    with pytest.raises(UserError, match="too many people"):
+        visits.open("third")
+
+
+def test_an_upload_is_taken_once(visits):
+    visit, token = visits.open("a session"), visits.wait("me.png", io.BytesIO(b"data"))
+    path = visits.take(visit, token)
+    assert path.name == "me.png" and path.read_bytes() == b"data" and path.is_relative_to(visit.folder)
+    for wrong in (token, str(path), "", "/etc/hostname"):
+        with pytest.raises(UserError, match="choose the file again"):
+            visits.take(visits.open("another"), wrong)
+
+
+def test_only_the_folders_of_dead_servers_are_deleted(tmp_path):
+    """By their lock, which a killed process loses; nothing without our mark, and nothing behind a link."""
+    code = (
+        "from visits import *; import time\nwith server_folder() as it: print(it, flush=True); time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    servers = [
+        subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) for _ in range(2)
+    ]
+    dead, living = (Path(server.stdout.readline().strip()) for server in servers)
+    for folder in (dead, living, tmp_path / "facelock-mine"):
+        (folder / "tmp1").mkdir(parents=True)
+        (folder / "tmp1" / "shown.png").write_text("a face")
+    servers[0].kill()
+    servers[0].wait()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / MARK).touch()
+    (tmp_path / "facelock-link").symlink_to(tmp_path / "elsewhere")
+    clear_dead(tmp_path)
+    assert not dead.exists()
+    for kept in (living, tmp_path / "facelock-mine"):
+        assert (kept / "tmp1" / "shown.png").exists()
+    assert (tmp_path / "elsewhere" / MARK).exists()
+    servers[1].terminate()
+    servers[1].wait()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tempfile.tempdir", str(tmp_path))
+        with server_folder() as folder:  # the next start
+            assert not living.exists()
+        assert not folder.exists()
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the work
+
+
+@pytest.fixture(scope="module")
+def studio(defend_flags):
+    """Makes a studio with tiny models in place of the full set's, but for MTCNN."""
+    return app.Studio(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"]))
+
+
+def ignore(i, values):
+    pass
+
+
+@pytest.fixture
+def looked_at(studio, visits):
+    """Gives a function that makes a picture a visit's."""
+
+    def look(visit, path):
+        visit.expect(picture := Picture(path))
+        studio.look(picture)
+        visit.show(picture)
+        return picture
+
+    return look
 
 
 @pytest.mark.slow
-def test_of_several_faces_those_chosen_are_protected_and_compared(visit, tmp_path):
-    studio, visit = visit
+def test_of_several_faces_those_chosen_are_protected_and_compared(studio, visits, looked_at, tmp_path):
+    visit = visits.open("a session")
     portraits = [ROOT / "assets" / "portraits" / name for name in ("astronaut.png", "grace_hopper.jpg")]
     pair = [load_image(path).pixels[:512] for path in portraits]
     save_png(tmp_path / "pair.png", np.concatenate(pair, axis=1))
-    studio.look(visit, tmp_path / "pair.png")
-    assert len(visit.boxes) == 2
-    with pytest.raises(UserError, match="choose at least one face"):
-        studio.protect(visit, {}, [], lambda i, values: None)
-    studio.protect(visit, {}, [1], lambda i, values: None)
-    assert visit.chosen == [visit.boxes[1]]
-    edits = studio.edit(visit, "Let it be snowy", seed=0)
+    picture = looked_at(visit, tmp_path / "pair.png")
+    assert len(picture.boxes) == 2
+    for wrong in ([], [2], [-1], ["0"]):
+        with pytest.raises(UserError, match="choose at least one face"):
+            studio.plan(visit, {}, wrong)
+    studio.protect(visit, studio.plan(visit, {}, [1]), ignore)
+    assert picture.chosen == [picture.boxes[1]]
+    edits = studio.edit(picture, "Let it be snowy", seed=0)
     assert edits.shape == (2, 512, 1024, 3)
-    (face,) = studio.compare(visit, edits)
+    (face,) = studio.compare(picture, edits)
     assert set(face.values) == {"recognizer", "judge"} and len(face.found) == 2
-    (same,) = studio.compare(visit, np.stack([load_image(visit.source).pixels] * 2))
+    (same,) = studio.compare(picture, np.stack([load_image(picture.source).pixels] * 2))
     assert same.found == [True, True]
     assert np.allclose([*same.values["recognizer"], *same.values["judge"]], 1, atol=1e-5)
 
 
 @pytest.mark.slow
-def test_without_a_face_the_message_is_the_scripts_and_a_box_helps(visit, tmp_path):
-    studio, visit = visit
+def test_without_a_face_the_message_is_the_pages_and_a_box_helps(studio, visits, looked_at, tmp_path):
+    visit = visits.open("a session")
     with pytest.raises(UserError, match="choose a portrait first"):
         studio.point(visit, (0, 0, 50, 50))
     save_png(tmp_path / "grey.png", np.full((64, 64, 3), 128, np.uint8))
-    studio.look(visit, tmp_path / "grey.png")
-    assert visit.boxes == []
-    with pytest.raises(UserError, match="no face found; say where it is with defend.py --face_box"):
-        studio.protect(visit, {}, [], lambda i, values: None)
-    studio.protect(visit, {"defend_method": "noise"}, [], lambda i, values: None)
-    assert studio.compare(visit, studio.edit(visit, "Let it be snowy", seed=0)) == []
-    studio.point(visit, (10, 10, 50, 50))
-    studio.protect(visit, {}, [], lambda i, values: None)
-    (face,) = studio.compare(visit, studio.edit(visit, "Let it be snowy", seed=0))
+    picture = looked_at(visit, tmp_path / "grey.png")
+    assert picture.boxes == []
+    with pytest.raises(UserError, match="no face was found: draw a box around it"):
+        studio.protect(visit, studio.plan(visit, {}, []), ignore)
+    studio.protect(visit, studio.plan(visit, {"defend_method": "noise"}, []), ignore)
+    assert studio.compare(picture, studio.edit(picture, "Let it be snowy", seed=0)) == []
+    with pytest.raises(UserError, match="outside the 64x64 image"):
+        studio.point(visit, (70, 10, 80, 50))
+    picture = studio.point(visit, (10, 10, 50, 50))
+    studio.protect(visit, studio.plan(visit, {}, []), ignore)
+    (face,) = studio.compare(picture, studio.edit(picture, "Let it be snowy", seed=0))
     assert face.found == [False, False]
 
 
-def test_an_upload_that_two_visits_have_is_deleted_with_the_second(visit, tmp_path):
-    studio, first = visit
-    second = studio.open("another session")
-    upload = tmp_path / "upload" / MINI[0].name
-    upload.parent.mkdir()
-    shutil.copy(MINI[0], upload)
-    for one in (first, second):
-        studio.look(one, upload)
-    studio.close(second)
-    assert upload.exists() and first.source.exists() and not second.source.exists()
-    studio.close(first)
-    assert not upload.exists()
+def test_a_protection_is_for_its_own_picture(studio, visits, tmp_path):
+    """Not for one that is chosen meanwhile, be it of another size, or gone."""
+    visit = visits.open("a session")
+
+    def begin():
+        visit.expect(picture := Picture(MINI[0]))
+        visit.show(picture)
+        return picture, studio.plan(visit, {"defend_method": "encoder", "num_iters": 2}, [])
+
+    for another in (Picture(MINI[1]), None):
+        picture, job = begin()
+        with pytest.raises(Cancelled):
+            studio.protect(visit, job, lambda i, values, another=another: visit.expect(another))
+        assert picture.protected is None and not [*visit.folder.rglob("*.png")]
+    picture, job = begin()
+    with pytest.raises(Cancelled):
+        studio.protect(visit, job, lambda i, values: visits.close(visit))
+    assert list(visits.folder.iterdir()) == []
+    visit = visits.open("a session")
+    picture, job = begin()
+    report = studio.protect(visit, job, ignore)
+    assert picture.protected == report.path
+
+
+def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
+    (tmp_path / "large.png").write_bytes(huge_png(12_000, 12_000))
+    monkeypatch.setattr("studio.load_portrait", None)
+    with pytest.raises(UserError, match="12000x12000 is more than the 32 megapixels"):
+        studio.look(Picture(tmp_path / "large.png"))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# requests, of which nothing is believed
+
+
+PORT = 7860
+HERE = f"http://127.0.0.1:{PORT}"
+API = "/gradio_api"
+
+
+@pytest.fixture(scope="module")
+def served(studio, tmp_path_factory):
+    """Serves the page in this process."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")
+    with pytest.MonkeyPatch.context() as patch:
+        root = tmp_path_factory.mktemp("served")
+        patch.setattr("tempfile.tempdir", str(root))
+        (root / "server").mkdir()
+        patch.setenv("GRADIO_TEMP_DIR", str(root / "server"))
+        from starlette.testclient import TestClient
+
+        import server
+
+        visits = Visits(root / "server")
+        page = app.build(studio, visits)
+        served = server.guarded(page, visits, PORT, {str(path) for path in MINI})
+        with TestClient(served, HERE, raise_server_exceptions=False) as client:
+            client.visits, client.page = visits, page
+            yield client
+
+
+@pytest.fixture
+def client(served):
+    """Asks the page's server; client.visits has its visits, of which none is left at the end."""
+    yield served
+    served.visits.waiting.clear()
+    for visit in list(served.visits.visits.values()):
+        served.visits.close(visit)
+
+
+def number_of(client, name):
+    """The event's number by its handler."""
+    return next(number for number, event in client.page.fns.items() if event.name == name)
+
+
+def ask(client, session, name, data=(), index=None):
+    """Sends an event as the page does -> what it answers, as text."""
+    event = {"index": index, "value": None, "selected": True}
+    call = {"fn_index": number_of(client, name), "session_hash": session, "data": data, "event_data": event}
+    headers = {"content-type": "application/json"}
+    joined = client.post(f"{API}/queue/join", content=json.dumps(call), headers=headers)
+    if joined.status_code != 200:
+        return joined.text
+    return client.get(f"{API}/queue/data?session_hash={session}").text
+
+
+def upload_file(client, data, name="me.png", **headers):
+    return client.post(f"{API}/upload", files={"files": (name, data)}, headers=headers)
+
+
+def files_in(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+FOREIGN = [
+    {"host": "evil.example"},
+    {"host": f"evil.example:{PORT}"},
+    {"host": f"127.0.0.1.evil.example:{PORT}"},
+    {"host": "localhost:8000"},
+    {"host": ""},
+    {"origin": "http://evil.example"},
+    {"origin": "null"},
+    {"origin": "http://localhost:3000"},
+    {"origin": f"http://localhost:{PORT}"},  # who listens there may be somebody else
+    {"origin": f"https://127.0.0.1:{PORT}"},
+    {"sec-fetch-site": "cross-site"},
+    {"sec-fetch-site": "same-site"},
+]
+ROUTES = [
+    "/", "/config", "/assets/x", "/nothing", f"{API}/upload", f"{API}/queue/join", f"{API}/run/predict",
+    f"{API}/queue/data?session_hash=x", f"{API}/heartbeat/x", f"{API}/file={MINI[0]}",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("headers", FOREIGN, ids=lambda headers: " ".join(*headers.items()))
+def test_other_hosts_and_origins_get_nothing(client, headers):
+    """A page elsewhere, and one whose name was made to lead here (DNS rebinding)."""
+    for route in ROUTES:
+        for method in ("GET", "POST", "OPTIONS", "HEAD"):
+            answer = client.request(method, route, headers=headers)
+            assert answer.status_code == 403, (method, route)
+            assert "access-control-allow-origin" not in answer.headers
+    assert upload_file(client, b"data", **headers).status_code == 403
+    assert not client.visits.waiting and not client.visits.visits
+
+
+def test_the_page_itself_is_served(client):
+    for host in ("127.0.0.1", "localhost", "[::1]"):
+        address = f"{host}:{PORT}"
+        own = {"host": address, "origin": f"http://{address}", "sec-fetch-site": "same-origin"}
+        assert "FaceLock" in client.get("/", headers=own).text
+    from_a_link = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
+    assert client.get("/", headers=from_a_link).status_code == 200
+    assert client.get(f"{API}/file={MINI[0]}").content == MINI[0].read_bytes()
+
+
+def test_there_is_no_websocket(client):
+    from starlette.testclient import WebSocketDisconnect
+
+    with pytest.raises(WebSocketDisconnect), client.websocket_connect(f"{API}/queue/join"):
+        pass
+
+
+def test_what_the_page_does_not_ask_for_is_not_there(client):
+    """Of what Gradio offers, and files that are not the page's, however they are spelled."""
+    asked = (
+        "proxy=http://127.0.0.1:80/", "component_server", "process_recording", "vibe-edit", "api/protect",
+        "call/protect", "stream/x", "stream/x/y/1/playlist-file", "file//etc/hostname", "file=/etc/hostname",
+        "file=http://127.0.0.1/", f"file={ROOT}/app.py", f"file={MINI[0].parent}/../../../app.py",
+        f"file={MINI[0].parent}/%2E/{MINI[0].name}", "info", "deep_link?session_hash=x",
+    )  # fmt: skip
+    for route in [f"{API}/{name}" for name in asked] + ["/docs", "/login", "/monitoring", "/logout"]:
+        for method in ("GET", "POST"):
+            assert client.request(method, route).status_code == 404, route
+
+
+def test_an_upload_has_no_name_until_a_visit_takes_it(client):
+    """So a broken one, or one of a page that was closed, leaves nothing behind."""
+    visit = client.visits.open("uploads")
+    root = client.visits.folder.parent
+    data = MINI[0].read_bytes()
+    before = files_in(root)
+    (token,) = upload_file(client, data + bytes(3_000_000), "../../a b#c?.png").json()  # on disk by its size
+    assert files_in(root) == before
+    assert client.get(f"{API}/file={token}").headers["content-type"] == "image/gif"
+    broken = {"content-type": "multipart/form-data; boundary=x"}
+    part = b'--x\r\nContent-Disposition: form-data; name="files"; filename="a.png"\r\n\r\n' + bytes(3_000_000)
+    for body in (part, b"", b"--x--"):
+        assert client.post(f"{API}/upload", content=body, headers=broken).status_code == 400
+    assert client.post(f"{API}/upload", content=b"x").status_code == 400
+    assert files_in(root) == before and list(client.visits.waiting) == [token]
+    assert "a b#c?.png, 128x128" in ask(client, "uploads", "take_upload", [{"path": token}])
+    assert [path.name for path in visit.files.values()] == ["a b#c?.png", "shown.png", "shown.png"]
+    client.visits.close(visit)
+    assert files_in(root) == before
+
+
+def test_uploads_have_limits(client, monkeypatch):
+    monkeypatch.setattr("server.LARGEST_UPLOAD", 1000)
+    answer = upload_file(client, bytes(2000))
+    assert answer.status_code == 413 and answer.text == "larger than the 100 MB that this page takes"
+    for _ in range(MOST_WAITING):
+        assert upload_file(client, b"data").status_code == 200
+    assert upload_file(client, b"data").status_code == 503
+    assert not files_in(client.visits.folder)
+    client.visits.waiting.clear()
+    from server import safe_name
+
+    assert safe_name("../..") == "portrait" and safe_name("a\n\0b.png") == "ab.png"
+    assert len(safe_name(f"{'ü' * 300}.png").encode()) <= 204
+
+
+def test_no_path_of_a_request_is_used(client, tmp_path):
+    """In whatever input of whatever event: no file is read, copied or deleted that a request names."""
+    visit, other = client.visits.open("thief"), client.visits.open("victim")
+    (token,) = upload_file(client, MINI[1].read_bytes(), "victim.png").json()
+    kept = client.visits.take(other, token)
+    private = tmp_path / "private.png"
+    shutil.copy(MINI[2], private)
+    (tmp_path / "link.png").symlink_to(private)
+    outside = client.visits.folder.parent / "outside.png"
+    shutil.copy(MINI[2], outside)
+    named = (
+        private, tmp_path / "link.png", outside, visit.folder / ".." / ".." / outside.name, kept, token,
+        "/dev/zero", "http://127.0.0.1:9/x.png", f"upload/../../../../../../../..{private}", MINI[0],
+    )  # fmt: skip
+    before = files_in(client.visits.folder) | files_in(tmp_path)
+    file = {"meta": {"_type": "gradio.FileData"}}
+    for path in map(str, named):
+        for said in ({"path": path}, {"path": path, "url": path} | file):
+            assert "choose the file again" in ask(client, "thief", "take_upload", [said])
+    for name in ("take_box", "describe", "iterations_of", "edit_both", "begin", "cancel", "end"):
+        for said in ({"path": str(private)} | file, [{"path": token} | file]):
+            assert "file=" not in ask(client, "thief", name, [said] * 4, index=said)
+    assert files_in(client.visits.folder) | files_in(tmp_path) == before
+    client.visits.close(other)
+    client.visits.close(visit)
+    assert private.read_bytes() == outside.read_bytes() == MINI[2].read_bytes()
+
+
+def test_numbers_of_requests_are_checked(client):
+    """Those that the page itself would not send, too: a sentence, and no exception's words."""
+    visit = client.visits.open("numbers")
+    for index in (-1, 2, 10**30, 1.5, "0", None, [0], {}):
+        ask(client, "numbers", "take_bundled", index=index)
+        assert visit.picture is None and visit.coming is None
+    assert "grace_hopper.jpg, 512x600" in ask(client, "numbers", "take_bundled", index=1)
+    for index in (3, [1], [1, 2, 3], ["a", "b"], [None, None], {}):
+        ask(client, "numbers", "take_click", index=index)
+        assert visit.corner is None
+    assert "One corner is at 0,128" in ask(client, "numbers", "take_click", index=[-5, 128])
+    budgets = (5, None, "x", [1], -1, 0.301, 1e999)
+    rows = [(budget, 4, "Budget: ") for budget in budgets]
+    rows += [(0.03, total, "Iterations: ") for total in (-1, 501, 10**12, 4.5, None, "x")]
+    for budget, total, said in rows:
+        assert said in ask(client, "numbers", "begin", ["encoder", budget, total, []])
+        assert visit.job is None
+    assert "Budget: nothing is given" in ask(client, "numbers", "begin", ["encoder", None, 4, []])
+    assert "from 0.01 to 0.3" in ask(client, "numbers", "describe", ["encoder", 5])
+    for seed in (None, -1, 1.5, 2**63, "x"):
+        assert "Seed: " in ask(client, "numbers", "edit_both", ["Let it be snowy", "", seed])
+    for box in ("1,2", "0,0,0,0", "nan,1,2,3", "600,600,700,700"):
+        assert re.search("is not|outside the 512x600 image", ask(client, "numbers", "take_box", [box]))
+    assert "choose a method" in ask(client, "numbers", "begin", [None, 0.03, 4, []])
+    ask(client, "numbers", "begin", ["no method", 0.03, 4, []])
+    assert visit.job is None
+
+
+def test_a_call_is_small_and_well_formed(client):
+    for content in (b"", b"[]", b"{}", b"[" * 100_000, b'{"data": 5}', b"1" * 10_000, b" " * 2_000_000):
+        assert client.post(f"{API}/queue/join", content=content).status_code == 400
+
+
+def test_names_are_not_markup(client):
+    client.visits.open("names")
+    name = "_a_ **b** $c$ <img src=x onerror=alert(1)>.png"
+    (token,) = upload_file(client, MINI[0].read_bytes(), name).json()
+    answer = ask(client, "names", "take_upload", [{"path": token}])
+    assert "&lt;img src=x onerror=alert(1)&gt;.png, 128x128" in answer and "<img src=x" not in answer
+    (status,) = (it for it in client.page.blocks.values() if it.elem_id == "status")
+    assert status.get_block_name() == "html"  # and not Markdown
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -175,6 +562,9 @@ def open_page(browser, server):
     """Opens pages of visitors; at the end none had an error in its console or asked another host."""
     contexts, trouble = [], []
 
+    def tell(said):
+        return f"{said.text} {said.location['url']}"
+
     def watch_request(request):
         if not request.url.startswith((server[0], "data:", "blob:")):
             trouble.append(f"asked {request.url}")
@@ -183,7 +573,7 @@ def open_page(browser, server):
         contexts.append(browser.new_context(viewport={"width": width, "height": 900}))
         page = contexts[-1].new_page()
         page.set_default_timeout(PATIENCE)
-        page.on("console", lambda said: said.type == "error" and not known and trouble.append(said.text))
+        page.on("console", lambda said: said.type == "error" and not known and trouble.append(tell(said)))
         page.on("pageerror", lambda error: trouble.append(str(error)))
         page.on("request", watch_request)
         page.goto(server[0])
@@ -203,7 +593,7 @@ def upload(page, path, shows=None):
 
 
 def protect(page, n_iters=4):
-    page.get_by_label("number input for Iterations").fill(str(n_iters))
+    page.get_by_label("Iterations").fill(str(n_iters))
     page.get_by_role("button", name="Protect", exact=True).click()
 
 

@@ -287,12 +287,15 @@ ORDER = [
 ]  # fmt: skip
 
 
+OF_THE_PAGE = ["studio", "server", "visits"]
+
+
 def level(path: Path) -> int:
-    """How high a file stands: in ORDER, above it the scripts and app.py's studio, then what none imports."""
+    """How high a file stands: in ORDER, above it the scripts and what the page is of, then the rest."""
     if path.parent.name in ("mini", "drawing", "benchmarks"):
         return len(ORDER) + 1
     name = path.stem if path.parent == ROOT else path.parent.name
-    return len(ORDER) if is_script(path) or name == "studio" else ORDER.index(name)
+    return len(ORDER) if is_script(path) or name in OF_THE_PAGE else ORDER.index(name)
 
 
 def imports() -> dict[Path, set[Path]]:

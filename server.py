@@ -1,0 +1,229 @@
+"""Serves the page of app.py: on 127.0.0.1, to that page alone, and no file but those that are its own.
+
+Gradio believes requests: a path in one is a file for it. So what gets there is reduced to what the page asks
+for, and a file has a name that this server has given, or none.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import json
+import os
+import re
+import signal
+import socket
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.routing import Route
+
+from utils import UserError
+from visits import MINUTE, MOST_WAITING, UPLOAD, Visits, server_folder
+
+ADDRESS = "127.0.0.1"
+HOSTS = ("127.0.0.1", "localhost", "[::1]")
+LARGEST_UPLOAD, LARGEST_CALL = 100_000_000, 1_000_000  # bytes
+TOO_LARGE = "larger than the 100 MB that this page takes"
+API = "/gradio_api"
+FILE = f"{API}/file="
+CALLS = re.compile(f"{API}/(queue/join|run/predict)/?")
+HEARTBEAT = re.compile(rf"{API}/heartbeat/(\w{{1,64}})")
+# What else the page asks for; everything that Gradio has beside it is not there
+PLAIN = re.compile(
+    "/|/config|/theme.css|/favicon.ico|/manifest.json|/(assets|static)/.*|"
+    f"{API}/(queue/data|cancel|reset|upload|upload_progress|app_id)"
+)
+SIGNALS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
+BLANK = bytes.fromhex("47494638396101000100800000000000ffffff21f90401000000002c000000000100010000020144003b")
+
+
+class Guard:
+    """Wraps Gradio's app: who asks, for what, and with what in it."""
+
+    def __init__(self, app: Callable, visits: Visits, port: int, own: set[str]) -> None:
+        self.app, self.visits, self.own = app, visits, own
+        self.hosts = [f"{host}:{port}" for host in HOSTS] + (list(HOSTS) if port == 80 else [])
+
+    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        if scope["type"] != "http":  # the page has no websocket
+            return await send({"type": "websocket.close"})
+        request, path = Request(scope, receive), scope["path"]
+        if not self.is_of_page(request):
+            answer = PlainTextResponse(f"only for http://{self.hosts[0]}, opened as such", 403)
+        elif path.startswith(FILE + UPLOAD):  # shown until the picture is there that is made of it
+            answer = Response(BLANK, media_type="image/gif")
+        elif found := HEARTBEAT.fullmatch(path):
+            answer = await self.stay(found[1], request, send)
+        elif CALLS.fullmatch(path):
+            answer = await self.call(request, send)
+        elif PLAIN.fullmatch(path) or self.is_own(path):
+            return await self.app(scope, receive, send)
+        else:
+            answer = PlainTextResponse("not there", 404)
+        if answer is not None:
+            await answer(scope, receive, send)
+
+    def is_of_page(self, request: Request) -> bool:
+        """Tells whether this server's own page asks, and not one that a browser has from somewhere else."""
+        headers = request.headers
+        host, origin, site = headers.getlist("host"), headers.getlist("origin"), headers.get("sec-fetch-site")
+        if len(host) != 1 or host[0].lower() not in self.hosts:
+            return False  # a foreign name that leads here, too
+        if origin and origin != [f"http://{host[0].lower()}"]:
+            return False
+        return site in (None, "none", "same-origin") or headers.get("sec-fetch-dest") == "document"  # a link
+
+    def is_own(self, path: str) -> bool:
+        """Tells whether a file was written for a visit or comes with the page, letter for letter."""
+        name = path.removeprefix(FILE)
+        return name != path and (name in self.own or self.visits.has(name))
+
+    async def stay(self, session: str, request: Request, send: Callable) -> Response | None:
+        """Keeps a visit for as long as the page has this connection open."""
+        try:
+            visit = self.visits.open(session)
+        except UserError as error:
+            return PlainTextResponse(str(error), 503)
+        try:
+            await self.app(request.scope, request.receive, send)
+        finally:  # whatever ended it
+            asyncio.get_running_loop().run_in_executor(None, self.visits.close, visit)
+
+    async def call(self, request: Request, send: Callable) -> Response | None:
+        """Hands an event on without anything that Gradio could take for a file."""
+        try:
+            body = b"".join([part async for part in limited(request, LARGEST_CALL)])
+            asked = json.loads(body)
+            event, data = asked.get("event_data"), asked["data"]
+            kept = {key: asked.get(key) for key in ("fn_index", "trigger_id", "session_hash")}
+            kept["data"] = [reduced(item) for item in data]
+            kept["event_data"] = {"index": reduced(event.get("index")), "value": None} if event else None
+        except (MultiPartException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+            return PlainTextResponse("not a call of the page", 400)
+        waiting = [{"type": "http.request", "body": json.dumps(kept).encode()}]
+
+        async def receive() -> dict:
+            return waiting.pop() if waiting else await request.receive()
+
+        await self.app(request.scope, receive, send)
+
+
+def reduced(value: Any) -> Any:
+    """Takes numbers, texts and lists of them as they are; of what has a path, as an upload, that name."""
+    if isinstance(value, dict):
+        return {"path": value["path"]} if isinstance(value.get("path"), str) else None
+    return [one for one in value if not isinstance(one, dict | list)] if isinstance(value, list) else value
+
+
+async def limited(request: Request, most: int, see: Callable = len) -> AsyncIterator[bytes]:
+    """Gives a request's body in parts, each seen. Raises MultiPartException above `most` bytes."""
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > most:
+            raise MultiPartException(TOO_LARGE)
+        see(part)
+        yield part
+
+
+def upload_into(visits: Visits) -> Callable:
+    """Makes the route of uploads: one file, kept without a place in any folder until a visit takes it."""
+    from gradio.routes import file_upload_statuses
+
+    arriving: list[str] = []
+
+    async def upload(request: Request) -> Response:
+        if len(arriving) + len(visits.waiting) >= MOST_WAITING:
+            return PlainTextResponse("too many uploads at a time: try again in a minute", 503)
+        progress = request.query_params.get("upload_id", "")
+        arriving.append(progress)
+        file_upload_statuses.track(progress)  # which the page asks for
+        try:
+            see = functools.partial(file_upload_statuses.append, progress, "")
+            parts = limited(request, LARGEST_UPLOAD, see)
+            form = await MultiPartParser(request.headers, parts, max_files=1, max_fields=0).parse()
+            file = form["files"]
+            return JSONResponse([visits.wait(safe_name(file.filename), file.file)])
+        except MultiPartException as error:
+            return PlainTextResponse(error.message, 413 if error.message == TOO_LARGE else 400)
+        except (ClientDisconnect, ValueError, LookupError, AttributeError, AssertionError):
+            return PlainTextResponse("not an upload", 400)
+        finally:
+            arriving.remove(progress)
+            file_upload_statuses.set_done(progress)
+
+    return upload
+
+
+def safe_name(given: str) -> str:
+    """Makes a file name of what a browser says: as it is, where that is possible."""
+    name = "".join(letter for letter in re.split(r"[/\\]", given)[-1] if letter.isprintable()).strip(" .")
+    stem, suffix = Path(name or "portrait").stem, Path(name).suffix
+    return stem.encode()[:200].decode(errors="ignore") + suffix.encode()[:20].decode(errors="ignore")
+
+
+def serve(build: Callable[[Visits], tuple[Any, dict[str, Any]]], port: int, own: set[str]) -> None:
+    """Serves a page until a signal ends the process. Raises UserError.
+
+    build: makes the gradio.Blocks and its looks; own: files that come with it.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+            signal.signal(number, stop)
+    try:
+        with server_folder() as folder, socket.socket() as listener:
+            visits = Visits(folder)
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                listener.bind((ADDRESS, port))
+                listener.listen()
+            except OSError:
+                raise UserError(f"--port {port} is taken, or needs other rights") from None
+            os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
+            page, look = build(visits)  # Gradio is imported now, and sees where it may write
+            app = guarded(page, visits, port, own, **look)
+            server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
+            thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
+            thread.start()
+            print(f"http://{ADDRESS}:{port} (Ctrl-C ends it and deletes what it has)", flush=True)
+            try:
+                while thread.is_alive():
+                    thread.join(MINUTE)
+                    visits.sweep()
+            finally:
+                visits.end()
+        raise UserError("the server has stopped")
+    except SystemExit as stopped:
+        print("stopped", file=sys.stderr, flush=True)
+        os._exit(stopped.code)  # an orderly end would wait for a job's last step, or abort in it
+
+
+def stop(number: int, _: Any) -> None:
+    """Ends the server at the first signal; a closed terminal sends several."""
+    for one in SIGNALS:
+        signal.signal(one, signal.SIG_IGN)
+    sys.exit(128 + number)
+
+
+def guarded(page: Any, visits: Visits, port: int, own: set[str], **look: Any) -> Guard:
+    """Puts a page behind the guard -> an ASGI app."""
+    import gradio
+
+    app = Starlette(routes=[Route(f"{API}/upload", upload_into(visits), methods=["POST"])])
+    page.has_launched = page.is_running = True  # Gradio checks the paths that handlers give, too
+    gradio.mount_gradio_app(
+        app, page, "/", show_error=False, ssr_mode=False, footer_links=[], run_history=False,
+        max_file_size=LARGEST_UPLOAD, **look,
+    )  # fmt: skip
+    return Guard(app, visits, port, own)

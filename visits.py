@@ -1,0 +1,258 @@
+"""Who has the page of app.py open, and what is stored for them: one folder per visit, gone with the visit.
+
+A server has a folder of its own with a lock in it, which the system drops when the process ends. So a folder
+that a killed server left behind is known as such, and the next server deletes it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import secrets
+import shutil
+import stat
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+from utils import UserError
+
+if TYPE_CHECKING:
+    from models.faces import Box
+
+try:
+    import fcntl
+except ImportError:  # Windows: no lock, and what killed servers left stays
+    fcntl = None
+
+PREFIX, MARK = "facelock-", ".facelock-page"  # of a server's folder, and its lock
+MINUTE, HOUR = 60, 3600  # s: between sweeps, and until an idle visit ends
+MOST_VISITS = 50
+MOST_WAITING = 8  # uploads
+UPLOAD = "upload/"  # how the name of an upload begins
+
+
+class Cancelled(Exception):
+    """What is being made is not wanted any more."""
+
+
+@dataclass(eq=False)
+class Picture:
+    """A portrait with its faces, and what was made of it."""
+
+    source: Path | None = None
+    boxes: list[Box] = field(default_factory=list)  # of faces, in the source's pixels
+    chosen: list[Box] = field(default_factory=list)  # those that the protected picture was made for
+    protected: Path | None = None
+
+
+@dataclass(eq=False)
+class Job:
+    """A protection that was asked for: of this picture and no other."""
+
+    picture: Picture
+    settings: dict[str, Any]  # instead of the flags
+    faces: list[Box]
+
+
+@dataclass(eq=False)
+class Visit:
+    """What one open page has: files of its own, and a picture, which takes its unfinished job along."""
+
+    folder: Path
+    files: dict[str, Path] = field(default_factory=dict)  # by kind
+    coming: Picture | None = None  # what is looked at
+    picture: Picture | None = None
+    job: Job | None = None
+    corner: tuple[int, int] | None = None  # the first of two clicks
+    is_over: bool = False
+    used: float = field(default_factory=time.monotonic)
+    lock: Any = field(default_factory=threading.RLock)
+
+    def place(self, kind: str, name: str) -> Path:
+        """Deletes the last file of a kind -> where the next goes; browsers keep what an address showed."""
+        with self.lock:
+            if self.is_over:
+                raise Cancelled
+            self.drop(kind)
+            self.files[kind] = Path(tempfile.mkdtemp(dir=self.folder)) / name
+            return self.files[kind]
+
+    def drop(self, kind: str) -> None:
+        """Deletes the file of a kind."""
+        if last := self.files.pop(kind, None):
+            shutil.rmtree(last.parent, ignore_errors=True)
+
+    def write(self, path: Path, data: bytes) -> None:
+        """Writes a file that has its place, and makes no folder. Raises Cancelled where there is none."""
+        with self.lock:
+            if path not in self.files.values():
+                raise Cancelled
+            try:
+                path.write_bytes(data)
+            except OSError as error:
+                raise UserError(f"{path.name}: can't be stored ({error.strerror})") from None
+
+    def expect(self, picture: Picture | None) -> None:
+        """Gives the picture up for another one, with the work on it and the files, but a common source."""
+        with self.lock:
+            for kind, path in list(self.files.items()):
+                if picture is None or path != picture.source:
+                    self.drop(kind)
+            self.coming, self.picture, self.job, self.corner = picture, None, None, None
+
+    def show(self, picture: Picture) -> None:
+        """Takes the picture that was expected. Raises Cancelled if another one is."""
+        with self.lock:
+            if self.coming is not picture:
+                raise Cancelled
+            self.picture = picture
+
+    @contextlib.contextmanager
+    def making(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
+        """Lets nothing out of a block, be it an error, that is not wanted any more. Raises Cancelled then."""
+        try:
+            yield
+        except Exception:
+            if is_wanted():
+                raise
+        if not is_wanted():
+            raise Cancelled
+
+    @contextlib.contextmanager
+    def doing(self, job: Job) -> Iterator[None]:
+        """Ends a job with the block. Raises Cancelled if it has been ended before."""
+        try:
+            with self.making(lambda: self.job is job):
+                yield
+        finally:
+            if self.job is job:
+                self.job = None
+
+    def end(self) -> None:
+        """Deletes everything. Whoever writes has the lock, and nobody writes later."""
+        with self.lock:
+            self.expect(None)
+            self.is_over = True
+            self.files.clear()
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+class Visits:
+    """The visits of a server, by Gradio's names of their sessions, and the uploads that wait for one."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.visits: dict[str, Visit] = {}
+        self.waiting: dict[str, tuple[str, BinaryIO, float]] = {}
+        self.is_over = False
+        self.lock = threading.RLock()
+
+    def open(self, session: str) -> Visit:
+        """Begins a visit. Raises UserError if there are too many."""
+        with self.lock:
+            self.close(self.visits.get(session))
+            if self.is_over or len(self.visits) >= MOST_VISITS:
+                raise UserError("too many people have this page open")
+            visit = self.visits[session] = Visit(Path(tempfile.mkdtemp(dir=self.folder)))
+            return visit
+
+    def close(self, visit: Visit | None) -> None:
+        """Ends a visit and deletes its files."""
+        if visit is not None:
+            with self.lock:
+                kept = {session: other for session, other in self.visits.items() if other is not visit}
+                self.visits = kept
+            visit.end()
+
+    def find(self, session: str | None) -> Visit:
+        """Finds a session's visit, which begins a new hour. Raises UserError if it has ended."""
+        if visit := self.visits.get(session):
+            visit.used = time.monotonic()
+            return visit
+        raise UserError("this page was idle for an hour, its pictures are deleted: load it again")
+
+    def has(self, path: str) -> bool:
+        """Tells whether a path is, letter for letter, that of a file of some visit."""
+        visits = list(self.visits.values())
+        return any(path == str(file) for visit in visits for file in list(visit.files.values()))
+
+    def wait(self, name: str, file: BinaryIO) -> str:
+        """Keeps an upload until a visit takes it, in a file without a name -> what to ask for."""
+        token = UPLOAD + secrets.token_urlsafe()
+        self.waiting[token] = name, file, time.monotonic()
+        return token
+
+    def take(self, visit: Visit, token: str) -> Path:
+        """Moves an upload to a visit, once. Raises UserError if this server has none of that name."""
+        with self.lock:
+            if token not in self.waiting:
+                raise UserError("this upload is gone: choose the file again")
+            name, file, _ = self.waiting.pop(token)
+        path = visit.place("source", name)
+        with file:
+            visit.write(path, file.read())
+        return path
+
+    def sweep(self) -> None:
+        """Ends idle visits and deletes what belongs to no visit, here and of servers that were killed."""
+        now = time.monotonic()
+        with self.lock:
+            self.waiting = {key: one for key, one in self.waiting.items() if now - one[2] < MINUTE}
+            for visit in list(self.visits.values()):
+                if now - visit.used > HOUR:
+                    self.close(visit)
+            clear(self.folder, {visit.folder for visit in self.visits.values()})
+        clear_dead(self.folder.parent)
+
+    def end(self) -> None:
+        """Ends all visits, and begins no more."""
+        with self.lock:
+            self.is_over = True
+            for visit in list(self.visits.values()):
+                self.close(visit)
+
+
+@contextlib.contextmanager
+def server_folder() -> Iterator[Path]:
+    """Makes a server's folder, deleted at the end; those of killed servers go first."""
+    clear_dead(Path(tempfile.gettempdir()))
+    folder = Path(tempfile.mkdtemp(prefix=PREFIX))
+    with (folder / "lock").open("w") as file:
+        if fcntl:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            os.rename(file.name, folder / MARK)  # others see it when it is locked
+        try:
+            yield folder
+        finally:
+            delete(folder)
+
+
+def clear_dead(directory: Path) -> None:
+    """Deletes the folders there that have the mark and are this user's, and whose lock nobody holds."""
+    for mark in directory.glob(f"{PREFIX}*/{MARK}") if fcntl else ():
+        with contextlib.suppress(OSError):  # BlockingIOError: its server lives
+            folder = mark.parent.lstat()
+            if stat.S_ISDIR(folder.st_mode) and folder.st_uid == os.getuid():
+                with os.fdopen(os.open(mark, os.O_RDWR | os.O_NOFOLLOW), "w") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    delete(mark.parent)
+
+
+def delete(folder: Path) -> None:
+    """Deletes a server's folder, its mark last: somebody else goes on where this is interrupted."""
+    clear(folder, set())
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def clear(folder: Path, kept: set[Path]) -> None:
+    """Deletes what is in a server's folder, but for its mark and `kept`."""
+    for path in set(folder.iterdir()) - kept - {folder / MARK}:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
