@@ -395,8 +395,11 @@ def test_it_opens_from_the_disk_and_sorts(whole, page):
         sorted_by = table.locator("th[aria-sort]").all_inner_texts()
         wide = tab.evaluate("document.documentElement.scrollWidth")
         broken = tab.evaluate("[...document.images].filter(image => !image.naturalWidth).length")
+        tab.emulate_media(media="print")  # without the event that a print dialog sends
+        printed = [code.is_visible() for code in tab.locator("details code").all()]
         browser.close()
     assert errors == [] and broken == 0
+    assert printed and all(printed)
     assert {*loaded} <= {"file:", "data:"} and loaded.count("file:") == 1
     assert orders[0] == sorted(orders[0]) and orders[1] == orders[0][::-1]
     assert len(sorted_by) == 1 and wide == 390
