@@ -8,6 +8,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import stat
 import struct
@@ -540,21 +541,41 @@ def browser():
         browser.close()
 
 
-@pytest.fixture(scope="module")
-def server(browser, tmp_path_factory):
-    """Starts app.py -> its address and the folder of its temporary files; at its end that is empty."""
-    folder = tmp_path_factory.mktemp("server")
+@contextlib.contextmanager
+def running(folder):
+    """Starts app.py -> the process and its address."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, str(ROOT / "app.py"), f"--port={port}", *FLAGS]
     environment = os.environ | {"TMPDIR": str(folder)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
-        assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}")
-        yield f"http://127.0.0.1:{port}", folder
+        try:
+            assert process.stdout.readline().startswith(f"http://127.0.0.1:{port}")
+            yield process, f"http://127.0.0.1:{port}"
+        finally:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def server(browser, tmp_path_factory):
+    """Starts app.py -> its address and the folder of its temporary files; ended in a job, it leaves none."""
+    folder = tmp_path_factory.mktemp("server")
+    with running(folder) as (process, address):
+        yield address, folder
+        page = browser.new_page()
+        page.goto(address)
+        begin_a_long_job(page, MINI[0])
         process.terminate()
         assert process.wait(timeout=20) == 143
+        page.close()
     assert not list(folder.glob("facelock-*"))
+
+
+def begin_a_long_job(page, path):
+    upload(page, path)
+    protect(page, n_iters=500)
+    page.get_by_text(re.compile("iteration .* of 500")).wait_for()
 
 
 @pytest.fixture
@@ -722,6 +743,11 @@ def test_two_visitors_wait_for_each_other_and_see_only_their_own(open_page, serv
     first.get_by_text(re.compile("iteration .* of 500")).wait_for()
     protect(second)
     second.get_by_text(re.compile("queue: 1/1")).wait_for()
+    second.get_by_role("button", name="Cancel").click()
+    second.get_by_text("Stopped. Nothing was saved.").wait_for()
+    assert first.get_by_text(re.compile("iteration .* of 500")).count()
+    protect(second)
+    second.get_by_text(re.compile("queue: 1/1")).wait_for()
     first.get_by_role("button", name="Cancel").click()
     second.get_by_text(SAVED).wait_for()
     protect(first)
@@ -736,6 +762,110 @@ def test_two_visitors_wait_for_each_other_and_see_only_their_own(open_page, serv
     assert list(server[1].rglob(f"protected_{MINI[5].stem}.png"))
     second.context.close()
     wait_until(lambda: not list(server[1].rglob("*.png")))
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("end", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT, signal.SIGKILL])
+def test_however_the_server_ends_in_a_job_nothing_is_left(browser, tmp_path, end):
+    """After a kill: once the next one starts."""
+    context = browser.new_context()
+    with running(tmp_path) as (process, address):
+        page = context.new_page()
+        page.goto(address)
+        begin_a_long_job(page, MINI[0])
+        assert list(tmp_path.rglob(MINI[0].name))
+        process.send_signal(end)
+        assert process.wait(timeout=20) == (-end if end == signal.SIGKILL else 128 + end)
+    context.close()
+    if end == signal.SIGKILL:
+        assert list(tmp_path.rglob(MINI[0].name))
+        with running(tmp_path):
+            assert not list(tmp_path.rglob("*.png"))
+    else:
+        assert not list(tmp_path.glob("facelock-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+@pytest.mark.parametrize("after", [100, 500, 1500, 3000])  # ms
+def test_a_tab_closed_just_after_choosing_leaves_nothing(open_page, server, tmp_path, after):
+    photo = tmp_path / "photo12.png"
+    Image.open(MINI[0]).convert("RGB").resize((4000, 3000)).save(photo)
+    page = open_page()
+    page.locator("input[type=file]").first.set_input_files(photo)
+    page.wait_for_timeout(after)
+    page.context.close()
+    wait_until(lambda: not list(server[1].rglob("*.png")))
+    time.sleep(10)
+    assert not list(server[1].rglob("*.png"))
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_another_picture_ends_the_job_of_the_last(open_page):
+    page = open_page()
+    begin_a_long_job(page, MINI[0])
+    page.get_by_label("Thumbnail 4 of 12").click()
+    page.locator("#status").get_by_text(MINI[3].name).wait_for()
+    page.wait_for_timeout(2000)
+    assert page.locator("#status").inner_text().startswith(MINI[3].name)
+    assert page.get_by_alt_text("The protected picture").count() == 0
+    assert page.get_by_role("button", name="Cancel").is_disabled()
+    protect(page)
+    page.get_by_text(SAVED).wait_for()
+    page.get_by_role("button", name="Edit both").click()
+    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    page.get_by_text("Click to Upload").wait_for()
+    page.wait_for_timeout(5000)
+    assert page.locator("section.verdict").count() == 0 and page.get_by_text(SAVED).count() == 0
+    begin_a_long_job(page, MINI[1])
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_numbers_are_taken_as_typed_and_names_as_they_are(open_page, tmp_path):
+    name = "_a_ *b* $c$ ${1+1} {{2}} <b>d<b> %41#?.png"
+    shutil.copy(MINI[0], tmp_path / name)
+    page = open_page()
+    upload(page, tmp_path / name)
+    assert page.locator("#status").inner_text() == f"{name}, 128x128."
+    for typed, said in (("5", "'5' is not a number from 0.01 to 0.3"), ("", "nothing is given")):
+        page.get_by_label("Budget").fill(typed)
+        protect(page)
+        page.locator("#status").get_by_text(f"Budget: {said}").wait_for()
+    page.get_by_label("Budget").fill("0.06")
+    protect(page)
+    page.get_by_text(SAVED).wait_for()
+    assert download(page, tmp_path).name == "protected_" + re.sub(
+        "[*<>?]", "_", name
+    )  # the browser's own rule
+    page.get_by_label("Seed").fill("")
+    page.get_by_role("button", name="Edit both").click()
+    page.get_by_text("Seed: nothing is given").wait_for()
+
+
+@pytest.mark.slow
+@pytest.mark.browser
+def test_two_faces_have_numbered_verdicts_and_none_a_way_out(open_page, tmp_path):
+    pair = np.concatenate([load_image(path).pixels for path in MINI[:2]], axis=1)
+    save_png(tmp_path / "pair.png", pair)
+    save_png(tmp_path / "grey.png", np.full((128, 128, 3), 128, np.uint8))
+    page = open_page()
+    upload(page, tmp_path / "pair.png")
+    page.get_by_label("face 2").check()
+    protect(page)
+    page.get_by_text(SAVED).wait_for()
+    page.get_by_role("button", name="Edit both").click()
+    page.get_by_role("heading", name=re.compile("^Face 1: ")).wait_for()
+    assert page.locator("section.verdict h3").all_inner_texts()[1].startswith("Face 2: ")
+    page.get_by_label("Thumbnail 4 of 12").click()
+    page.locator("#status").get_by_text(MINI[3].name).wait_for()
+    page.get_by_label("Remove Image").or_(page.get_by_label("Clear")).first.click()
+    upload(page, tmp_path / "grey.png", "No face was found: draw a box around it, under Faces.")
+    protect(page)
+    page.get_by_text("no face was found: draw a box around it, under Faces").wait_for()
+    assert page.get_by_text("--face_box").count() == 0
 
 
 def wait_until(true):
