@@ -192,7 +192,7 @@ def build(studio: Studio, visits: Visits) -> Any:
 
         @contextlib.contextmanager
         def telling(shows: dict, place: Any) -> Iterator[None]:
-            """Shows an error as the sentence that a script would print, and nothing that nobody waits for."""
+            """Shows an error as the sentence that a script would print; says nothing where nobody waits."""
             try:
                 yield
             except Cancelled:
@@ -387,7 +387,7 @@ def build(studio: Studio, visits: Visits) -> Any:
         gallery.select(take_bundled, None, outputs, cancels=running, **quick)
         by_hand.submit(take_box, by_hand, outputs, **quick)
         faces.select(take_click, None, outputs, **quick)
-    return page.queue(default_concurrency_limit=1, max_size=50)
+    return page.queue(default_concurrency_limit=1, max_size=50, api_open=False)
 
 
 if __name__ == "__main__":

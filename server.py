@@ -1,7 +1,7 @@
-"""Serves the page of app.py: on 127.0.0.1, to that page alone, and no file but those that are its own.
+"""Serves the page of app.py on 127.0.0.1: to that page alone, and no file except its own.
 
-Gradio believes requests: a path in one is a file for it. So what gets there is reduced to what the page asks
-for, and a file has a name that this server has given, or none.
+Gradio opens what a request calls a file. So a guard stands before it, which lets through only what the page
+itself asks for, and no path but those that this server has given out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ API = "/gradio_api"
 FILE = f"{API}/file="
 CALLS = re.compile(f"{API}/(queue/join|run/predict)/?")
 HEARTBEAT = re.compile(rf"{API}/heartbeat/(\w{{1,64}})")
-# What else the page asks for; everything that Gradio has beside it is not there
+# What else the page asks for; Gradio's other routes are closed
 PLAIN = re.compile(
     "/|/config|/theme.css|/favicon.ico|/manifest.json|/(assets|static)/.*|"
     f"{API}/(queue/data|cancel|reset|upload|upload_progress|app_id)"
@@ -47,7 +47,7 @@ BLANK = bytes.fromhex("47494638396101000100800000000000ffffff21f90401000000002c0
 
 
 class Guard:
-    """Wraps Gradio's app: who asks, for what, and with what in it."""
+    """Stands before Gradio's app, and checks who asks, for what, and with what in it."""
 
     def __init__(self, app: Callable, visits: Visits, port: int, own: set[str]) -> None:
         self.app, self.visits, self.own = app, visits, own
@@ -61,7 +61,7 @@ class Guard:
         request, path = Request(scope, receive), scope["path"]
         if not self.is_of_page(request):
             answer = PlainTextResponse(f"only for http://{self.hosts[0]}, opened as such", 403)
-        elif path.startswith(FILE + UPLOAD):  # shown until the picture is there that is made of it
+        elif path.startswith(FILE + UPLOAD):  # shown until the page has the picture from its visit
             answer = Response(BLANK, media_type="image/gif")
         elif found := HEARTBEAT.fullmatch(path):
             answer = await self.stay(found[1], request, send)
@@ -82,15 +82,16 @@ class Guard:
             return False  # a foreign name that leads here, too
         if origin and origin != [f"http://{host[0].lower()}"]:
             return False
-        return site in (None, "none", "same-origin") or headers.get("sec-fetch-dest") == "document"  # a link
+        is_followed = request.scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"  # a link
+        return site in (None, "none", "same-origin") or is_followed
 
     def is_own(self, path: str) -> bool:
-        """Tells whether a file was written for a visit or comes with the page, letter for letter."""
+        """Tells whether a path is exactly that of a file of some visit or of one that comes with the page."""
         name = path.removeprefix(FILE)
         return name != path and (name in self.own or self.visits.has(name))
 
     async def stay(self, session: str, request: Request, send: Callable) -> Response | None:
-        """Keeps a visit for as long as the page has this connection open."""
+        """Keeps a visit as long as its page keeps this connection open."""
         try:
             visit = self.visits.open(session)
         except UserError as error:
@@ -101,7 +102,7 @@ class Guard:
             asyncio.get_running_loop().run_in_executor(None, self.visits.close, visit)
 
     async def call(self, request: Request, send: Callable) -> Response | None:
-        """Hands an event on without anything that Gradio could take for a file."""
+        """Passes an event on, without anything that Gradio would take for a file."""
         try:
             body = b"".join([part async for part in limited(request, LARGEST_CALL)])
             asked = json.loads(body)
@@ -109,7 +110,10 @@ class Guard:
             kept = {key: asked.get(key) for key in ("fn_index", "trigger_id", "session_hash")}
             kept["data"] = [reduced(item) for item in data]
             kept["event_data"] = {"index": reduced(event.get("index")), "value": None} if event else None
-        except (MultiPartException, ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        except (
+            MultiPartException, ClientDisconnect, ValueError, LookupError, TypeError, AttributeError,
+            RecursionError,
+        ):  # fmt: skip
             return PlainTextResponse("not a call of the page", 400)
         waiting = [{"type": "http.request", "body": json.dumps(kept).encode()}]
 
@@ -120,7 +124,7 @@ class Guard:
 
 
 def reduced(value: Any) -> Any:
-    """Takes numbers, texts and lists of them as they are; of what has a path, as an upload, that name."""
+    """Leaves numbers, texts and lists of them as they are, and of a dict, such as an upload, the path."""
     if isinstance(value, dict):
         return {"path": value["path"]} if isinstance(value.get("path"), str) else None
     return [one for one in value if not isinstance(one, dict | list)] if isinstance(value, list) else value
@@ -138,14 +142,14 @@ async def limited(request: Request, most: int, see: Callable = len) -> AsyncIter
 
 
 def upload_into(visits: Visits) -> Callable:
-    """Makes the route of uploads: one file, kept without a place in any folder until a visit takes it."""
+    """Makes the route for uploads: of one file each, in no folder until a visit takes it."""
     from gradio.routes import file_upload_statuses
 
     arriving: list[str] = []
 
     async def upload(request: Request) -> Response:
         if len(arriving) + len(visits.waiting) >= MOST_WAITING:
-            return PlainTextResponse("too many uploads at a time: try again in a minute", 503)
+            return PlainTextResponse("too many uploads at a time: try again in two minutes", 503)
         progress = request.query_params.get("upload_id", "")
         arriving.append(progress)
         file_upload_statuses.track(progress)  # which the page asks for
@@ -167,7 +171,7 @@ def upload_into(visits: Visits) -> Callable:
 
 
 def safe_name(given: str) -> str:
-    """Makes a file name of what a browser says: as it is, where that is possible."""
+    """Turns what a browser calls a file into a name: as it is, where that is possible."""
     name = "".join(letter for letter in re.split(r"[/\\]", given)[-1] if letter.isprintable()).strip(" .")
     stem, suffix = Path(name or "portrait").stem, Path(name).suffix
     return stem.encode()[:200].decode(errors="ignore") + suffix.encode()[:20].decode(errors="ignore")
@@ -206,7 +210,7 @@ def serve(build: Callable[[Visits], tuple[Any, dict[str, Any]]], port: int, own:
         raise UserError("the server has stopped")
     except SystemExit as stopped:
         print("stopped", file=sys.stderr, flush=True)
-        os._exit(stopped.code)  # an orderly end would wait for a job's last step, or abort in it
+        os._exit(stopped.code)  # a normal exit would wait for a job's threads, or abort in them
 
 
 def stop(number: int, _: Any) -> None:
@@ -221,7 +225,7 @@ def guarded(page: Any, visits: Visits, port: int, own: set[str], **look: Any) ->
     import gradio
 
     app = Starlette(routes=[Route(f"{API}/upload", upload_into(visits), methods=["POST"])])
-    page.has_launched = page.is_running = True  # Gradio checks the paths that handlers give, too
+    page.has_launched = page.is_running = True  # so that Gradio checks what handlers give it, too
     gradio.mount_gradio_app(
         app, page, "/", show_error=False, ssr_mode=False, footer_links=[], run_history=False,
         max_file_size=LARGEST_UPLOAD, **look,

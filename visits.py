@@ -1,7 +1,7 @@
-"""Who has the page of app.py open, and what is stored for them: one folder per visit, gone with the visit.
+"""Keeps what visitors of the page of app.py have: one folder per visit, deleted when the visit ends.
 
-A server has a folder of its own with a lock in it, which the system drops when the process ends. So a folder
-that a killed server left behind is known as such, and the next server deletes it.
+A server's folder has a lock in it, which the system releases when the process ends, however it ends. So the
+next server can tell what a killed one has left, and deletes it.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class Job:
 
 @dataclass(eq=False)
 class Visit:
-    """What one open page has: files of its own, and a picture, which takes its unfinished job along."""
+    """What one open page has: files of its own, a picture, and a job, which ends when the picture goes."""
 
     folder: Path
     files: dict[str, Path] = field(default_factory=dict)  # by kind
@@ -79,7 +79,8 @@ class Visit:
             if self.is_over:
                 raise Cancelled
             self.drop(kind)
-            self.files[kind] = Path(tempfile.mkdtemp(dir=self.folder)) / name
+            with storing(name):
+                self.files[kind] = Path(tempfile.mkdtemp(dir=self.folder)) / name
             return self.files[kind]
 
     def drop(self, kind: str) -> None:
@@ -92,13 +93,11 @@ class Visit:
         with self.lock:
             if path not in self.files.values():
                 raise Cancelled
-            try:
+            with storing(path.name):
                 path.write_bytes(data)
-            except OSError as error:
-                raise UserError(f"{path.name}: can't be stored ({error.strerror})") from None
 
     def expect(self, picture: Picture | None) -> None:
-        """Gives the picture up for another one, with the work on it and the files, but a common source."""
+        """Gives up the picture, its job and its files for another picture; a source that both have stays."""
         with self.lock:
             for kind, path in list(self.files.items()):
                 if picture is None or path != picture.source:
@@ -114,7 +113,7 @@ class Visit:
 
     @contextlib.contextmanager
     def making(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
-        """Lets nothing out of a block, be it an error, that is not wanted any more. Raises Cancelled then."""
+        """Raises Cancelled instead of what a block gives, error or not, if that is not wanted any more."""
         try:
             yield
         except Exception:
@@ -125,7 +124,7 @@ class Visit:
 
     @contextlib.contextmanager
     def doing(self, job: Job) -> Iterator[None]:
-        """Ends a job with the block. Raises Cancelled if it has been ended before."""
+        """Ends a job at the block's end. Raises Cancelled if the visitor has ended it before."""
         try:
             with self.making(lambda: self.job is job):
                 yield
@@ -134,7 +133,7 @@ class Visit:
                 self.job = None
 
     def end(self) -> None:
-        """Deletes everything. Whoever writes has the lock, and nobody writes later."""
+        """Deletes everything; a writer either is done before, by the lock, or writes nothing."""
         with self.lock:
             self.expect(None)
             self.is_over = True
@@ -143,7 +142,7 @@ class Visit:
 
 
 class Visits:
-    """The visits of a server, by Gradio's names of their sessions, and the uploads that wait for one."""
+    """Keeps a server's visits, by Gradio's names of their sessions, and the uploads that wait for one."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -170,19 +169,19 @@ class Visits:
             visit.end()
 
     def find(self, session: str | None) -> Visit:
-        """Finds a session's visit, which begins a new hour. Raises UserError if it has ended."""
+        """Finds a session's visit and starts its hour anew. Raises UserError if the visit has ended."""
         if visit := self.visits.get(session):
             visit.used = time.monotonic()
             return visit
         raise UserError("this page was idle for an hour, its pictures are deleted: load it again")
 
     def has(self, path: str) -> bool:
-        """Tells whether a path is, letter for letter, that of a file of some visit."""
+        """Tells whether a path is exactly that of a file of some visit."""
         visits = list(self.visits.values())
         return any(path == str(file) for visit in visits for file in list(visit.files.values()))
 
     def wait(self, name: str, file: BinaryIO) -> str:
-        """Keeps an upload until a visit takes it, in a file without a name -> what to ask for."""
+        """Keeps an upload, an open file without a name, until a visit takes it -> what to ask for."""
         token = UPLOAD + secrets.token_urlsafe()
         self.waiting[token] = name, file, time.monotonic()
         return token
@@ -218,8 +217,17 @@ class Visits:
 
 
 @contextlib.contextmanager
+def storing(name: str) -> Iterator[None]:
+    """Turns a full disk, or a folder that somebody deleted, into a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{name}: can't be stored ({error.strerror})") from None
+
+
+@contextlib.contextmanager
 def server_folder() -> Iterator[Path]:
-    """Makes a server's folder, deleted at the end; those of killed servers go first."""
+    """Makes a server's folder and deletes it at the end; deletes those of killed servers first."""
     clear_dead(Path(tempfile.gettempdir()))
     folder = Path(tempfile.mkdtemp(prefix=PREFIX))
     with (folder / "lock").open("w") as file:
@@ -233,7 +241,7 @@ def server_folder() -> Iterator[Path]:
 
 
 def clear_dead(directory: Path) -> None:
-    """Deletes the folders there that have the mark and are this user's, and whose lock nobody holds."""
+    """Deletes the servers' folders in there that are this user's and whose lock nobody holds."""
     for mark in directory.glob(f"{PREFIX}*/{MARK}") if fcntl else ():
         with contextlib.suppress(OSError):  # BlockingIOError: its server lives
             folder = mark.parent.lstat()
@@ -244,14 +252,14 @@ def clear_dead(directory: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a server's folder, its mark last: somebody else goes on where this is interrupted."""
+    """Deletes a server's folder, its mark last: if this is interrupted, the next server goes on."""
     clear(folder, set())
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def clear(folder: Path, kept: set[Path]) -> None:
-    """Deletes what is in a server's folder, but for its mark and `kept`."""
-    for path in set(folder.iterdir()) - kept - {folder / MARK}:
+    """Deletes what is in a server's folder, except its mark and `kept`."""
+    for path in set(folder.glob("*")) - kept - {folder / MARK}:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
         else:

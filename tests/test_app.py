@@ -96,6 +96,13 @@ def test_a_visit_has_one_folder_that_is_never_made_again(visits):
         visit.write(path, b"data")
     with pytest.raises(Cancelled):
         visit.place("shown", "shown.png")
+    visit = visits.open("another session")
+    path = visit.place("shown", "shown.png")
+    shutil.rmtree(visit.folder)  # somebody tidies up
+    with pytest.raises(UserError, match="shown.png: can't be stored"):
+        visit.write(path, b"data")
+    with pytest.raises(UserError, match="protected.png: can't be stored"):
+        visit.place("protected", "protected.png")
     assert list(visits.folder.iterdir()) == []
 
 
@@ -260,28 +267,29 @@ def test_without_a_face_the_message_is_the_pages_and_a_box_helps(studio, visits,
     assert face.found == [False, False]
 
 
-def test_a_protection_is_for_its_own_picture(studio, visits, tmp_path):
-    """Not for one that is chosen meanwhile, be it of another size, or gone."""
-    visit = visits.open("a session")
+@pytest.mark.parametrize("n_iters", [1, 500])
+def test_a_protection_is_for_its_own_picture(studio, visits, n_iters):
+    """Not for one that is chosen in its first or last step, of whatever size, nor for a visit that ends."""
 
-    def begin():
+    def protect_while(happens):
+        visit, steps = visits.open("a session"), []
         visit.expect(picture := Picture(MINI[0]))
         visit.show(picture)
-        return picture, studio.plan(visit, {"defend_method": "encoder", "num_iters": 2}, [])
+        job = studio.plan(visit, {"defend_method": "encoder", "num_iters": n_iters}, [])
 
-    for another in (Picture(MINI[1]), None):
-        picture, job = begin()
+        def step(i, values):
+            steps.append(i)
+            happens(visit)
+
         with pytest.raises(Cancelled):
-            studio.protect(visit, job, lambda i, values, another=another: visit.expect(another))
-        assert picture.protected is None and not [*visit.folder.rglob("*.png")]
-    picture, job = begin()
-    with pytest.raises(Cancelled):
-        studio.protect(visit, job, lambda i, values: visits.close(visit))
+            studio.protect(visit, job, step)
+        assert picture.protected is None and steps == [0]
+        assert not list(visits.folder.rglob("*.png"))
+
+    protect_while(lambda visit: visit.expect(Picture(ROOT / "assets" / "portraits" / "astronaut.png")))
+    protect_while(lambda visit: visit.expect(None))
+    protect_while(visits.close)
     assert list(visits.folder.iterdir()) == []
-    visit = visits.open("a session")
-    picture, job = begin()
-    report = studio.protect(visit, job, ignore)
-    assert picture.protected == report.path
 
 
 def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
@@ -339,10 +347,11 @@ def ask(client, session, name, data=(), index=None):
     """Sends an event as the page does -> what it answers, as text."""
     event = {"index": index, "value": None, "selected": True}
     call = {"fn_index": number_of(client, name), "session_hash": session, "data": data, "event_data": event}
+    route = "queue/join" if client.page.fns[call["fn_index"]].queue else "run/predict"
     headers = {"content-type": "application/json"}
-    joined = client.post(f"{API}/queue/join", content=json.dumps(call), headers=headers)
-    if joined.status_code != 200:
-        return joined.text
+    answer = client.post(f"{API}/{route}", content=json.dumps(call), headers=headers)
+    if route == "run/predict" or answer.status_code != 200:
+        return answer.text
     return client.get(f"{API}/queue/data?session_hash={session}").text
 
 
@@ -393,6 +402,7 @@ def test_the_page_itself_is_served(client):
         assert "FaceLock" in client.get("/", headers=own).text
     from_a_link = {"sec-fetch-site": "cross-site", "sec-fetch-dest": "document"}
     assert client.get("/", headers=from_a_link).status_code == 200
+    assert client.get("/config", headers=from_a_link).status_code == 403
     assert client.get(f"{API}/file={MINI[0]}").content == MINI[0].read_bytes()
 
 
@@ -506,6 +516,11 @@ def test_numbers_of_requests_are_checked(client):
     assert "choose a method" in ask(client, "numbers", "begin", [None, 0.03, 4, []])
     ask(client, "numbers", "begin", ["no method", 0.03, 4, []])
     assert visit.job is None
+
+
+def test_jobs_go_through_the_queue(client):
+    call = {"fn_index": number_of(client, "protect"), "session_hash": "x", "data": []}
+    assert client.post(f"{API}/run/predict", json=call).status_code == 404
 
 
 def test_a_call_is_small_and_well_formed(client):
@@ -788,7 +803,7 @@ def test_however_the_server_ends_in_a_job_nothing_is_left(browser, tmp_path, end
 
 @pytest.mark.slow
 @pytest.mark.browser
-@pytest.mark.parametrize("after", [100, 500, 1500, 3000])  # ms
+@pytest.mark.parametrize("after", [100, 1500])  # ms
 def test_a_tab_closed_just_after_choosing_leaves_nothing(open_page, server, tmp_path, after):
     photo = tmp_path / "photo12.png"
     Image.open(MINI[0]).convert("RGB").resize((4000, 3000)).save(photo)
