@@ -42,6 +42,10 @@ PLAIN = re.compile(
     "/|/config|/theme.css|/favicon.ico|/manifest.json|/(assets|static)/.*|"
     f"{API}/(queue/data|cancel|reset|upload|upload_progress|app_id)"
 )
+JUNK = (  # what readers of a request's body raise for one that is broken or made up
+    ClientDisconnect, MultiPartException, ValueError, LookupError, TypeError, AttributeError, AssertionError,
+    RecursionError,
+)  # fmt: skip
 SIGNALS = {getattr(signal, name, signal.SIGTERM) for name in ("SIGINT", "SIGTERM", "SIGHUP")}
 BLANK = bytes.fromhex("47494638396101000100800000000000ffffff21f90401000000002c000000000100010000020144003b")
 
@@ -110,10 +114,7 @@ class Guard:
             kept = {key: asked.get(key) for key in ("fn_index", "trigger_id", "session_hash")}
             kept["data"] = [reduced(item) for item in data]
             kept["event_data"] = {"index": reduced(event.get("index")), "value": None} if event else None
-        except (
-            MultiPartException, ClientDisconnect, ValueError, LookupError, TypeError, AttributeError,
-            RecursionError,
-        ):  # fmt: skip
+        except JUNK:
             return PlainTextResponse("not a call of the page", 400)
         waiting = [{"type": "http.request", "body": json.dumps(kept).encode()}]
 
@@ -161,7 +162,7 @@ def upload_into(visits: Visits) -> Callable:
             return JSONResponse([visits.wait(safe_name(file.filename), file.file)])
         except MultiPartException as error:
             return PlainTextResponse(error.message, 413 if error.message == TOO_LARGE else 400)
-        except (ClientDisconnect, ValueError, LookupError, AttributeError, AssertionError):
+        except JUNK:
             return PlainTextResponse("not an upload", 400)
         finally:
             arriving.remove(progress)

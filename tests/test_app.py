@@ -233,9 +233,6 @@ def test_of_several_faces_those_chosen_are_protected_and_compared(studio, visits
     save_png(tmp_path / "pair.png", np.concatenate(pair, axis=1))
     picture = looked_at(visit, tmp_path / "pair.png")
     assert len(picture.boxes) == 2
-    for wrong in ([], [2], [-1], ["0"]):
-        with pytest.raises(UserError, match="choose at least one face"):
-            studio.plan(visit, {}, wrong)
     studio.protect(visit, studio.plan(visit, {}, [1]), ignore)
     assert picture.chosen == [picture.boxes[1]]
     edits = studio.edit(picture, "Let it be snowy", seed=0)
@@ -290,6 +287,16 @@ def test_a_protection_is_for_its_own_picture(studio, visits, n_iters):
     protect_while(lambda visit: visit.expect(None))
     protect_while(visits.close)
     assert list(visits.folder.iterdir()) == []
+
+
+def test_faces_are_chosen_by_their_numbers(studio, visits):
+    visit = visits.open("a session")
+    visit.expect(picture := Picture(MINI[0], [(0, 0, 50, 50), (50, 50, 90, 90)]))
+    visit.show(picture)
+    for wrong in ([], [2], [-1], ["0"]):
+        with pytest.raises(UserError, match="choose at least one face"):
+            studio.plan(visit, {}, wrong)
+    assert studio.plan(visit, {}, [1]).faces == [picture.boxes[1]]
 
 
 def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
