@@ -41,19 +41,25 @@ PATIENCE = 30_000  # ms
 # the verdict
 
 
+HIDDEN = "Nothing to compare in this edit"
+
+
 @pytest.mark.parametrize(
-    "recognizer, judge, headline",
+    "judge, dlib, headline",
     [
         ([0.9, 0.1], [0.9, 0.2], "The protection held in this edit"),
         ([0.9, 0.1], [0.9, 0.6], "The protection did not hold in this edit"),
         ([0.9, 0.1], [0.4, 0.2], "The protection held in this edit"),
-        ([0.3, 0.1], [0.4, 0.2], "Nothing to compare in this edit"),
+        ([0.3, 0.1], [0.4, 0.2], HIDDEN),
     ],
 )
-def test_the_verdict_goes_by_both_thresholds(recognizer, judge, headline):
-    values = {"recognizer": recognizer, "judge": judge}
-    face = app.Face([True, False], values, {"recognizer": 0.5, "judge": 0.5})
+def test_the_verdict_goes_by_the_judges_thresholds(judge, dlib, headline):
+    """What an attacked recogniser says decides nothing."""
+    values = {"recognizer": [0.9, 0.9], "judge": judge, "dlib": dlib}
+    face = app.Face([True, False], values, dict.fromkeys(values, 0.5), attacked=("recognizer",))
     found, reasons = face.verdict()
+    assert ("dlib can't judge this face" in reasons) == (headline != HIDDEN and dlib[0] < 0.5)
+    assert "recognizer" not in reasons
     assert found == headline
     assert "In the edit of the protected picture no face is found" in reasons
     assert "safe" not in (found + reasons).lower()
@@ -61,7 +67,7 @@ def test_the_verdict_goes_by_both_thresholds(recognizer, judge, headline):
 
 def test_without_a_threshold_the_verdict_only_says_which_way_it_moved():
     values = {"recognizer": [0.9, 0.1], "judge": [0.9, 0.95]}
-    face = app.Face([True, True], values, {"recognizer": 0.5, "judge": None})
+    face = app.Face([True, True], values, {"recognizer": 0.5, "judge": None}, attacked=("recognizer",))
     headline, reasons = face.verdict()
     assert headline == "With protection, the edited face is not clearly less like yours"
     assert "No verification threshold" in reasons
@@ -69,9 +75,10 @@ def test_without_a_threshold_the_verdict_only_says_which_way_it_moved():
 
 def test_the_table_has_a_line_a_recogniser_and_no_column_of_unknown_thresholds():
     values = {"recognizer": [0.9, 0.1], "judge": [0.8, 0.2]}
-    face = app.Face([True, True], values, {"recognizer": None, "judge": None})
+    face = app.Face([True, True], values, {"recognizer": None, "judge": None}, attacked=("recognizer",))
     table = app.table_of([face, face])
-    assert list(table.index) == ["recogniser, face 1", "judge, face 1", "recogniser, face 2", "judge, face 2"]
+    names = [f"{name}, face {number}" for number in (1, 2) for name in ("recognizer (attacked)", "judge")]
+    assert list(table.index) == names
     assert list(table.columns) == ["without", "with"]
 
 
@@ -666,7 +673,7 @@ def test_from_upload_to_verdict(open_page, tmp_path):
     page.locator("section.verdict h3").wait_for()
     assert "a test, not a promise" in page.locator("section.verdict").inner_text()
     rows = page.locator("#table tbody tr").all_inner_texts()
-    assert [row.split()[0] for row in rows] == ["recogniser", "judge"]
+    assert [row.split()[0] for row in rows] == ["recognizer", "judge", "dlib"]
     for alt in ("The source", "The protected picture", "What has changed, around grey"):
         assert page.locator(f"img[alt='{alt}']").first.evaluate("image => image.naturalWidth") == 128
 

@@ -746,7 +746,7 @@ def test_the_second_editor_edits(work):
 
 @pytest.mark.parametrize("name", ["recognizer", "judge"])
 def test_recognisers_tell_people_apart(work, name):
-    recognizer = load_recognizer(getattr(world.mini_set(), name), *CPU)
+    recognizer = load_recognizer(world.mini_set().panel()[name], *CPU)
     found = train_recognizer.evaluate(recognizer, PEOPLE[:4], print)
     assert found["eer_plain"] < 0.1 and found["cosine_different"] < 0.25 < found["cosine_same"]
     assert found["fr_edit"] > 0.6

@@ -273,7 +273,7 @@ def test_flags_that_the_documents_name_exist():
 
 def knobs_and_members() -> set[str]:
     """Flags whose names the scripts put together."""
-    others = {"recognizer", "judge", "clamp_min", "clamp_max", "targeted", "untargeted"}
+    others = {"help", "recognizer", "judge", "clamp_min", "clamp_max", "targeted", "untargeted"}
     return {*sets.EDIT_KNOBS, *defend.KNOBS, *others}
 
 
