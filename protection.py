@@ -34,7 +34,7 @@ from models.denoiser import Denoiser
 from models.faces import Box, FaceDetector, clip_box, scale_box
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
-from models.recognizers import Recognizer, face_similarity_to
+from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
 from models.vaes import WorkingVAE, load_vae
 from transforms import around
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
@@ -175,7 +175,7 @@ class Protector:
         if self.needs_face:
             found |= {"faces": self.faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:
-            found["recognizer"] = " ".join(map(recorded, chosen.recognizers))
+            found["recognizer"] = " ".join(map(recorded_recognizer, chosen.recognizers))
         if "perceptual_distance" in self.needs:
             found["lpips"] = recorded(chosen.perceptual)
         return found

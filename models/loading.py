@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
+# of the files that decide what a model gives: weights, configs, vocabularies
+READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt", ".model")
 
 
 def quiet() -> None:
@@ -53,16 +55,20 @@ def shown(member: str) -> str:
 
 @functools.cache
 def recorded(member: str) -> str:
-    """Writes a model as run.json has it: of a bundled one its weights, too: later versions replace them."""
+    """Writes a model as run.json has it: a local one with a hash of its weights and configs.
+
+    Other weights, or another config.json, under the same path are another model. Once a process.
+    """
     path = Path(member)
-    if not path.is_relative_to(ROOT):
-        return member
-    if not path.exists():  # whoever loads it says so
+    if not path.exists():  # of the hub, or whoever loads it says so
         return shown(member)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path, path.with_suffix(".json")]
     seen = hashlib.sha256()
-    for file in sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]:
-        with open(file, "rb") as weights:
-            seen.update(hashlib.file_digest(weights, "sha256").digest())
+    for file in files:
+        if file.is_file() and (file == path or file.suffix in READ_SUFFIXES):
+            with open(file, "rb") as content:
+                digest = hashlib.file_digest(content, "sha256").digest()
+            seen.update(str(file.relative_to(path.parent)).encode(errors="surrogateescape") + b"\0" + digest)
     return f"{shown(member)} {seen.hexdigest()[:8]}"
 
 

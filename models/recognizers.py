@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.faces import Box, BoxCrop, PointCrop
-from models.loading import compiled, complete, frozen, loading, read_state
+from models.loading import compiled, complete, frozen, loading, read_state, recorded
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -302,6 +302,11 @@ def load_recognizer(
     if compile:
         compiled(network)
     return Recognizer(name_of(member), network, dtype=dtype, **parts)
+
+
+def recorded_recognizer(member: str) -> str:
+    """Writes a recogniser as run.json has it; a folder called like a data set is not that training."""
+    return member if member in (*FACENET_URLS, "dlib") else recorded(member)
 
 
 def name_of(member: str) -> str:

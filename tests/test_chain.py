@@ -319,7 +319,8 @@ def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
     assert "\x1b" not in found.out + found.err + text
     lines = [line for line in text.splitlines() if "=cmd" in line]
     assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 7, 12}  # of the attacked recogniser, of a judge, of all
+    # the tables of the attacked recogniser, of a judge, and of all
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 7, 12}
     each = outputs.read_csv(Path("each.csv"))
     assert set(each["method"]) == {"clean", *(str(odd / budget) for budget in BUDGETS)}  # exact
     assert set(each["name"]) == {"anna", "'-1+1", "cleo"}

@@ -250,19 +250,32 @@ def test_a_bundled_member_is_shown_from_the_repository_on(tmp_path):
     assert shown(str(tmp_path)) == str(tmp_path)
 
 
-def test_a_bundled_member_is_recorded_with_its_weights(tmp_path, monkeypatch):
-    """A later version brings other weights under the same path: what the earlier ones made is not theirs."""
+def test_a_local_model_is_recorded_with_its_weights_and_configs(tmp_path, monkeypatch):
+    """What earlier weights made, or another config, is not this model's."""
     assert recorded("timbrooks/instruct-pix2pix") == "timbrooks/instruct-pix2pix"
     monkeypatch.setattr(loading, "ROOT", tmp_path)
-    assert recorded(str(tmp_path / "mini")) == "mini"  # not there: whoever loads it says so
+    place = tmp_path / "mini"
+    assert recorded(str(place)) == "mini"  # not there: whoever loads it says so
+    (place / "vae").mkdir(parents=True)
     names = []
-    for number in (1, 2, 1):
-        (tmp_path / "mini" / "vae").mkdir(parents=True, exist_ok=True)
-        (tmp_path / "mini" / "vae" / "model.safetensors").write_bytes(bytes([number]))
+    for file, content in (
+        ("vae/model.safetensors", "1"), ("vae/model.safetensors", "2"), ("vae/config.json", "{}"),
+        ("tokenizer/vocab.json", "{}"), ("README.md", "words"),
+        ("vae/config.json", "{1}"), ("vae/config.json", "{}"),
+    ):  # fmt: skip
+        (place / file).parent.mkdir(exist_ok=True)
+        (place / file).write_text(content)
         recorded.cache_clear()
-        names.append(recorded(str(tmp_path / "mini")))
+        names.append(recorded(str(place)))
     recorded.cache_clear()
-    assert names[0].startswith("mini ") and names[0] == names[2] != names[1]
+    assert all(name.startswith("mini ") for name in names)
+    assert names[3] == names[4] == names[6] and len({*names}) == 5
+    for name in ("net.onnx", "net.json"):
+        (place / name).write_text(name)
+    with_json = recorded(str(place / "net.onnx"))
+    (place / "net.json").write_text("other")
+    recorded.cache_clear()
+    assert recorded(str(place / "net.onnx")) != with_json
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -17,6 +17,7 @@ import masks
 from images import load_image, save_png, to_tensor
 from loops import random_start
 from methods import METHODS, MIX, Method, encoder_attack
+from models.loading import recorded
 from models.recognizers import face_similarity_to
 from models.vaes import WorkingVAE
 from protection import Protector, Report, generator_of, knobs
@@ -77,11 +78,11 @@ def test_settings(method, protector, tiny_models):
     expected = {"seed": 0, "defend_method": method, "method_version": METHODS[method].version}
     expected |= {"attack_budget": 0.03, "budget_mask": "none", **SETTINGS[method]}
     if method != "noise":
-        expected |= {"model_id": str(tiny_models.editor), "vae_ids": None}
+        expected |= {"model_id": recorded(str(tiny_models.editor)), "vae_ids": None}
     if method in FACELOCKS:
-        expected["recognizer"] = str(tiny_models.recognizer)
+        expected["recognizer"] = recorded(str(tiny_models.recognizer))
     if method == "facelock":
-        expected["lpips"] = str(tiny_models.perceptual)
+        expected["lpips"] = recorded(str(tiny_models.perceptual))
     if method in TWO:
         expected["mask_version"] = masks.VERSION
     assert found == expected
@@ -89,6 +90,7 @@ def test_settings(method, protector, tiny_models):
 
 def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkeypatch):
     monkeypatch.setattr("protection.recorded", lambda member: "with weights")
+    monkeypatch.setattr("protection.recorded_recognizer", lambda member: "with weights")
     found = protector(f"--vae_ids {tiny_models.editor}").settings()
     assert {found[key] for key in ("model_id", "recognizer", "lpips")} == {"with weights"}
     assert found["vae_ids"] == ["instruct-pix2pix=with weights, 64 px"]
