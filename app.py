@@ -382,6 +382,7 @@ def build(studio: Studio, visits: Visits) -> Any:
         done.then(end, None, outputs, queue=False, **quick)
         edited = edit.click(edit_both, [prompt, own, seed], outputs, show_progress_on=verdict, **queued)
         stop.click(cancel, None, outputs, queue=False, cancels=done, **quick)
+        quick["trigger_mode"] = "multiple"  # what is chosen while the last one is looked at counts, too
         running = [done, edited]
         picture.input(take_upload, picture, outputs, preprocess=False, cancels=running, **quick)
         gallery.select(take_bundled, None, outputs, cancels=running, **quick)

@@ -183,7 +183,8 @@ class Visits:
     def wait(self, name: str, file: BinaryIO) -> str:
         """Keeps an upload, an open file without a name, until a visit takes it -> what to ask for."""
         token = UPLOAD + secrets.token_urlsafe()
-        self.waiting[token] = name, file, time.monotonic()
+        with self.lock:
+            self.waiting[token] = name, file, time.monotonic()
         return token
 
     def take(self, visit: Visit, token: str) -> Path:
