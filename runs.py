@@ -165,10 +165,12 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         return None
     try:
         record = json.loads(path.read_text())
-        arguments, numbers = record["arguments"], record.get("prompts", {})
-        if not isinstance(arguments, dict) or not all(map(str.isdecimal, numbers)):
-            raise ValueError("its arguments or prompts are of another kind")
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
+            raise TypeError("no arguments in it")
+        prompts = record.get("prompts", {})
+        if not isinstance(prompts, dict) or not all(map(str.isdecimal, prompts)):
+            raise ValueError("its prompts are not numbered")
+    except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a record of a run ({first_line(error)})") from None
     return record
 

@@ -295,7 +295,11 @@ def test_files_made_by_hand_are_taken_with_a_warning(copies, capsys):
 
 @pytest.mark.parametrize(
     "text",
-    ["", "{", "[]", '{"seed": 1}', '{"arguments": 3}', '{"arguments": {}, "prompts": {"x": ""}}', "\xff"],
+    [
+        *("", "{", "[]", '{"seed": 1}', '{"arguments": 3}', "\xff"),
+        '{"arguments": {}, "prompts": {"x": ""}}',
+        '{"arguments": {}, "prompts": ["1"]}',
+    ],
 )
 def test_a_damaged_record_is_one_line(copies, text):
     copies.directory.mkdir()
