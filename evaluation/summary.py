@@ -103,7 +103,7 @@ def verdict(root: Path, models: str, minutes: float) -> str:
             found, nearest = (line[f"{what}{end}"] for what in ("recognised", "identified"))
             taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
             is_sibling = models == "mini" and end == "_judge"
-            who = f"{name} (trained here, like the attacked recogniser)" if is_sibling else name
+            who = f"{name} (trained here, like the attacked recogniser: not counted)" if is_sibling else name
             still = line.get(f"left{end}", math.nan) if end else math.nan
             size = f"FR {line[f'facial{end}']:.2f}" + ("" if math.isnan(still) else f" (left {still:.2f})")
             lines.append(f"    {who}: {size}, {taken}, identified in {nearest:.0%}")

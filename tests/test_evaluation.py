@@ -33,6 +33,7 @@ from scipy import stats
 
 import utils
 from images import load_image, to_tensor
+from models import sets
 from models.clip import Clip, load_clip
 from models.perceptual import load_perceptual
 from models.recognizers import Recognizer, Strangers, load_recognizer
@@ -942,6 +943,21 @@ def test_by_any_leaves_out_who_cannot_say():
     assert found.nan_to_num(-1).tolist() == pytest.approx([1.2, 1.5, -1])
     unknown = eval_facial.left(torch.ones(2, 3), torch.ones(2, 3), None)
     assert unknown.isnan().all()
+
+
+def test_a_judge_that_was_trained_here_counts_only_if_it_is_alone():
+    def of(*judges):
+        line = ["--models=mini", "--src_dir=a", "--clean_edit_dir=b", "--defend_edit_dirs=c", "--seed=0"]
+        return sets.choose(eval_facial.parse_args([*line, *(["--judge", *judges] if judges else [])]))
+
+    bundled = "assets/mini/judge" if Path("assets").exists() else str(ROOT / "assets/mini/judge")
+    assert eval_facial.counted(of()) == ["dlib"]
+    assert eval_facial.counted(of(bundled)) == ["judge"]
+    assert eval_facial.counted(of("dlib", bundled, "vggface2")) == ["dlib", "vggface2"]
+    groups = eval_facial.groups(of())
+    (panel, *_) = groups[""]
+    assert panel.name == "left" and all(":dlib:" in need for need in panel.needs)
+    assert [title.split(",")[0] for title in list(groups)[1:]] == ["judge judge", "judge dlib", "recognizer"]
 
 
 def test_an_attacked_recogniser_is_no_judge(facial_args, tiny_models, capsys):

@@ -20,7 +20,7 @@ NAMES = [f"person{number}" for number in range(7)]
 HOSTILE = "<script>alert(1)</script>"
 HEADLINE = "What the panel of judges says, and the other metrics"
 MINUS = "in pairs: the same person, instruction and seed"
-OF_JUDGE = "By judge: trained here, like the attacked recogniser"
+OF_JUDGE = "By judge: trained here, like the attacked recogniser, and not counted"
 PROMPTS = {0: "Turn the person's hair pink", 5: 'Let <b onclick="x()">it</b> be snowy'}
 METHODS = ["noise/budget_0.03", "facelock/budget_0.03", "facelock/budget_0.06"]
 

@@ -57,8 +57,8 @@ def test_people_are_known_whose_edits_are_mostly_recognised_and_the_worst_tenth_
 
 def test_the_verdict_speaks_of_edits_and_people(tmp_path):
     text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
-    of_judge = "judge (trained here, like the attacked recogniser): FR 0.20 (left 0.20), recognised in 0%"
-    assert f"{of_judge} of the edits, identified in 25%" in text
+    of_judge = "judge (trained here, like the attacked recogniser: not counted): FR 0.20 (left 0.20)"
+    assert f"{of_judge}, recognised in 0% of the edits, identified in 25%" in text
     assert "    dlib: FR 0.25, recognised in 0% of the edits, identified in 25%" in text
     assert "    the attacked recogniser: FR 0.25, " in text
     told = "clean: left 0.80, 2.30 of the worst tenth of the people; 80% of the people recognised in most"
