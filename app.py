@@ -78,7 +78,8 @@ ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the sam
 WORTH = """<p>This is one instruction and one seed, with one editor. Another editor, or a copy that was
 resized, compressed or cleaned, can give another result: this is a test, not a promise.{}</p>"""
 ABOUT_TABLE = """FR, without and with protection: the cosine similarity of the face in the edit to the one in
-your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges."""
+your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges.
+*left* is the same on a scale that recognisers share: 1 the same picture, 0 a stranger."""
 TROUBLE = '<p class="trouble" role="alert">{}</p>'
 COMPARE = """<figure class="compare">
 <img src="{}" alt="Before: the source"><img src="{}" alt="After: the protected picture">

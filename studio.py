@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import html
+import math
 import re
 import threading
 from collections.abc import Callable, Sequence
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edit import edit_portraits
 from images import image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
 from models.faces import Box, clip_box, scale_box
+from models.sets import TRAINED_HERE, identity
 from protection import Protector, Report
 from utils import LEVEL, UserError
 from visits import Cancelled, Job, Picture, Visit
@@ -36,7 +38,9 @@ class Face:
     found: list[bool]  # whether the detector finds it there
     values: dict[str, list[float]] = field(default_factory=dict)  # FR, by judges and attacked recognisers
     thresholds: dict[str, float | None] = field(default_factory=dict)  # above: taken for the same person
+    left: dict[str, list[float]] = field(default_factory=dict)  # FR on the scale that recognisers share
     attacked: tuple[str, ...] = ()  # those of them that the protection has seen, which are no judges
+    trained_here: tuple[str, ...] = ()  # judges that were trained like the attacked recogniser
 
     def verdict(self) -> tuple[str, str]:
         """Says what this means by the judges -> a headline and the reasons."""
@@ -163,13 +167,15 @@ class Studio:
             nearest = [max(boxes, key=lambda other: shared(box, other), default=box) for boxes in overlapping]
             panel = self.chosen.panel()
             attacked = tuple(name for name, member in panel.items() if member in self.chosen.recognizers)
-            face = Face([bool(boxes) for boxes in overlapping], attacked=attacked)
+            siblings = tuple(name for name, member in panel.items() if identity(member) in TRAINED_HERE)
+            face = Face([bool(boxes) for boxes in overlapping], attacked=attacked, trained_here=siblings)
             for name, member in panel.items():
                 recognizer = self.chosen.load_recognizer(member, torch.float32)
                 with torch.no_grad():
                     source, *of_edits = recognizer.embed(images, [[one] for one in (box, *nearest)])
                 face.values[name] = [float(source @ one) for one in of_edits]
                 face.thresholds[name] = recognizer.threshold
+                face.left[name] = recognizer.left(torch.tensor(face.values[name])).tolist()
             faces.append(face)
         return faces
 
@@ -218,8 +224,10 @@ def table_of(faces: Sequence[Face]) -> pd.DataFrame:
     for number, face in enumerate(faces, 1):
         for name, both in face.values.items():
             who = f"{name} (attacked)" if name in face.attacked else name
-            rows[f"{who}, face {number}" if len(faces) > 1 else who] = [*both, face.thresholds[name]]
-    columns = ["without", "with", "same person above"]
+            who += " (trained here)" if name in face.trained_here else ""
+            left = face.left.get(name, [math.nan] * 2)
+            rows[f"{who}, face {number}" if len(faces) > 1 else who] = [*both, face.thresholds[name], *left]
+    columns = ["without", "with", "same person above", "left without", "left with"]
     table = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("FR by")
     return table.dropna(axis=1, how="all")
 

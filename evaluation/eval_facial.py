@@ -28,10 +28,8 @@ from collections.abc import Callable, Sequence
 from scoring import Metric, Tensor, script
 from views import face_need
 
-from models.sets import MODEL_SETS, Chosen, identity, panel_names
+from models.sets import TRAINED_HERE, Chosen, identity, panel_names
 from utils import UserError
-
-BUNDLED = MODEL_SETS["mini"].judges[:1]  # judges that were trained in this project
 
 
 def facial_similarity(embeddings: Tensor, people: Tensor) -> Tensor:
@@ -142,7 +140,7 @@ def counted(chosen: Chosen) -> list[str]:
     have never seen this world: its order of the methods is not theirs (docs/results.md).
     """
     pairs = zip(names_of(chosen)[1], chosen.judges, strict=True)
-    return [name for name, member in pairs if identity(member) not in BUNDLED] or names_of(chosen)[1]
+    return [name for name, member in pairs if identity(member) not in TRAINED_HERE] or names_of(chosen)[1]
 
 
 def of_attacked(what: str, names: Sequence[str]) -> list[Metric]:
@@ -157,7 +155,7 @@ def groups(chosen: Chosen) -> dict[str, list[Metric]]:
     whats = [what for what in WHATS if judges and what != "similarity"]
     found = {"": [*(metric_of_panel(what, counted(chosen)) for what in whats), NO_FACE]}
     for judge, member in zip(judges, chosen.judges, strict=True):
-        is_sibling = identity(member) in BUNDLED
+        is_sibling = identity(member) in TRAINED_HERE
         who = "trained here, like the attacked recogniser" if is_sibling else "which no attack has seen"
         found[f"judge {judge}, {who}"] = [metric_of(what, judge, judge) for what in WHATS]
     title = f"{' and '.join(attacked)}, which attacks see: no evidence of protection"

@@ -217,17 +217,17 @@ def name_columns(found: Means, known: Sequence[Metric], values: pd.DataFrame) ->
 
 
 def place_of(name: str) -> int:
-    """Orders columns as eval_all.py does."""
-    if name == "left" or name.endswith("_by_any") or name == NO_FACE.name:
+    """Orders columns as eval_all.py does: those of the panel, others, each judge's, the attacked one's."""
+    if name == "left" or name.endswith("_by_any"):
         return 0
-    return (3 if "_" not in name else 2) if is_of_faces(name) else 1
+    if not is_of_faces(name):
+        return 1 if name == NO_FACE.name else 2
+    return 3 if "_" in name else 4
 
 
 def recogniser_of(name: str) -> str:
     """Names the recogniser of a column; "" of those of the panel and of other metrics."""
-    if not is_of_faces(name) or place_of(name) == 0:
-        return ""
-    return name.partition("_")[2] or "the attacked recogniser"
+    return (name.partition("_")[2] or "the attacked recogniser") if place_of(name) > 2 else ""
 
 
 # ---------------------------------------------------------------------------------------------------------

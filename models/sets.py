@@ -75,6 +75,9 @@ MODEL_SETS = {
 }
 
 
+TRAINED_HERE = MODEL_SETS["mini"].judges[:1]  # judges that were trained like the bundled recogniser
+
+
 @dataclass(frozen=True)
 class Chosen:
     """What the flags of one script came to: members, settings, and where the networks run."""
