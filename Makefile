@@ -46,12 +46,13 @@ table: $(VENV)/installed
 	$(RUN) experiment.py --models=$(MODELS) --image_dir="$(IMAGES)" --output_dir="$(TABLE)" --budgets $(BUDGETS) \
 		--methods $(METHODS) --seed $(SEED) --batch_size=$(BATCH) $(if $(PROMPTS),--prompts=$(PROMPTS))
 
-# 20 portraits that nothing else uses: the paper's methods and ours with all instructions; purified, with four of them
+# 20 portraits that nothing else uses: the paper's methods and ours with all instructions; ten of them purified, with four
 experiment: $(VENV)/installed-dev
 	$(RUN) mini/portraits.py --write $(EXPERIMENT)/portraits --first 1010000 --count 20
+	$(RUN) mini/portraits.py --write $(EXPERIMENT)/ten --first 1010000 --count 10
 	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/methods --methods $(METHODS) facelock-dim $(OURS)
-	$(MINI) --image_dir=$(EXPERIMENT)/portraits --output_dir=$(EXPERIMENT)/purification --methods facelock $(OURS) \
-		--prompts=0,4,13,19 --purify jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10 resize:0.5 jpeg:75+resize:0.5 blur:5:1.5+jpeg:75
+	$(MINI) --image_dir=$(EXPERIMENT)/ten --output_dir=$(EXPERIMENT)/purification --methods encoder facelock facelock-dim $(OURS) \
+		--prompts=0,4,13,19 --purify jpeg:90 jpeg:75 resize:0.5 jpeg:75+resize:0.5
 
 app: $(VENV)/installed-app
 	$(RUN) app.py --models=$(MODELS)

@@ -20,6 +20,7 @@ from tiny import noise
 from transformers import AutoModel
 
 import models.faces
+from benchmarks import strangers
 from images import load_image, to_tensor, to_uint8
 from models import recognizers
 from models.dlib import dlib_network
@@ -503,3 +504,45 @@ def test_several_recognisers_are_attacked_by_the_mean_of_their_similarities(reco
     together = face_similarity_to(both, clean, whole(clean))(other)
     torch.testing.assert_close(together, sum(alone) / 2)
     assert (alone[0] - alone[1]).abs().min() > 1e-3
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what a recogniser says of strangers
+
+
+class Given:
+    """A recogniser whose embeddings are the pictures themselves."""
+
+    name = "given"
+
+    def embed(self, images, boxes):
+        return F.normalize(images.flatten(1), dim=1)
+
+
+def test_strangers_are_pairs_of_different_people():
+    generator = torch.Generator().manual_seed(0)
+    people = [(name, torch.randn(1, 3, 4, 4, generator=generator), None) for name in "aabbccdd" * 20]
+    found = strangers.strangers(Given(), people)
+    assert found["pairs"] == 160 * 120 // 2 and found["as if normal"]
+    vectors = torch.cat([F.normalize(image.flatten(1)) for _, image, _ in people]).numpy()
+    names = np.array([name for name, *_ in people])
+    cosines = (vectors @ vectors.T)[np.triu(names[:, None] != names, 1)]
+    assert found["strangers_mean"] == pytest.approx(cosines.mean(), abs=6e-4)
+    assert found["verification_threshold"] == pytest.approx(cosines.mean() + 3.09 * cosines.std(), abs=2e-3)
+    found = strangers.strangers(Given(), people * 2)
+    assert not found["as if normal"] and found["pairs"] == 320 * 240 // 2
+    assert found["verification_threshold"] == pytest.approx(np.quantile(cosines, 0.999), abs=0.01)
+    with pytest.raises(UserError, match="two people with a face"):
+        strangers.strangers(Given(), people[:2])
+
+
+def test_strangers_of_a_folder_are_a_line_of_json(tmp_path, tiny_models, capsys, monkeypatch):
+    monkeypatch.setattr(strangers, "FaceDetector", tiny.WholeImage)
+    for number, name in enumerate(("anna", "ben", "cleo/1", "cleo/2")):
+        path = tmp_path / f"{name}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(tiny.portrait(32, seed=number)).save(path)
+    flags = ["--models=mini", f"--image_dir={tmp_path}", "--recognizer", str(tiny_models.recognizer)]
+    assert strangers.main(flags) == 0
+    (line,) = capsys.readouterr().out.splitlines()
+    assert line.startswith("recognizer: ") and json.loads(line.removeprefix("recognizer: "))["pairs"] == 5
