@@ -475,7 +475,7 @@ class Job:
                         self.fail(item, error)
                     todo = todo[largest:]
                 bar.update(len(batch))
-        return 0
+        return heard[0] if heard else 0  # in the last batch: what comes after this directory stops
 
     def read(self, batch: list[Item]) -> list[tuple[Item, str, Any]]:
         """Reads all of a batch, so that its arithmetic is an undisturbed run's -> with each source's hash."""

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import experiment
 import images
 import runs
 from utils import UserError, temporary_name
@@ -501,6 +502,22 @@ def test_a_signal_ends_the_run_after_its_batch(copies, capsys, number, status):
     assert set(copies.files) == set("abcd") and signal.getsignal(number) is before
     assert "4 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
     assert copies("a b c d e f", batch_size=2) == 0 and copies.computed == ["EF"]
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_in_the_last_batch_stops_what_comes_after_it(copies, capsys, number, status):
+    """With few portraits each part of an experiment is a single batch."""
+
+    def work(items, loaded, wanted):
+        os.kill(os.getpid(), number)
+        return Copies.work(copies, items, loaded, wanted)
+
+    copies.work, done = work, []
+    parts = experiment.Parts()
+    parts.add("protect", 1, lambda: copies("a b", batch_size=2))
+    parts.add("edit", 1, lambda: done.append("edit") or 0)
+    assert parts.run() == status and done == [] and set(copies.files) == set("ab")
+    assert "2 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
 
 
 SLOW = """
