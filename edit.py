@@ -35,7 +35,7 @@ def add_seed_argument(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--input_path", type=utils.path, required=True, help="the image, an image file")
-    parser.add_argument("--prompt", required=True, help="the instruction")
+    parser.add_argument("--prompt", type=utils.prompt, required=True, help="the instruction")
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: edit_NAME.png beside the input)"
     )

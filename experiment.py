@@ -30,6 +30,7 @@ sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its f
 
 import eval_all
 import figure
+import outputs
 import purify
 import report
 import summary
@@ -49,6 +50,8 @@ from utils import UserError
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
+OF_TABLE = ("all_metric.csv", "all_metric.md", "all_metric_protected.csv", "per_image.csv", "figure.png")
+OF_ALL = ("purified.csv", "purified.md", "purified.png", "transfer.csv", "transfer.md", "report.html")
 SLOW = 0.002  # s a unit of work; a part that took less was there already and says nothing of the rest
 
 
@@ -201,6 +204,11 @@ def run(args: argparse.Namespace) -> int:
     judged = dataclasses.replace(chosen, dtype=utils.pick_dtype("fp32", chosen.device))
     options = runs.Options.of(args)
     parts = Parts()
+    roots = [args.output_dir, *(args.output_dir / "purified" / name for name, _ in args.purify)]
+    roots += [args.output_dir / "editors" / name_of(editor) for editor in others]
+    files = [root / name for root in roots for name in OF_TABLE]
+    files += [args.output_dir / name for name in OF_ALL]
+    outputs.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
 
     def add_rows(rows: Rows, editor: sets.Chosen = chosen) -> None:
         """Adds the edits of all rows, their table, and the picture beside it."""
@@ -208,6 +216,7 @@ def run(args: argparse.Namespace) -> int:
         for row, pictures in rows.pictures.items():
             for seed in args.seed:
                 where = rows.edits(row) / f"seed{seed}"
+                runs.check_ours(where)
                 parts.add(
                     f"edit {row}" + (f" by {name_of(editor)}" if others else ""),
                     edit_passes / len(args.seed),
@@ -219,6 +228,8 @@ def run(args: argparse.Namespace) -> int:
     protected = {row: args.output_dir / "protected" / row for row in protectors}
     for row, protector in protectors.items():
         passes = n_images * (1 + 4 * protector.run.num_iters * bool(protector.method.reads))
+        runs.check_ours(protected[row])
+        utils.check_own(protected[row] / "report.csv")
         work = partial(protect_directory, args.image_dir, protected[row], protector, options)
         parts.add(f"protect {row}", passes, work)
     add_rows(Rows(args.output_dir, {"clean": args.image_dir, **protected}, args.seed))
@@ -227,6 +238,7 @@ def run(args: argparse.Namespace) -> int:
         pictures = {}
         for row, source in {"clean": args.image_dir, **protected}.items():
             pictures[row] = root / "pictures" / row
+            runs.check_ours(pictures[row])
             work = partial(
                 purify.purify_directory, source, pictures[row], steps, args.seed[0], chosen, options
             )
@@ -244,15 +256,27 @@ def run(args: argparse.Namespace) -> int:
         attacked = {row: protector for row, protector in protectors.items() if "vae" in protector.needs}
         names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
         print(summary.transfer(roots, names, args.output_dir / "transfer.csv"))
+    plots: list[Callable[[], object]] = []
     if args.purify:
         roots = {name: args.output_dir / "purified" / name for name, _ in args.purify}
         roots = {"none": args.output_dir, **roots}
         print(summary.purified(roots, args.output_dir / "purified.csv"))
         files = {name: root / "all_metric.csv" for name, root in roots.items()}
-        figure.make_plot(files, args.output_dir / "purified.png", "left")
+        plots.append(partial(figure.make_plot, files, args.output_dir / "purified.png", "left"))
     print(summary.verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
-    report.make_report(args.output_dir, args.output_dir / "report.html")
-    return status
+    plots.append(partial(report.make_report, args.output_dir, args.output_dir / "report.html"))
+    return max(status, *map(beside, plots))
+
+
+def beside(draw: Callable[[], object]) -> int:
+    """Draws what stands beside the tables; what goes wrong with it costs nothing else -> exit status."""
+    try:
+        draw()
+    except Exception as error:  # of matplotlib, jinja2, a font...
+        name = "" if isinstance(error, UserError) else f"{type(error).__name__}: "
+        print(utils.one_line(f"error: not drawn: {name}{utils.first_line(error)}"), file=sys.stderr)
+        return 1
+    return 0
 
 
 def make_room(protectors: Iterable[Protector]) -> int:
@@ -277,6 +301,13 @@ def make_table(
         per_image=rows.root / "per_image.csv",
         protected_dirs=protected if plain else (),
     )
+    return max(status, beside(partial(draw_grid, rows, args, prompts, edits, protected)))
+
+
+def draw_grid(
+    rows: Rows, args: argparse.Namespace, prompts: dict[int, str], edits: Edits, protected: list[Path]
+) -> None:
+    """Draws the picture beside a table. Raises UserError."""
     some = list(prompts) if args.prompts else [i for i in SOME_PROMPTS if i in prompts]
     names = edits.names[: 2 if len(protected) == 1 else 1]
     shown = find_edits(
@@ -290,7 +321,6 @@ def make_table(
     )
     titles = ["" if len(protected) == 1 else row for row in rows.pictures if row != "clean"]
     figure.make_grid(shown, protected, rows.root / "figure.png", names, titles, len(protected) == 1)
-    return status
 
 
 def name_of(editor: sets.Chosen) -> str:

@@ -72,6 +72,7 @@ def protect_directory(
     if directory.resolve() == image_dir.resolve():
         raise UserError(f"{directory}: would overwrite the inputs")
     utils.check_directory(directory)
+    runs.once(lambda: utils.check_own(directory / "report.csv"))
     items = [runs.Item(path, directory / f"{path.stem}.png", size, path.name) for path, size in images]
     is_first = runs.processes().is_main_process
     if is_first:
@@ -107,7 +108,7 @@ def write_report(directory: Path) -> None:
     table = pd.DataFrame(lines).drop(columns=["source", "sha256", "bytes"])
     table.insert(0, "name", table.pop("output").map(lambda output: utils.csv_name(Path(output).stem)))
     text = table.sort_values("name").to_csv(index=False, float_format="%.6g")
-    utils.write_file(directory / "report.csv", text.encode(errors="surrogateescape"))
+    utils.write_own(directory / "report.csv", text.encode(errors="surrogateescape"))
 
 
 if __name__ == "__main__":

@@ -28,7 +28,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from images import HEIF, images_by_stem, readable_suffixes
-from utils import UserError, first_line, one_line, pick_device, positive_int, warn, write_file
+from utils import (
+    MOST_TEXT,
+    NOT_OURS,
+    UserError,
+    first_line,
+    is_special,
+    one_line,
+    parse_json,
+    pick_device,
+    positive_int,
+    read_plain,
+    warn,
+    write_file,
+)
 
 if TYPE_CHECKING:
     from accelerate import PartialState
@@ -36,8 +49,11 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Facts = list[dict[str, Any]]  # about each file that was made, for the manifest
 
-MANIFEST, PARTS = "manifest.jsonl", "manifest.*.jsonl"  # a part is what one process adds
+MANIFEST = "manifest.jsonl"
+PART = re.compile(r"manifest\.(\d+ on .+)\.jsonl", re.DOTALL)  # what one process adds
 OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of what the scripts write beside images
+KINDS = {"prompts": dict, "versions": dict, "later_versions": list, "sources": str}  # of a run.json
+LINE = {"output": str, "source": str, "sha256": str, "bytes": int}  # of a manifest
 NAMED = 5  # files that a message names before it counts the rest
 PACKAGES = [
     "accelerate", "diffusers", "facenet-pytorch", "lpips", "numpy",
@@ -164,12 +180,18 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     try:
-        record = json.loads(path.read_text())
+        record = parse_json(read_plain(path, MOST_TEXT))
         if not isinstance(record, dict) or not isinstance(record.get("arguments"), dict):
             raise TypeError("no arguments in it")
-        prompts = record.get("prompts", {})
-        if not isinstance(prompts, dict) or not all(map(str.isdecimal, prompts)):
+        for key, kind in KINDS.items():
+            if not isinstance(record.get(key, kind()), kind):
+                raise TypeError(f"its {key} are {record[key]!r}")
+        prompts, later = record.get("prompts", {}), record.get("later_versions", [])
+        if not all(key.isdecimal() and len(key) < 10 for key in prompts):
             raise ValueError("its prompts are not numbered")
+        texts = [*prompts.values(), *record.get("versions", {}).values()]
+        if {*map(type, texts)} - {str} or {*map(type, later)} - {dict}:
+            raise ValueError("a text in it is none")
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not a record of a run ({first_line(error)})") from None
     return record
@@ -209,22 +231,55 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
     write_file(directory / "run.json", (json.dumps(kept, indent=2) + "\n").encode())
 
 
+def is_ours(record: dict[str, Any] | None) -> bool:
+    """Tells whether a run.json is of this project: nobody else records these versions."""
+    versions = record.get("versions") if record else None
+    return isinstance(versions, dict) and {"python", "diffusers", "facenet-pytorch"} <= versions.keys()
+
+
+def check_ours(directory: Path) -> None:
+    """Refuses a directory where somebody else's files have the names of a run's. Raises UserError."""
+    record, lock = directory / "run.json", directory / ".lock"
+    if record.exists() and not is_ours(read_record(directory)):
+        raise UserError(f"{record}: {NOT_OURS}")
+    for path in [] if record.exists() else [directory / MANIFEST, *parts_in(directory)]:
+        if path.exists() and path.stat().st_size:
+            raise UserError(f"{path}: {NOT_OURS}")
+    for path in [lock, *directory.glob(".lock.[0-9]*")]:
+        if path.is_file() and not path.is_symlink() and path.stat().st_size:
+            raise UserError(f"{path}: is not empty, so it is no lock of this script; move it")
+
+
+def parts_in(directory: Path) -> list[Path]:
+    """Lists the parts of the manifest that the processes of a run have added to."""
+    return [path for path in sorted(directory.glob("manifest.*.jsonl")) if PART.fullmatch(path.name)]
+
+
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Reads the last line on each file of a directory, by its path there; half-written lines are left out."""
+    """Reads the last line on each file of a directory, by its path there; damaged lines are left out."""
     found: dict[str, dict[str, Any]] = {}
-    for path in [directory / MANIFEST, *sorted(directory.glob(PARTS))]:
+    for path in [directory / MANIFEST, *parts_in(directory)]:
         with contextlib.suppress(OSError):
-            for line in path.read_bytes().split(b"\n"):
-                with contextlib.suppress(ValueError, KeyError, TypeError):
-                    entry = json.loads(line)
-                    found[entry["output"]] = entry
+            for line in [] if is_special(path) else path.read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError):
+                    entry = parse_json(line)
+                    if is_line(entry):
+                        found[entry["output"]] = entry
     return found
+
+
+def is_line(entry: Any) -> bool:
+    """Tells whether this is a line of a manifest: one flipped bit may have made it another thing."""
+    if not isinstance(entry, dict) or "output" not in entry:
+        return False
+    is_whole = "sha256" not in entry or LINE.keys() <= entry.keys()
+    return is_whole and all(isinstance(entry.get(key, kind()), kind) for key, kind in LINE.items())
 
 
 def write_manifest(directory: Path, entries: dict[str, dict[str, Any]]) -> None:
     """Writes the lines of a manifest in the place of its parts. Raises UserError."""
     write_file(directory / MANIFEST, "".join(json.dumps(line) + "\n" for line in entries.values()).encode())
-    for part in directory.glob(PARTS):
+    for part in parts_in(directory):
         part.unlink(missing_ok=True)
 
 
@@ -280,10 +335,10 @@ def locked(directory: Path) -> Iterator[None]:
         try:
             directory.mkdir(parents=True, exist_ok=True)
             own.acquire(timeout=0)
-            for other in directory.glob(".lock.*") if state.is_main_process else ():
+            for other in directory.glob(".lock.[0-9]*") if state.is_main_process else ():
                 FileLock(other).acquire(timeout=0).lock.release()
         except Timeout:
-            names = [part.name.removesuffix(".jsonl").split(".", 1)[1] for part in directory.glob(PARTS)]
+            names = [PART.fullmatch(part.name)[1] for part in parts_in(directory)]
             who = f" (process {', '.join(names)})" if names else ""
             text = f"{directory}: another run is writing into it{who}; wait for its end, or stop it"
             raise UserError(text) from None
@@ -384,6 +439,7 @@ class Job:
         images without a run.json, and for files that would stay behind under other settings.
         """
         directory, entries = self.directory, read_manifest(self.directory)
+        check_ours(directory)
         record = read_record(directory)
         others = differences(record, self.settings, self.prompts)
         wanted, unknown = {}, []

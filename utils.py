@@ -8,8 +8,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
+import json
 import os
 import random
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -50,6 +52,7 @@ edit_prompts: dict[int, str] = {
 }
 
 LEVEL = 2 / 255  # one step of an 8-bit pixel, in the [-1, 1] range of the tensors
+MOST_TEXT = 10_000_000  # bytes of a text that is read whole
 USUAL_BUDGET = 0.3  # above it somebody has probably given 8-bit levels
 
 
@@ -77,8 +80,9 @@ def number(kind: type, low: float, high: float, what: str) -> Callable[[str], An
 
 
 SMALLEST, LARGEST = sys.float_info.min, sys.float_info.max
-natural_number = number(int, 0, LARGEST, "a whole number of at least 0")
-positive_int = number(int, 1, LARGEST, "a whole number of at least 1")
+MOST_COUNT = 10**9
+natural_number = number(int, 0, MOST_COUNT, "a whole number of at least 0, up to 10^9")
+positive_int = number(int, 1, MOST_COUNT, "a whole number of at least 1, up to 10^9")
 positive_float = number(float, SMALLEST, LARGEST, "a number above 0")
 non_negative_float = number(float, 0, LARGEST, "a number of at least 0")
 at_least_one = number(float, 1, LARGEST, "a number of at least 1")
@@ -100,6 +104,15 @@ def path(text: str) -> Path:
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text)
+
+
+def prompt(text: str) -> str:
+    """argparse type: an instruction; one that is no text, for which a tokenizer has no words, is refused."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not UTF-8") from None
+    return text
 
 
 def budget_size(text: str) -> float:
@@ -126,6 +139,8 @@ def allowed_levels(budget: float) -> int:
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a script's work -> exit status; an error becomes one line and 1, or, with --debug, is raised."""
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's, or one that is closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have bytes that are no text
     try:
         return run(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -135,7 +150,11 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
             print("stopped", file=sys.stderr)
             return 130
         text = str(error)
-        if not isinstance(error, UserError):
+        if isinstance(error, OSError) and error.strerror and error.filename:  # no rights, a loop of links...
+            text = f"{os.fsdecode(error.filename)}: can't be used ({error.strerror})"
+        elif isinstance(error, MemoryError):
+            text = "not enough memory"
+        elif not isinstance(error, UserError) and not text.startswith("Symlink loop"):  # Path.resolve's
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
             text = f"{place}: {first_line(error)} (--debug shows all)"
@@ -161,9 +180,20 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
+FORMULA = re.compile(r"'*[=+\-@\t\r]")
+
+
 def csv_name(name: str) -> str:
-    """Gives a name as it is, or, if a spreadsheet would take it for a formula, with a quote before it."""
-    return f"'{name}" if name.startswith(("=", "+", "-", "@", "\t", "\r")) else name
+    """Gives a name as it is, or, if a spreadsheet would take it for a formula, with a quote before it.
+
+    A name that begins so after quotes of its own gets one more, so that `name_of_csv` can undo it.
+    """
+    return f"'{name}" if FORMULA.match(name) else name
+
+
+def name_of_csv(text: str) -> str:
+    """Undoes `csv_name`."""
+    return text[1:] if text.startswith("'") and FORMULA.match(text) else text
 
 
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
@@ -174,8 +204,8 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     prompts = edit_prompts
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8-sig").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = read_plain(file, MOST_TEXT).decode("utf-8-sig").splitlines()
+        except (OSError, ValueError) as error:
             raise UserError(f"{file}: not a readable text file ({first_line(error)})") from None
         prompts = {place: line.strip() for place, line in enumerate(lines) if line.strip()}
         if not prompts:
@@ -188,6 +218,30 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
             known = ", ".join(map(str, prompts))
         raise UserError(f"--prompts {','.join(unknown)}: only {known} are there")
     return {number: prompts[number] for number in sorted(set(numbers))}
+
+
+def read_plain(path: Path, most: float) -> bytes:
+    """Reads a regular file of at most so many bytes; a device or a pipe might never end.
+
+    Raises OSError, or ValueError.
+    """
+    if is_special(path):
+        raise ValueError("a device or a pipe")
+    if path.stat().st_size > most:
+        raise ValueError(f"over {most / 1e6:.0f} MB")
+    return path.read_bytes()
+
+
+def parse_json(data: bytes | str) -> Any:
+    """Reads JSON. Raises ValueError, in words where Python would explain itself."""
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("too many brackets within each other") from None
+    except ValueError as error:
+        if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
+            raise
+        raise ValueError("a number of too many digits") from None
 
 
 def draw_seed(seed: int) -> int:
@@ -262,7 +316,9 @@ def write_file(path: Path, data: bytes) -> None:
     aside = temporary_name(path)
     try:
         if path.exists() and not path.is_file():
-            path.write_bytes(data)
+            with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:  # of a pipe, don't wait
+                os.set_blocking(file.fileno(), True)
+                file.write(data)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         with aside.open("wb") as file:
@@ -283,11 +339,55 @@ def write_file(path: Path, data: bytes) -> None:
             aside.unlink()
 
 
+# Which files in a directory this project wrote, a line each; so no others are ever replaced
+INDEX = ".facelock.jsonl"
+NOT_OURS = "exists and was not made by this script; move it, or choose another name"
+
+
+def write_own(path: Path, data: bytes) -> None:
+    """Writes a file as `write_file` does and notes it in the directory's index. Raises UserError."""
+    if is_special(path):
+        return write_file(path, data)
+    index = path.parent / INDEX
+    if index.is_symlink() or is_special(index):
+        raise UserError(f"{index}: is not a plain file")
+    check_directory(path.absolute().parent)
+    line = {"output": path.name, "sha256": hashlib.sha256(data).hexdigest()}
+    try:  # before the file itself: a killed run leaves none that the next one refuses
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(index, "a") as file:
+            file.write(json.dumps(line) + "\n")
+    except OSError as error:
+        raise UserError(f"{index}: can't be written ({error.strerror})") from None
+    write_file(path, data)
+
+
+def check_own(path: Path) -> None:
+    """Refuses to replace a file that isn't just as `write_own` wrote it; an empty one may go.
+
+    Raises UserError.
+    """
+    index = path.parent / INDEX
+    try:
+        content = path.read_bytes() if path.exists() else b""
+        lines = index.read_text(errors="replace").splitlines() if content and index.is_file() else []
+    except OSError as error:
+        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    own = json.dumps({"output": path.name, "sha256": hashlib.sha256(content).hexdigest()})
+    if content and own not in lines:
+        raise UserError(f"{path}: {NOT_OURS}")
+
+
+def is_special(path: Path) -> bool:
+    """Tells a device or a pipe, such as /dev/null, which is written through and has no files beside it."""
+    return path.exists() and not path.is_file() and not path.is_dir()
+
+
 def check_directory(path: Path) -> None:
     """Refuses a directory that is not there and can't be made, or can't be written into. Raises UserError."""
     path = path.absolute()
     try:
-        existing = next(place for place in (path, *path.parents) if place.exists())
+        existing = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
     except OSError as error:
         raise UserError(f"{path}: can't be used ({error.strerror})") from None
     if not existing.is_dir():

@@ -18,7 +18,6 @@ nothing for it. Which metric can be trusted for what: docs/results.md.
 import argparse
 import dataclasses
 import itertools
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -143,7 +142,7 @@ def evaluate(
     whole = "\n\n".join(parts)
     print(whole)
     if text:
-        utils.write_file(text, f"{whole}\n".encode(errors="surrogateescape"))
+        utils.write_own(text, f"{whole}\n".encode(errors="surrogateescape"))
         print(utils.one_line(f"{output}: {len(rows)} rows; the same as Markdown: {text}"))
     status = scores.report()
     return max(status, visible.report("protected images")) if visible else status
@@ -151,14 +150,13 @@ def evaluate(
 
 def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
     """Refuses outputs as outputs.py does -> those beside the table; none of a device. Raises UserError."""
-    if outputs.is_special(output):
+    if utils.is_special(output):
         outputs.check_outputs([per_image])
         return [None] * 3
     csv = [output.with_name(f"{output.stem}_{what}.csv") for what in ("minus_baseline", "protected")]
     text = output.with_suffix(".md")
     outputs.check_outputs([output, per_image, *csv])
-    begins = re.compile(rb"\d+ images, \d+ prompts, seed \d")  # as `evaluate` does
-    outputs.check_outputs([text], suffixes=(".md",), is_ours=begins.match)
+    outputs.check_outputs([text], suffixes=(".md",))
     return [*csv, text]
 
 

@@ -90,16 +90,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     return utils.run_command(args.run, args)
 
 
-def is_figure(content: bytes) -> bool:
-    """Tells a file that matplotlib wrote: a PNG says so at its beginning, a PDF at its end."""
-    return content.startswith((b"\x89PNG", b"%PDF")) and b"Matplotlib" in content
-
-
 def save(figure: Figure, output: Path) -> None:
     """Writes the file, whole or not at all. Raises UserError."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format=output.suffix[1:].lower() or "png")  # /dev/null has no ending
-    utils.write_file(output, buffer.getvalue())
+    utils.write_own(output, buffer.getvalue())
 
 
 def run_grid(args: argparse.Namespace) -> int:
@@ -135,7 +130,7 @@ def make_grid(
         check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
     read = [edits.path(row, key) for row in edits.every_row for key in keys]
     read += [*edits.sources.values(), *(path for found in files for path in found.values())]
-    outputs.check_outputs([output], read, FORMATS, is_figure)
+    outputs.check_outputs([output], read, FORMATS)
 
     cells = []
     for key in keys:
@@ -207,7 +202,7 @@ def make_plot(
 
     if len(files) > 1 and "" in files:
         raise UserError(f"--tables: {files['']} has no label: LABEL=FILE")
-    outputs.check_outputs([output], files.values(), FORMATS, is_figure)
+    outputs.check_outputs([output], files.values(), FORMATS)
     points = pd.concat([read_points(file, metric, label) for label, file in files.items()], ignore_index=True)
     twice = points[points.duplicated(["method", "place"])]
     if len(twice):
@@ -254,6 +249,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
+    outputs.check_numbers(file, points[["value", "low", "high"]])
     for at, name in points["method"].items():
         parts = [part for part in Path(name).parts if part != "/"]
         budget = next((part[7:] for part in parts[::-1] if re.fullmatch(f"budget_{NUMBER}", part)), "")

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable, Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,13 +15,15 @@ from utils import UserError
 if TYPE_CHECKING:
     import pandas as pd
 
+MOST_SHOWN = 1e9  # of a metric
+
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes a CSV file, whole or not at all: numbers with six digits, empty for NaN. Raises UserError."""
     for column in {"method", "name"} & {*frame.columns}:
         frame = frame.assign(**{column: frame[column].astype(object).map(utils.csv_name)})
     text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
-    utils.write_file(path, text.encode(errors="surrogateescape"))
+    utils.write_own(path, text.encode(errors="surrogateescape"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -29,27 +31,36 @@ def read_csv(path: Path) -> pd.DataFrame:
     import pandas as pd
 
     texts = {"method": object, "name": object}
+    how = {"keep_default_na": False, "na_values": [""], "encoding_errors": "surrogateescape"}
     try:
-        frame = pd.read_csv(path, dtype=texts, keep_default_na=False, na_values=[""])
+        if utils.is_special(path):
+            raise ValueError("a device or a pipe")
+        frame = pd.read_csv(path, dtype=texts, **how)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
         raise UserError(f"{path}: not a readable table ({utils.first_line(error)})") from None
-    if "method" in frame:
-        frame["method"] = frame["method"].fillna("").map(lambda name: re.sub(r"^'(?=[=+\-@\t\r])", "", name))
+    for column in texts.keys() & {*frame.columns}:
+        frame[column] = frame[column].fillna("").map(utils.name_of_csv)
     return frame
 
 
+def check_numbers(path: Path, numbers: pd.DataFrame) -> None:
+    """Refuses what no axis could show: infinity, and sizes that no metric has. Raises UserError."""
+    if (numbers.abs() > MOST_SHOWN).any(axis=None):
+        raise UserError(f"{path}: a number in it is infinite or over {MOST_SHOWN:g}")
+
+
 def check_outputs(
-    outputs: Iterable[Path | None],
-    inputs: Iterable[Path | None] = (),
-    suffixes: Sequence[str] = (".csv",),
-    is_ours: Callable[[bytes], object] = re.compile(b"method,").match,  # the first column of a CSV of ours
+    outputs: Iterable[Path | None], inputs: Iterable[Path | None] = (), suffixes: Sequence[str] = (".csv",)
 ) -> None:
     """Refuses outputs that can't be written, would destroy something or overwrite each other.
 
-    An existing file is overwritten only if it is empty or `is_ours` knows its kind, and it is none of the
-    inputs; what is not a regular file, such as /dev/null, is written through. Raises UserError.
+    An existing file is overwritten only if it is empty or as `utils.write_own` wrote it, and it is none of
+    the inputs; what is not a regular file, such as /dev/null, is written through. Raises UserError.
     """
-    given = [path for path in outputs if path and not is_special(path)]
+    given = [path for path in outputs if path and not utils.is_special(path)]
+    for path in filter(None, outputs):
+        if Path(os.path.realpath(path)).is_fifo():  # /dev/stdout and >(...) are pipes without a name
+            raise UserError(f"{path}: is a named pipe, which may have no reader")
     read = [path for path in inputs if path and path.exists()]
     for path in given:
         if path.is_dir():
@@ -59,17 +70,6 @@ def check_outputs(
         utils.check_directory(path.absolute().parent)
         if path.exists() and any(path.samefile(other) for other in read):
             raise UserError(f"{path}: would overwrite what this run reads")
-        try:
-            content = path.read_bytes() if path.exists() else b""
-        except OSError as error:
-            raise UserError(f"{path}: can't be read ({error.strerror})") from None
-        if content and not is_ours(content):
-            hint = "move it, or choose another name"
-            raise UserError(f"{path}: exists and was not made by this script; {hint}")
+        utils.check_own(path)
     if len({path.resolve() for path in given}) < len(given):
         raise UserError(f"one output would overwrite the other: {' '.join(map(str, given))}")
-
-
-def is_special(path: Path) -> bool:
-    """Tells a device or a pipe, such as /dev/null, which is written through and has no files beside it."""
-    return path.exists() and not path.is_file() and not path.is_dir()

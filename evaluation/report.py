@@ -47,7 +47,6 @@ LEAD = ("left", "facial_judge", "facial")  # what the page goes by: the first th
 MOST_DOTS = 200  # people in a strip
 TONES = 8  # colours and shapes
 SIDE, CROP = 176, 256  # px of a picture in the page, and of one in which single pixels count
-MARK = b'<meta name="generator" content="FaceLock report">'
 
 Means = dict[tuple[str, str], Any]  # by method and metric: mean, low, high, n, n_inf
 
@@ -68,7 +67,7 @@ def make_report(root: Path, output: Path) -> int:
     """Writes the report on an experiment's directory -> exit status. Raises UserError."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    outputs.check_outputs([output], (), (".html",), lambda content: MARK in content[:1000])
+    outputs.check_outputs([output], suffixes=(".html",))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -79,7 +78,7 @@ def make_report(root: Path, output: Path) -> int:
     )
     environment.globals |= {"spread": spread, "most_dots": MOST_DOTS, "nan": math.nan}
     page = environment.get_template("report.html.jinja").render(report=Report(root))
-    utils.write_file(output, page.encode())
+    utils.write_own(output, page.encode(errors="replace"))
     print(utils.one_line(f"{output}: the report; open it in a browser"))
     return 0
 
@@ -88,19 +87,32 @@ def make_report(root: Path, output: Path) -> int:
 # reading
 
 
+def read_texts(path: Path) -> pd.DataFrame:
+    """Reads a table, with escapes for bytes in names that are no text, which pandas and HTML refuse.
+
+    Raises UserError.
+    """
+    frame = outputs.read_csv(path)
+    for column in {"method", "name"} & {*frame.columns}:
+        frame[column] = frame[column].map(lambda name: name.encode(errors="backslashreplace").decode())
+    return frame
+
+
 def read_values(path: Path) -> pd.DataFrame:
     """Reads per_image.csv, wide or long -> method, seed, prompt, name, metric, value. Raises UserError."""
+    import numpy as np
     import pandas as pd
 
-    frame = outputs.read_csv(path) if path.exists() else pd.DataFrame({key: [] for key in EDIT})
+    frame = read_texts(path) if path.exists() else pd.DataFrame({key: [] for key in EDIT})
     if lacking := [column for column in EDIT if column not in frame]:
         raise UserError(f"{path}: no column {lacking[0]} in it")
-    frame["name"] = frame["name"].fillna("").map(lambda name: re.sub(r"^'(?=[=+\-@\t\r])", "", name))
     if not {"metric", "value"} <= {*frame.columns}:
         numbers = frame.drop(columns=EDIT).select_dtypes(["number", "bool"]).astype(float)
         frame = pd.concat([frame[EDIT], numbers], axis=1).melt(EDIT, var_name="metric")
     if frame.duplicated([*EDIT, "metric"]).any():
         raise UserError(f"{path}: two values of one edit and metric")
+    finite = frame.loc[np.isfinite(frame["value"]), ["value"]]  # PSNR of the same picture is infinite
+    outputs.check_numbers(path, finite)
     return frame.dropna(subset="value").astype(dict.fromkeys(("method", "name", "metric"), "category"))
 
 
@@ -109,14 +121,16 @@ def read_means(path: Path, values: pd.DataFrame | None = None) -> Means:
     import numpy as np
     import pandas as pd
 
-    table = outputs.read_csv(path) if path.exists() else pd.DataFrame({"method": []})
+    table = read_texts(path) if path.exists() else pd.DataFrame({"method": []})
     if "method" not in table:
         raise UserError(f"{path}: no column method in it")
     found: Means = {}
     for name in table.columns:
         if name != "method" and not re.search(r"_(low|high|n|n_inf)$", name):
             part = table.reindex(columns=[f"{name}{end}" for end in MEANS]).set_axis(MEANS.values(), axis=1)
-            lines = part.apply(pd.to_numeric, errors="coerce").itertuples()
+            numbers = part.apply(pd.to_numeric, errors="coerce")
+            outputs.check_numbers(path, numbers)
+            lines = numbers.itertuples()
             found |= {(method, name): line for method, line in zip(table["method"], lines, strict=True)}
     if values is not None and len(values):
         for key, mean in tables.image_means(values, PLACE).groupby(PLACE, observed=True).mean().items():

@@ -15,7 +15,6 @@ import utils
 if TYPE_CHECKING:
     import pandas as pd
 
-# A page of side_by_side begins with it.
 ABOUT = "`left`: what the judge who finds most still finds, 1 the same picture, 0 a stranger; low is better."
 LEAST = 0.05  # of `left`: of what takes less from the clean edits no share is given
 KEPT = "worst: the highest after any purification; kept: the share of its drop that survives it."
@@ -61,12 +60,12 @@ def purified(roots: dict[str, Path], output: Path) -> str:
 def side_by_side(table: pd.DataFrame, output: Path, more: str = "") -> str:
     """Writes a table by method as CSV and as a page -> its text. Raises UserError."""
     page = output.with_suffix(".md")
-    outputs.check_outputs([output])
-    outputs.check_outputs([page], (), (".md",), lambda content: content.startswith(ABOUT.encode()))
+    outputs.check_outputs([output, page], suffixes=(".csv", ".md"))
     table = table.rename_axis("method").reset_index()
     outputs.write_csv(output, table)
     text = table.to_markdown(index=False, floatfmt=".2f")
-    utils.write_file(page, f"{ABOUT} {more}".rstrip().encode() + f"\n\n{text}\n".encode())
+    whole = f"{f'{ABOUT} {more}'.rstrip()}\n\n{text}\n"
+    utils.write_own(page, whole.encode(errors="surrogateescape"))
     return text
 
 

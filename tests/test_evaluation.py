@@ -671,7 +671,7 @@ def test_eval_all_tells_how_visible_a_protection_is(world, all_args, capsys):
     text = Path("o/t.md").read_text()
     assert "minus clean, in pairs" in text and "protected images against their sources" in text
     assert eval_all.main([*all_args, "--output", "o/t.csv"]) == 0  # nothing of the earlier one is left
-    assert sorted(path.name for path in Path("o").iterdir()) == ["t.csv", "t.md"]
+    assert sorted(path.name for path in Path("o").iterdir()) == [".facelock.jsonl", "t.csv", "t.md"]
     assert "o/t_protected.csv: an earlier run's, removed" in capsys.readouterr().out
     (world / "protected/facelock/budget_0.03/ben.png").write_text("x")
     capsys.readouterr()

@@ -442,7 +442,7 @@ def test_main_defend_gives_what_defend_gives(call, folder, tmp_path, method):
     made = tmp_path / "out" / "budget_0.03"
     assert done.status == 0 and "3 written, 0 there already, 0 failed" in done.out
     found = sorted(path.name for path in made.iterdir())
-    beside = [".lock", "manifest.jsonl", "report.csv", "run.json"]
+    beside = [".facelock.jsonl", ".lock", "manifest.jsonl", "report.csv", "run.json"]
     assert found == sorted([*beside, "face0.png", "face1.png", "face2.png"])
     for name in ("face0", "face2"):
         call(

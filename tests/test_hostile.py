@@ -1,0 +1,296 @@
+"""What a person, or a disk, can put before the scripts: files of others, odd texts, numbers and models."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import figure
+import outputs
+import pandas as pd
+import purify
+import pytest
+import report
+import tiny
+
+import defend
+import edit
+import experiment
+import main_defend
+import main_edit
+import runs
+import utils
+from utils import UserError
+
+ROOT = Path(runs.__file__).resolve().parent
+
+
+def only_error(capsys, *parts: str) -> str:
+    """The one line that a script said, with these parts in it and nothing of Python's."""
+    out, err = capsys.readouterr()
+    lines = [line for line in err.splitlines() if not line.startswith("warning: ")]
+    assert len(lines) == 1 and lines[0].startswith("error: "), out + err
+    assert all(part in lines[0] for part in parts), lines[0]
+    assert ".py:" not in lines[0] and "Traceback" not in err, err
+    return lines[0]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# somebody else's files
+
+TABLE = b"method,accuracy\nmine,0.9\n"
+MARKED = b"\x89PNG\r\n\x1a\n of Matplotlib"  # as a figure of somebody else's begins
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("protected/encoder/budget_0.03/report.csv", b"name,method\na,mine\n"),
+        ("protected/encoder/budget_0.03/run.json", b'{"arguments": {"lr": 0.1}}'),
+        ("protected/encoder/budget_0.03/manifest.jsonl", b'{"audio": "a.wav"}\n'),
+        ("protected/encoder/budget_0.03/manifest.7 on box.jsonl", b'{"audio": "a.wav"}\n'),
+        ("protected/encoder/budget_0.03/.lock", b"1234\n"),
+        ("protected/encoder/budget_0.03/.lock.1", b"1234\n"),
+        ("edits/clean/seed0/run.json", b'{"arguments": {}, "versions": {"python": "3"}}'),
+        ("all_metric.csv", TABLE),
+        ("all_metric.md", b"4 images, 1 prompts, seed 0: my notes\n"),
+        ("all_metric_protected.csv", TABLE),
+        ("per_image.csv", TABLE),
+        ("figure.png", MARKED),
+        ("report.html", b'<meta name="generator" content="FaceLock report">mine'),
+    ],
+)
+def test_files_of_others_are_refused_before_the_work(tmp_path, defend_flags, capsys, name, content):
+    tiny.write_portraits(tmp_path / "in", 1)
+    path = tmp_path / "out" / name
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    flags = f"--image_dir {tmp_path}/in --output_dir {tmp_path}/out --methods encoder --prompts 0".split()
+    for more in ([], ["--overwrite"]):
+        assert experiment.main([*defend_flags, *flags, *more]) == 1
+        assert str(path) in only_error(capsys)
+    assert path.read_bytes() == content
+    assert [one for one in (tmp_path / "out").rglob("*") if one.is_file()] == [path]
+
+
+@pytest.mark.parametrize("name", ["manifest.train.jsonl", ".lock.train", "manifest.1.jsonl"])
+def test_files_of_others_with_like_names_stay(tmp_path, defend_flags, name):
+    tiny.write_portraits(tmp_path / "in", 1)
+    path = tmp_path / "out/budget_0.03" / name
+    path.parent.mkdir(parents=True)
+    path.write_text('{"output": "face0.png", "sha256": "mine"}\n')
+    flags = f"--image_dir {tmp_path}/in --output_dir {tmp_path}/out --defend_method noise".split()
+    assert main_defend.main([*defend_flags, *flags]) == 0 == main_defend.main([*defend_flags, *flags])
+    assert path.read_text() == '{"output": "face0.png", "sha256": "mine"}\n'
+
+
+def test_a_file_is_ours_as_it_was_written_and_where(tmp_path):
+    path = tmp_path / "all_metric.csv"
+    for content in (b"method,psnr\n", b"method,ssim\n"):  # an earlier run's is replaced
+        utils.check_own(path)
+        utils.write_own(path, content)
+    assert path.read_bytes() == content and utils.INDEX in {one.name for one in tmp_path.iterdir()}
+    other = path.rename(tmp_path / "kept.csv")  # put aside under another name
+    with pytest.raises(UserError, match="kept.csv: exists and was not made by this script"):
+        utils.check_own(other)
+    path.write_bytes(content + b"a,note\n")  # worked on by hand
+    with pytest.raises(UserError, match="all_metric.csv: exists and was not made by this script"):
+        utils.check_own(path)
+
+
+def test_an_index_that_is_a_link_is_not_followed(tmp_path):
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / utils.INDEX).symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="is not a plain file"):
+        utils.write_own(tmp_path / "a.csv", b"a")
+    assert (tmp_path / "precious").read_text() == "precious" and not (tmp_path / "a.csv").exists()
+
+
+def test_run_json_of_an_earlier_version_is_still_ours(tmp_path):
+    record = {"arguments": {}, "versions": {"python": "3.11", "diffusers": "0.30", "facenet-pytorch": "2.6"}}
+    assert runs.is_ours(json.loads(json.dumps(record))) and not runs.is_ours(record | {"versions": []})
+
+
+# ---------------------------------------------------------------------------------------------------------
+# texts
+
+
+def test_a_figure_or_report_that_fails_never_costs_the_tables(tmp_path, capsys, monkeypatch):
+    def fail(*_):
+        raise ValueError("no font\nhas this")
+
+    monkeypatch.setattr(experiment.report, "make_report", fail)
+    assert experiment.beside(lambda: experiment.report.make_report(1)) == 1
+    assert only_error(capsys) == "error: not drawn: ValueError: no font"
+    assert experiment.beside(lambda: None) == 0
+
+
+def test_names_survive_a_table(tmp_path):
+    """Of what a spreadsheet would take for formulas, of what looks like their escapes, and without a text."""
+    names = ["=x", "'=x", "''=x", "'x", "-", "'-", "x", "'", os.fsdecode(b"n\xe9"), "@", "a\tb"]
+    assert len({*map(utils.csv_name, names)}) == len(names)
+    assert [utils.name_of_csv(utils.csv_name(name)) for name in names] == names
+    table = pd.DataFrame({"method": names, "name": names, "psnr": 1.0})
+    outputs.write_csv(tmp_path / "t.csv", table)
+    read = outputs.read_csv(tmp_path / "t.csv")
+    assert read["method"].tolist() == names == read["name"].tolist()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere every file name is a text")
+def test_a_folder_whose_name_is_no_text_takes_its_own_tables(tmp_path, edit_flags, defend_flags, capsys):
+    """The whole experiment, and again; with a picture of such a name."""
+    tiny.write_portraits(tmp_path / "in", 1)
+    (tmp_path / "in/face0.png").rename(tmp_path / os.fsdecode(b"in/face\xe9.png"))
+    flags = f"--image_dir {tmp_path}/in --methods noise --prompts 0 --num_inference_steps 2".split()
+    flags += ["--output_dir", os.fsdecode(bytes(tmp_path) + b"/out\xff"), "--check"]
+    assert experiment.main([*defend_flags, *flags]) in (0, 1)  # no face is found in it
+    err = capsys.readouterr().err
+    place = tmp_path / os.fsdecode(b"out\xff")
+    assert "error" not in err and (place / "report.html").exists() and (place / "figure.png").exists(), err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# records, numbers, places
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "[" * 100_000,
+        '{"arguments": ' + "{" * 100_000,
+        '{"arguments": []}',
+        '{"arguments": {}, "prompts": {"0": 3}}',
+        '{"arguments": {}, "prompts": {"0": null}}',
+        '{"arguments": {}, "prompts": {"' + "9" * 5000 + '": "x"}}',
+        '{"arguments": {}, "seed": ' + "9" * 5000 + "}",
+        '{"arguments": {}, "versions": 3}',
+        '{"arguments": {}, "versions": {"torch": []}}',
+        '{"arguments": {}, "later_versions": {}}',
+        '{"arguments": {}, "later_versions": [3]}',
+        '{"arguments": {}, "sources": 3}',
+        "3",
+        "\udcff",
+    ],
+)
+def test_a_damaged_record_is_one_line(tmp_path, text):
+    (tmp_path / "run.json").write_text(text, errors="surrogateescape")
+    with pytest.raises(UserError, match=r"run\.json: not a record of a run \(.{3,100}\)$"):
+        runs.read_record(tmp_path)
+
+
+def test_a_damaged_line_of_a_manifest_counts_as_absent(tmp_path):
+    good = {"output": "a.png", "source": "1", "sha256": "2", "bytes": 3}
+    bad = [good | {key: value} for key in [*good][1:] for value in (None, [], {}, 2.5)]
+    bad += [{key: value for key, value in good.items() if key != lacking} for lacking in ("source", "bytes")]
+    lines = [json.dumps(line | {"output": "b.png"}) for line in bad]
+    lines += [json.dumps(good | {"output": value}) for value in (None, [], {}, 2.5)]
+    lines += ["[" * 100_000, "[]", "3", "null", '{"output": ' + "9" * 5000 + "}", '"output"']
+    (tmp_path / "manifest.jsonl").write_text("\n".join([*lines, json.dumps(good), ""]))
+    assert runs.read_manifest(tmp_path) == {"a.png": good}
+
+
+@pytest.mark.parametrize("number", ["inf", "-inf", "1e308", "9" * 5000])
+def test_numbers_that_no_axis_shows_are_refused(tmp_path, capsys, number):
+    path = tmp_path / "all_metric.csv"
+    path.write_text(f"method,psnr,psnr_low,psnr_high,psnr_n\nclean,{number},1,2,5\na/budget_0.1,1,1,2,5\n")
+    if len(number) < 9:  # else it is a text, which counts as absent
+        assert report.main(["--experiment_dir", str(tmp_path), "--output", str(tmp_path / "r.html")]) == 1
+        only_error(capsys, str(path))
+    flags = ["--tables", str(path), "--metric", "psnr", "--output", str(tmp_path / "p.png")]
+    assert figure.main(["plot", *flags]) == 1
+    only_error(capsys, str(path))
+    assert [one.name for one in tmp_path.iterdir()] == ["all_metric.csv"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="devices and pipes of Linux")
+def test_devices_and_pipes_are_refused(tmp_path, capsys):
+    """Not read for ever, and not waited for."""
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    for file in (pipe, Path("/dev/zero")):
+        with pytest.raises(UserError, match="not a readable text file .a device or a pipe"):
+            utils.choose_prompts(None, file)
+        with pytest.raises(UserError, match="not a readable table .a device or a pipe"):
+            outputs.read_csv(file)
+    with pytest.raises(UserError, match="pipe: is a named pipe"):
+        outputs.check_outputs([pipe])
+    with pytest.raises(UserError, match="pipe: can't be written"):
+        utils.write_file(pipe, b"x")
+    for name in ("run.json", "manifest.jsonl"):
+        os.mkfifo(tmp_path / name)
+    assert runs.read_manifest(tmp_path) == {}
+    with pytest.raises(UserError, match="not a record of a run .a device or a pipe"):
+        runs.read_record(tmp_path)
+
+
+def test_a_text_that_is_too_long_is_not_read(tmp_path):
+    with open(tmp_path / "p.txt", "wb") as file:
+        file.truncate(1 << 40)  # takes no room
+    with pytest.raises(UserError, match=r"p\.txt: not a readable text file \(over 10 MB\)"):
+        utils.choose_prompts(None, tmp_path / "p.txt")
+
+
+def hostile_places(root: Path) -> dict[str, Path]:
+    """Places that can't be used, by kind."""
+    (root / "loop").symlink_to(root / "loop")
+    (root / "file").write_text("x")
+    names = {"loop": "loop", "below a loop": "loop/x", "long": "x" * 300, "file": "file/x"}
+    return {kind: root / name for kind, name in names.items()}
+
+
+@pytest.mark.parametrize("kind", ["loop", "below a loop", "long", "file"])
+def test_a_place_that_cannot_be_used_is_one_line(tmp_path, defend_flags, edit_flags, capsys, kind):
+    place = hostile_places(tmp_path)[kind]
+    tiny.write_portraits(tmp_path / "in", 1)
+    image = str(tmp_path / "in/face0.png")
+    before = sorted(tmp_path.rglob("*"))
+    noise, prompt = ["--defend_method", "noise"], "--prompt=x"
+    for script, flags in (
+        (defend, [*defend_flags, *noise, "--input_path", image, "--output_path", f"{place}.png"]),
+        (defend, [*defend_flags, *noise, "--input_path", str(place)]),
+        (edit, [*edit_flags, prompt, "--input_path", f"{place}/a.png", "--output_path", f"{tmp_path}/a.png"]),
+        (main_defend, [*defend_flags, *noise, "--image_dir", f"{tmp_path}/in", "--output_dir", str(place)]),
+        (main_defend, [*defend_flags, *noise, "--image_dir", str(place), "--output_dir", f"{tmp_path}/out"]),
+        (main_edit, [*edit_flags, "--seed=0", "--src_dir", f"{tmp_path}/in", "--edit_dir", str(place)]),
+        (main_edit, [*edit_flags, "--prompt_file", str(place), "--src_dir", "a", "--edit_dir", "b"]),
+        (report, ["--experiment_dir", str(place), "--output", f"{tmp_path}/r.html"]),
+        (report, ["--experiment_dir", f"{tmp_path}/in", "--output", f"{place}/r.html"]),
+        (purify, ["--method=jpeg:75", "--input_dir", f"{tmp_path}/in", "--output_dir", str(place)]),
+        (experiment, [*defend_flags, "--image_dir", f"{tmp_path}/in", "--output_dir", str(place)]),
+    ):
+        if f"{tmp_path}/loop.png" not in flags:  # a name like any other
+            assert script.main(flags) == 1, (script, flags)
+            only_error(capsys)
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
+def test_directories_without_rights_are_one_line(tmp_path):
+    """As a user who is not root: into whose folders others can't look or write."""
+    tiny.write_portraits(tmp_path / "shut/in", 1)
+    tiny.write_portraits(tmp_path / "in", 1)
+    (tmp_path / "deaf").mkdir()
+    os.chmod(tmp_path / "shut", 0o700)
+    os.chmod(tmp_path / "deaf", 0o755)
+    for folder in [tmp_path, *tmp_path.parents]:
+        if folder.stat().st_uid == os.geteuid() and folder.stat().st_mode & 0o005 != 0o005:
+            os.chmod(folder, 0o755)
+    lines = [
+        f"--image_dir {tmp_path}/shut/in --output_dir {tmp_path}/x",
+        f"--image_dir {tmp_path}/shut --output_dir {tmp_path}/x",
+        f"--image_dir {tmp_path}/in --output_dir {tmp_path}/shut/x",
+        f"--image_dir {tmp_path}/in --output_dir {tmp_path}/deaf",
+        f"--image_dir {tmp_path}/in --output_dir {tmp_path}/deaf/x",
+    ]
+    code = "import sys, os, main_defend\nmain_defend.main(sys.argv[1].split())\n"  # all is imported
+    code += "os.setuid(65534)\nprint([main_defend.main(line.split()) for line in sys.argv[2:]])"
+    lines.insert(0, f"--image_dir {tmp_path}/in --output_dir {tmp_path}/first")
+    lines = [f"--models=mini --device=cpu --defend_method=noise {line}" for line in lines]
+    command = [sys.executable, "-c", code, *lines]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.stdout.endswith("\n[1, 1, 1, 1, 1]\n") and len(errors) == 5, done.stdout + done.stderr
+    assert all(line.startswith("error: /") and ".py:" not in line for line in errors), errors
