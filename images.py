@@ -7,6 +7,7 @@ Values: an image tensor is float32 (B, 3, H, W) RGB in [-1, 1]; an image file is
 from __future__ import annotations
 
 import io
+import math
 import os
 import re
 import warnings
@@ -31,6 +32,8 @@ FORMATS = {  # suffix -> Pillow's name; nothing else is opened, so that a .png c
     ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
 }  # fmt: skip
 HEIF = (".heic", ".heif")  # with pillow-heif, if it is installed
+MOST_PIXELS = 24_500_000  # 6000x4000 and a little; what memory that takes: docs/scale.md
+STRIP = 256  # px, the height of what is converted at once
 MIN_WORKING_SIDE = 32  # px; below this nothing that an editor or a recogniser could use is left
 
 
@@ -60,6 +63,9 @@ def load_image(path: str | os.PathLike, resolution: int | None = None) -> Portra
             raise UserError("not a file" if path.exists() else "no such file")
         with warnings.catch_warnings(action="ignore"):  # Pillow warns of what it reads all the same
             with _open(path) as opened:
+                if opened.width * opened.height > MOST_PIXELS:
+                    most = f"the {MOST_PIXELS / 1e6:.1f} megapixels that are read; scale it down"
+                    raise UserError(f"{opened.width}x{opened.height} is more than {most}")
                 _check_depth(opened)
                 opened.load()
                 image = ImageOps.exif_transpose(opened)
@@ -194,8 +200,13 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
     """Converts (B, 3, H, W) in [-1, 1] to (B, H, W, 3) uint8, rounded to nearest, values outside clipped."""
-    levels = ((images.detach().cpu().double() + 1) * 127.5).round()
-    return levels.clamp(0, 255).permute(0, 2, 3, 1).numpy().astype(np.uint8)
+    batch, channels, height, width = images.shape
+    pixels = np.empty((batch, height, width, channels), np.uint8)
+    for top in range(0, height, STRIP):  # float64 of all of it would be the largest thing in memory
+        strip = images[:, :, top : top + STRIP].detach().cpu().double()
+        levels = strip.add_(1).mul_(127.5).round_().clamp_(0, 255)
+        pixels[:, top : top + STRIP] = levels.permute(0, 2, 3, 1).numpy()
+    return pixels
 
 
 def to_uint8_within(
@@ -205,16 +216,29 @@ def to_uint8_within(
 
     images: (B, 3, H, W); source: (B, H, W, 3) uint8; mask: (B, 1, H, W), a pixel's share of the budget.
     """
-    middle, levels = source.astype(np.int16), min(allowed_levels(budget), 255)
-    if mask is not None:
-        shares = mask.cpu().double().numpy().transpose(0, 2, 3, 1)  # (B, H, W, 1)
-        levels = np.minimum(budget * shares / LEVEL + 1e-9, levels).astype(np.int16)
-    return np.clip(to_uint8(images), middle - levels, middle + levels).astype(np.uint8)
+    pixels = to_uint8(images)
+    for top in range(0, pixels.shape[1], STRIP):
+        rows = slice(top, top + STRIP)
+        middle, levels = source[:, rows].astype(np.int16), min(allowed_levels(budget), 255)
+        if mask is not None:
+            shares = mask[:, :, rows].cpu().double().numpy().transpose(0, 2, 3, 1)  # (B, h, W, 1)
+            levels = np.minimum(budget * shares / LEVEL + 1e-9, levels).astype(np.int16)
+        pixels[:, rows] = np.clip(pixels[:, rows], middle - levels, middle + levels)
+    return pixels
 
 
 def linf(a: np.ndarray, b: np.ndarray) -> float:
     """Measures max |a - b| of two uint8 images, in the [-1, 1] range."""
-    return float(np.abs(a.astype(np.int16) - b.astype(np.int16)).max()) * LEVEL
+    return float((np.maximum(a, b) - np.minimum(a, b)).max()) * LEVEL
+
+
+def psnr(a: np.ndarray, b: np.ndarray) -> float:
+    """Measures the PSNR of two uint8 images in dB, as scikit-image does, in strips."""
+    total = 0
+    for top in range(0, len(a), STRIP):
+        apart = a[top : top + STRIP].astype(np.int64) - b[top : top + STRIP]
+        total += int(np.square(apart).sum())
+    return 10 * math.log10(255**2 * a.size / total) if total else math.inf
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:

@@ -24,6 +24,7 @@ from images import (
     linf,
     load_image,
     load_portrait,
+    psnr,
     save_png,
     to_tensor,
     to_uint8_within,
@@ -350,15 +351,13 @@ class Protector:
 
     def measure(self, subject: Subject, output: Path) -> Report:
         """Reads a protected file back, which is what counts. Raises UserError if it leaves the budget."""
-        from skimage.metrics import peak_signal_noise_ratio
-
         source = subject.portrait.pixels
         saved = load_image(output).pixels
         size = linf(saved, source)
         if size > self.run.budget + 1e-9:
             raise UserError(f"{output}: differs by {size:.4f} from its source, over the budget")
-        psnr = peak_signal_noise_ratio(source, saved, data_range=255)
-        report = Report(output, self.name, self.run.budget, size, psnr, faceless=not subject.boxes)
+        facts = self.name, self.run.budget, size, psnr(source, saved)
+        report = Report(output, *facts, faceless=not subject.boxes)
         if self.looks_at_faces:
             report.similarity = self._round_trip(subject, saved)
         return report

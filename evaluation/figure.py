@@ -250,6 +250,8 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
         raise UserError(f"{file}: {error}") from None
     points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
     outputs.check_numbers(file, points[["value", "low", "high"]])
+    if ((points["low"] > points["value"]) | (points["high"] < points["value"])).any():
+        raise UserError(f"{file}: an interval of {column} is not around its value")
     for at, name in points["method"].items():
         parts = [part for part in Path(name).parts if part != "/"]
         budget = next((part[7:] for part in parts[::-1] if re.fullmatch(f"budget_{NUMBER}", part)), "")

@@ -10,11 +10,12 @@ import contextlib
 import functools
 import hashlib
 import pickle
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from utils import UserError, first_line, memory_format
+from utils import MOST_TEXT, UserError, first_line, memory_format, parse_json, read_plain
 
 if TYPE_CHECKING:
     import torch
@@ -23,6 +24,14 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parent.parent
 # of the files that decide what a model gives: weights, configs, vocabularies
 READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt", ".model")
+
+# numbers in configs that decide how much is built
+STEPS = re.compile(r"(^|_)num_train_timesteps$")
+LAYERS = re.compile(r"(^|_)(layers?|blocks|depths?)(_per_block)?$")
+SIZES = re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$")
+MOST_STEPS, MOST_SIZE = 100_000, 10_000_000
+MOST_LAYERS = 1000  # where no index of tensors says how many there can be
+MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 
 def quiet() -> None:
@@ -72,10 +81,57 @@ def recorded(member: str) -> str:
     return f"{shown(member)} {seen.hexdigest()[:8]}"
 
 
+def check_configs(folder: Path) -> None:
+    """Refuses configs of a local model that its weights can't have, before a library builds what they say.
+
+    A million layers would be built for hours. Raises ValueError.
+    """
+    for path in sorted(folder.rglob("*.json")):
+        if path.name.endswith("config.json") and not path.name.startswith("tokenizer"):
+            files = [*path.parent.glob("*.safetensors")]
+            try:
+                most = sum(map(count_tensors, files)) if files else MOST_LAYERS
+                check_numbers(parse_json(read_plain(path, MOST_TEXT)), most)
+            except (ValueError, TypeError) as error:
+                raise ValueError(f"{path.relative_to(folder)}: {error}") from None
+
+
+def count_tensors(path: Path) -> int:
+    """Counts the tensors of a .safetensors file by its header. Raises ValueError or TypeError."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 0 < size <= MOST_HEADER:
+            raise ValueError(f"{path.name} has no header")
+        found = parse_json(file.read(size))
+    if not isinstance(found, dict):
+        raise TypeError(f"{path.name} has no header")
+    return len(found)
+
+
+def check_numbers(said: Any, most: int) -> None:
+    """Refuses counts of layers and steps beyond all sense, and sizes that are none. Raises ValueError."""
+    for key, value in said.items() if isinstance(said, dict) else ():
+        check_numbers(value, most)
+        numbers = value if isinstance(value, list) else [value]
+        numbers = [one for one in numbers if one is not None and not isinstance(one, bool | dict | list)]
+        limit = MOST_STEPS if STEPS.search(key) else most if LAYERS.search(key) else MOST_SIZE
+        if not (STEPS.search(key) or LAYERS.search(key) or SIZES.search(key)) or "ngram" in key:
+            continue
+        least = 0 if LAYERS.search(key) else 1
+        if not all(isinstance(one, int | float) and least <= one <= limit for one in numbers):
+            raise ValueError(f"{key} is {str(value)[:40]!r}, not a number from {least} to {limit}")
+        if value == [] and not LAYERS.search(key):
+            raise ValueError(f"{key} is empty")
+        if isinstance(value, list) and len(value) > max(most, MOST_LAYERS):
+            raise ValueError(f"{key} has {len(value)} entries, its weights {most} tensors")
+
+
 @contextlib.contextmanager
 def loading(what: str, member: str) -> Iterator[None]:
     """Turns whatever a library raises for weights that can't be had into one clear line."""
     try:
+        if Path(member).is_dir():
+            check_configs(Path(member))
         yield
     except UserError:
         raise

@@ -4,25 +4,33 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import figure
+import numpy as np
 import outputs
 import pandas as pd
 import purify
 import pytest
 import report
 import tiny
+import torch
+from PIL import Image
+from skimage.metrics import peak_signal_noise_ratio
 
 import defend
 import edit
 import experiment
+import images
 import main_defend
 import main_edit
 import runs
 import utils
+from models.loading import check_configs, loading
 from utils import UserError
 
 ROOT = Path(runs.__file__).resolve().parent
@@ -205,6 +213,14 @@ def test_numbers_that_no_axis_shows_are_refused(tmp_path, capsys, number):
     assert [one.name for one in tmp_path.iterdir()] == ["all_metric.csv"]
 
 
+def test_an_interval_beside_its_value_is_refused(tmp_path, capsys):
+    path = tmp_path / "all_metric.csv"
+    path.write_text("method,psnr,psnr_low,psnr_high,psnr_n\na/budget_0.1,1,1.5,2,5\n")
+    flags = ["--tables", str(path), "--metric", "psnr", "--output", str(tmp_path / "p.png")]
+    assert figure.main(["plot", *flags]) == 1
+    only_error(capsys, "an interval of psnr is not around its value")
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="devices and pipes of Linux")
 def test_devices_and_pipes_are_refused(tmp_path, capsys):
     """Not read for ever, and not waited for."""
@@ -294,3 +310,73 @@ def test_directories_without_rights_are_one_line(tmp_path):
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert done.stdout.endswith("\n[1, 1, 1, 1, 1]\n") and len(errors) == 5, done.stdout + done.stderr
     assert all(line.startswith("error: /") and ".py:" not in line for line in errors), errors
+
+
+# ---------------------------------------------------------------------------------------------------------
+# memory and time
+
+
+def test_an_image_of_too_many_pixels_is_refused_by_its_header(tmp_path, defend_flags, capsys):
+    path = tmp_path / "large.png"
+    Image.new("1", (9000, 9000)).save(path)
+    assert path.stat().st_size < 20_000
+    began = time.monotonic()
+    flags = ["--defend_method=noise", "--input_path", str(path), "--output_path", str(tmp_path / "o.png")]
+    assert defend.main([*defend_flags, *flags]) == 1
+    only_error(capsys, "large.png: 9000x9000 is more than the 24.5 megapixels that are read")
+    assert time.monotonic() - began < 10 and not (tmp_path / "o.png").exists()
+
+
+def test_strips_are_the_whole(monkeypatch):
+    images_in = torch.rand((2, 3, 50, 20), generator=torch.Generator().manual_seed(0)) * 2.4 - 1.2
+    source, mask = images.to_uint8(images_in * 0.9), torch.rand((2, 1, 50, 20))
+    whole = [images.to_uint8(images_in), images.to_uint8_within(images_in, source, 0.03, mask)]
+    whole.append(images.psnr(source[0], whole[0][0]))
+    monkeypatch.setattr(images, "STRIP", 7)
+    strips = [images.to_uint8(images_in), images.to_uint8_within(images_in, source, 0.03, mask)]
+    strips.append(images.psnr(source[0], strips[0][0]))
+    assert all(np.array_equal(one, other) for one, other in zip(whole, strips, strict=True))
+    assert strips[2] == pytest.approx(peak_signal_noise_ratio(source[0], strips[0][0]), rel=1e-12)
+    assert images.psnr(source[0], source[0]) == np.inf
+
+
+@pytest.mark.parametrize(
+    ("config", "key", "value"),
+    [
+        ("unet/config.json", "layers_per_block", 1_000_000),
+        ("unet/config.json", "block_out_channels", [32, 0]),
+        ("unet/config.json", "cross_attention_dim", "x"),
+        ("unet/config.json", "norm_num_groups", -5),
+        ("unet/config.json", "block_out_channels", []),
+        ("vae/config.json", "layers_per_block", 10**9),
+        ("vae/config.json", "latent_channels", []),
+        ("text_encoder/config.json", "num_hidden_layers", 1_000_000),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", "x"),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", []),
+    ],
+)
+def test_a_config_that_its_weights_cannot_have_is_refused(tmp_path, capsys, config, key, value):
+    shutil.copytree(ROOT / "assets/mini/editor", tmp_path / "editor")
+    path = tmp_path / "editor" / config
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    image = str(ROOT / "assets/portraits/mini/portrait_1000000.png")
+    flags = ["--models=mini", "--device=cpu", f"--model_id={tmp_path}/editor", "--num_inference_steps=2"]
+    flags += ["--prompt=x", "--input_path", image, "--output_path", str(tmp_path / "o.png")]
+    assert edit.main(flags) == 1
+    only_error(capsys, config, key)
+    assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"num_layers": ' + "9" * 5000 + "}", "{", "\x00"])
+def test_a_damaged_config_is_one_line(tmp_path, text):
+    shutil.copytree(ROOT / "assets/mini/editor/vae", tmp_path / "vae")
+    (tmp_path / "vae/config.json").write_text(text)
+    why = r"can't be loaded .vae/config\.json: .{3,100}\)"
+    with pytest.raises(UserError, match=why), loading("x", str(tmp_path)):
+        pass
+
+
+def test_every_bundled_config_is_taken():
+    check_configs(ROOT / "assets/mini")
