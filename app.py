@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from defend import add_defense_arguments, face_box
+from defend import add_defense_arguments, face_box, settings_of
 from images import image_size, load_image
 from loops import CHECK_EVERY
 from methods import METHODS
@@ -61,7 +61,11 @@ def run(args: argparse.Namespace) -> int:
 
     args.seed = utils.draw_seed(args.seed)
     own = set(map(str, bundled(args.models)))
-    serve(lambda visits: (build(Studio(args), visits), {"theme": theme(), "css": CSS}), args.port, own)
+
+    def page(visits: Visits) -> tuple[Any, dict]:
+        return build(Studio(settings_of(args)), visits, args.debug), {"theme": theme(), "css": CSS}
+
+    serve(page, args.port, own)
     return 0
 
 
@@ -109,12 +113,12 @@ def bundled(models: str) -> list[Path]:
     return sorted(path for path in PORTRAITS.glob(BUNDLED[models]) if path.is_file())
 
 
-def build(studio: Studio, visits: Visits) -> Any:
-    """Lays the page out and connects it to the studio -> gradio.Blocks."""
+def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
+    """Lays the page out and connects it to the studio -> gradio.Blocks. debug: errors show a traceback."""
     import gradio as gr
 
-    args = studio.args
-    portraits = bundled(args.models)
+    usual = studio.settings
+    portraits = bundled(usual.models)
 
     def view(label: str, alt: str, height: int | None = None) -> gr.Image:
         return gr.Image(
@@ -123,16 +127,16 @@ def build(studio: Studio, visits: Visits) -> Any:
         )  # fmt: skip
 
     def iterations_of(name: str) -> int:
-        return METHODS[name].run.num_iters if args.num_iters is None else args.num_iters
+        return METHODS[name].run.num_iters if usual.num_iters is None else usual.num_iters
 
-    least, largest = min(0.01, args.attack_budget), max(USUAL_BUDGET, args.attack_budget)
+    least, largest = min(0.01, usual.budget), max(USUAL_BUDGET, usual.budget)
     a_budget = utils.number(float, least, largest, f"a number from {least:g} to {largest:g}")
     most = max(500, *map(iterations_of, METHODS))
     a_count = utils.number(int, 0, most, f"a whole number from 0 to {most}")
 
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
     with gr.Blocks(title="FaceLock", analytics_enabled=False) as page:
-        gr.HTML(HEAD.format(STAND_IN if args.models == "mini" else ""), elem_id="head")
+        gr.HTML(HEAD.format(STAND_IN if usual.models == "mini" else ""), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 gr.HTML("<h2>1. A portrait</h2>")
@@ -153,10 +157,10 @@ def build(studio: Studio, visits: Visits) -> Any:
                         info="in pixels, then Enter; or click on two opposite corners in the picture above",
                     )  # fmt: skip
                 gr.HTML("<h2>2. Its protection</h2>")
-                method = gr.Dropdown(list(METHODS), value=args.defend_method, label="Method")
+                method = gr.Dropdown(list(METHODS), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
-                budget = gr.Number(args.attack_budget, step=0.005, label="Budget, in [-1, 1]")
-                n_iters = gr.Number(iterations_of(args.defend_method), step=1, label="Iterations")
+                budget = gr.Number(usual.budget, step=0.005, label="Budget, in [-1, 1]")
+                n_iters = gr.Number(iterations_of(usual.method), step=1, label="Iterations")
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
@@ -199,7 +203,7 @@ def build(studio: Studio, visits: Visits) -> Any:
             except Cancelled:
                 shows.clear()
             except Exception as error:  # as in utils.run_command: one line, whatever it is
-                if args.debug:
+                if debug:
                     traceback.print_exc()
                 known = isinstance(error, (UserError, argparse.ArgumentTypeError))
                 text = str(error) if known else f"{type(error).__name__}: {utils.first_line(error)}"
@@ -229,7 +233,7 @@ def build(studio: Studio, visits: Visits) -> Any:
         def seen(visit: Visit, it: Picture) -> dict:
             pixels, n_faces = load_image(it.source).pixels, len(it.boxes)
             choices = [(f"face {i + 1}", i) for i in range(n_faces)]
-            first = [0] if args.faces == "largest" else list(range(n_faces))
+            first = [0] if usual.faces == "largest" else list(range(n_faces))
             text = html.escape(utils.one_line(f"{it.source.name}, {pixels.shape[1]}x{pixels.shape[0]}."))
             if not n_faces:
                 text = TROUBLE.format("No face was found: draw a box around it, under Faces.")
@@ -296,7 +300,7 @@ def build(studio: Studio, visits: Visits) -> Any:
                 visit = visits.find(request.session_hash)
                 if name not in METHODS:
                     raise UserError("choose a method")
-                settings = {"defend_method": name, "attack_budget": given(a_budget, "Budget", size)}
+                settings = {"method": name, "budget": given(a_budget, "Budget", size)}
                 settings["num_iters"] = given(a_count, "Iterations", total)
                 studio.plan(visit, settings, chosen or [])
                 shows |= {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
@@ -359,7 +363,7 @@ def build(studio: Studio, visits: Visits) -> Any:
                 numbers = [f"Face {i + 1}: " if len(found) > 1 else "" for i in range(len(found))]
                 told = zip(numbers, map(Face.verdict, found), strict=True)
                 parts = [f"<h3>{number}{headline}</h3><p>{why}</p>" for number, (headline, why) in told]
-                worth = WORTH.format(" And the models are stand-ins." if args.models == "mini" else "")
+                worth = WORTH.format(" And the models are stand-ins." if usual.models == "mini" else "")
                 parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard.getvalue())]
                 shows[verdict] = f'<section class="verdict" role="status">{"".join(parts)}</section>'
                 if found:

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,13 +44,12 @@ from pairing import Key
 from scoring import measure
 from views import Metric, View, load_views
 
-import defend
 import utils
 from images import load_image, to_tensor
 from methods import METHODS
 from models.loading import ROOT, quiet
 from models.sets import MINI, add_model_arguments, choose, setting_help
-from protection import Protector
+from protection import Protector, Settings
 
 if TYPE_CHECKING:
     import torch
@@ -70,8 +70,18 @@ SD15: dict[str, Any] = {  # InstructPix2Pix as made of Stable Diffusion 1.5, LPI
 }  # fmt: skip
 
 
-def write_weights(directory: Path, whole: bool) -> dict[str, str]:
-    """Writes random networks of SD15's sizes -> the flags that choose them. whole: with the UNet, 1.7 GB."""
+@dataclass(frozen=True)
+class Plan:
+    """How a job is measured."""
+
+    settings: Settings  # of a defense; an edit and a metric take its models
+    input_side: tuple[int, int]  # (H, W)
+    batch_size: int
+    repeats: int
+
+
+def write_weights(directory: Path, whole: bool) -> dict[str, Any]:
+    """Writes random networks of SD15's sizes -> settings that choose them. whole: with the UNet, 1.7 GB."""
     import diffusers
     import lpips
     import torch
@@ -146,11 +156,11 @@ def seconds(work: Callable[[], Any], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
-def operations(work: Callable[[], Any], args: argparse.Namespace) -> float:
+def operations(work: Callable[[], Any], plan: Plan) -> float:
     """Counts the operations (10^12) of convolutions, matrix products and attention; NaN if not affordable."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    if args.repeats == 1 or args.compile:
+    if plan.repeats == 1 or plan.settings.compile:
         return math.nan
     with FlopCounterMode(display=False) as counter:
         work()
@@ -164,56 +174,45 @@ def portraits(n: int, size: tuple[int, int]) -> np.ndarray:
     return np.stack([np.array(image.resize(size[::-1], Image.Resampling.BICUBIC)) for image in found])
 
 
-def run_job(job: str, args: argparse.Namespace) -> dict[str, float]:
+def run_job(job: str, plan: Plan) -> dict[str, float]:
     """Measures one row of the table, in this process: seconds an `iteration` and `image`, `memory` in GB, and
     `operations` (10^12) of an iteration and image of a defense, else of an image. Raises UserError.
     """
     import_libraries()
-    device = choose(args).device
+    device = choose(plan.settings).device
     before = peak_memory(device)
     # each gives works, and a function of their costs -> those of an iteration and of an image
     load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics
-    works, cost = load(job, args)
-    for work in works if args.repeats > 1 or args.compile else ():
+    works, cost = load(job, plan)
+    for work in works if plan.repeats > 1 or plan.settings.compile else ():
         work()  # a first time that doesn't count
-    times = [statistics.median(seconds(work, device) for _ in range(args.repeats)) for work in works]
+    times = [statistics.median(seconds(work, device) for _ in range(plan.repeats)) for work in works]
     iteration, image = cost(*times)
     memory = peak_memory(device) - before  # operations are counted later: that keeps tensors alive
-    of_iteration, of_image = cost(*(operations(work, args) for work in works))
-    flops = of_iteration / args.batch_size if job in METHODS else of_image
+    of_iteration, of_image = cost(*(operations(work, plan) for work in works))
+    flops = of_iteration / plan.batch_size if job in METHODS else of_image
     return {"iteration": iteration, "image": image, "memory": memory, "operations": flops}
 
 
-def protector_of(method: str, args: argparse.Namespace, iterations: int | None = None) -> Protector:
-    """Makes what defend.py makes of such flags, or with other iterations. Raises UserError."""
-    line = ["--input_path=-", f"--defend_method={method}", f"--num_iters={iterations or args.iterations}"]
-    line += [f"--{flag}" for flag in ("checkpointing", "compile") if getattr(args, flag)]
-    flags = ("models", "device", "dtype", "resolution", "model_id", "recognizer", "judge", "lpips")
-    given = {flag: value for flag in flags if (value := getattr(args, flag, None)) is not None}
-    for flag, value in given.items():
-        line += [f"--{flag}", *value] if isinstance(value, list) else [f"--{flag}={value}"]
-    return Protector(defend.parse_args(line))
-
-
-def load_defense(method: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+def load_defense(method: str, plan: Plan) -> tuple[list[Callable], Callable]:
     """Loads a defense as the scripts run it; an image costs what the method's own iterations do."""
-    protector = protector_of(method, args)
+    protector = Protector(plan.settings, method=method)
     protector.preload()
-    images = to_tensor(portraits(args.batch_size, args.input_side)).to(protector.device)
-    height, width = protector.chosen.editor.working_size(args.input_side, protector.resolution)
+    images = to_tensor(portraits(plan.batch_size, plan.input_side)).to(protector.device)
+    height, width = protector.chosen.editor.working_size(plan.input_side, protector.resolution)
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
-    work = partial(protector.protect, images, boxes, range(len(images)))
+    work = partial(protector.perturb, images, boxes, range(len(images)))
     own = protector.method.run.num_iters
-    measured, whole = (args.iterations, own) if "num_iters" in protector.method.reads else (1, 1)
+    measured, whole = (plan.settings.num_iters, own) if "num_iters" in protector.method.reads else (1, 1)
     return [work], lambda spent: (spent / measured, spent / measured * whole / len(images))
 
 
-def load_edit(_: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+def load_edit(_: str, plan: Plan) -> tuple[list[Callable], Callable]:
     """Loads the editor with the set's own steps and guidance, to edit in one step and in three."""
-    chosen = choose(args)
+    chosen = choose(plan.settings)
     editor = chosen.load_editor()
     steps = editor.knobs["num_inference_steps"]
-    images = to_tensor(portraits(args.batch_size, args.input_side)).to(chosen.device)
+    images = to_tensor(portraits(plan.batch_size, plan.input_side)).to(chosen.device)
     prompts = [utils.edit_prompts[number % len(utils.edit_prompts)] for number in range(len(images))]
 
     def work(few: int) -> None:
@@ -227,10 +226,10 @@ def load_edit(_: str, args: argparse.Namespace) -> tuple[list[Callable], Callabl
     return [partial(work, few) for few in (1, 3)], cost
 
 
-def load_metrics(job: str, args: argparse.Namespace) -> tuple[list[Callable], Callable]:
+def load_metrics(job: str, plan: Plan) -> tuple[list[Callable], Callable]:
     """Loads metrics, for edits whose sources are known already; in float32 by default, as the scripts do."""
-    metrics, views = metrics_and_views(METRICS[job], args)
-    sources = portraits(args.batch_size, args.input_side)
+    metrics, views = metrics_and_views(METRICS[job], plan)
+    sources = portraits(plan.batch_size, plan.input_side)
     edits, keys = sources[..., ::-1].copy(), [Key(0, 0, str(number)) for number in range(len(sources))]
     for view in views:
         for key, source in zip(keys, sources, strict=True):
@@ -242,10 +241,9 @@ def load_metrics(job: str, args: argparse.Namespace) -> tuple[list[Callable], Ca
     return [work], lambda spent: (math.nan, spent / len(sources))
 
 
-def metrics_and_views(names: Sequence[str], args: argparse.Namespace) -> tuple[list[Metric], list[View]]:
+def metrics_and_views(names: Sequence[str], plan: Plan) -> tuple[list[Metric], list[View]]:
     """Loads metrics by name, with the networks that they need together. Raises UserError."""
-    dtype = "fp32" if args.dtype == "auto" else args.dtype
-    chosen = choose(argparse.Namespace(**vars(args) | {"dtype": dtype}))
+    chosen = choose(plan.settings, dtype="fp32" if plan.settings.dtype == "auto" else plan.settings.dtype)
     of_faces = itertools.chain(*eval_facial.groups(chosen).values())
     metrics = [metric for metric in eval_all.METRICS if metric.name in names] if names else list(of_faces)
     needs = {need for metric in metrics for need in metric.needs}
@@ -270,6 +268,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+def plan_of(args: argparse.Namespace) -> Plan:
+    """Turns the flags into a plan."""
+    settings = Settings.of(args, num_iters=args.iterations)
+    side = choose(settings).resolution
+    return Plan(settings, args.input_side or (side, side), args.batch_size, args.repeats)
+
+
 def input_size(text: str) -> tuple[int, int]:
     """argparse type: WxH -> (H, W)"""
     if not (found := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text)):
@@ -287,9 +292,9 @@ def run(args: argparse.Namespace) -> int:
 
     if args.json:
         utils.check_directory(args.json.absolute().parent)
-    chosen = choose(args)
-    args.input_side = args.input_side or (chosen.resolution, chosen.resolution)
-    height, width = args.input_side
+    plan = plan_of(args)
+    height, width = plan.input_side
+    chosen = choose(plan.settings)
     cuda = utils.on_cuda(chosen.device)
     on = torch.cuda.get_device_name(chosen.device) if cuda else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
@@ -301,9 +306,10 @@ def run(args: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="bench_") as name:
         if args.size:
             editing = {"edit", *(name for name in METHODS if "editor" in METHODS[name].parameters)}
-            vars(args).update(in_a_process(write_weights, Path(name), bool(editing & set(args.what))))
+            random = in_a_process(write_weights, Path(name), bool(editing & set(args.what)))
+            plan = replace(plan, settings=replace(plan.settings, **random))
         for job in args.what:
-            row = in_a_process(run_job, job, args)
+            row = in_a_process(run_job, job, plan)
             row["hours"] = row["image"] * args.portraits * (1 if job in METHODS else n_edits) / 3600
             rows[job] = row
             cells = "{iteration:11.4f} {image:11.4f} {hours:11.2f} {memory:11.2f} {operations:11.4f}"

@@ -24,9 +24,9 @@ from loops import CHECK_EVERY, Run
 from masks import BUDGET_MASKS
 from methods import METHODS
 from models import sets
-from protection import Protector, readers
+from protection import Protector, Settings, readers
 from transforms import chains
-from utils import UserError
+from utils import UserError, warn
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,11 +54,13 @@ BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 
 
 def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds every flag that decides how a portrait is protected; `Protector` reads them."""
-    parser.add_argument("--defend_method", choices=METHODS, default="facelock", help="the defense")
-    parser.add_argument("--attack_budget", type=utils.budget_size, default=Run.budget, help=BUDGET_HELP)
+    """Adds every flag that decides how a portrait is protected; `settings_of` reads them."""
+    which = {"dest": "method", "choices": METHODS, "default": Settings.method}
+    parser.add_argument("--defend_method", **which, help="the defense")
+    size = {"dest": "budget", "metavar": "ATTACK_BUDGET", "type": utils.budget_size}
+    parser.add_argument("--attack_budget", **size, default=Settings.budget, help=BUDGET_HELP)
     seed_help = "of the random start, with the file's stem; -1 draws and prints one"
-    parser.add_argument("--seed", type=utils.seed_number, default=0, help=seed_help)
+    parser.add_argument("--seed", type=utils.seed_number, default=Settings.seed, help=seed_help)
     add_method_arguments(parser)
     sets.add_editor_arguments(parser)
     sets.add_face_arguments(parser)
@@ -91,9 +93,10 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
     text = f"how far steps are smoothed, a share of the long side, {readers('smoothing')} only (default: "
     parser.add_argument("--smoothing", type=share_or_none, help=f"{text}{run_default('smoothing')})")
-    sets.add_vaes_argument(parser)
+    text = f"attack the VAEs of several editors at once, by the mean of the objective: {sets.NAME_HELP}"
+    parser.add_argument("--vae_ids", nargs="+", metavar="EDITOR", help=text)
     text = "which faces facelock and a mask protect; with all, their mean similarity counts"
-    parser.add_argument("--faces", choices=("largest", "all"), default="largest", help=text)
+    parser.add_argument("--faces", choices=("largest", "all"), default=Settings.faces, help=text)
     again = "the activations of VAE and denoiser are computed again for each gradient"
     for flag, text in (
         ("--check", "measure face similarity after a VAE round trip for other methods than facelock, too"),
@@ -103,6 +106,14 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(flag, action="store_true", help=text)
     for bound in ("--clamp_min", "--clamp_max"):
         parser.add_argument(bound, type=float, help="of the authors' scripts; changes nothing here")
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """Turns the flags of a defense into settings."""
+    if args.clamp_min is not None or args.clamp_max is not None:
+        warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
+    given = {name: getattr(args, name) for name in (*KNOBS, "targeted")}
+    return Settings.of(args, knobs={name: value for name, value in given.items() if value is not None})
 
 
 def others(name: str) -> str:
@@ -124,7 +135,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         "--output_path", type=utils.path, help="a .png (default: protected_NAME.png beside the input)"
     )
     box_help = "where the face is, in pixels of the upright input, instead of looking for it"
-    parser.add_argument("--face_box", type=face_box, metavar="X0,Y0,X1,Y1", help=box_help)
+    parser.add_argument("--face_box", nargs=1, type=face_box, metavar="X0,Y0,X1,Y1", help=box_help)
     add_defense_arguments(parser)
     return parser.parse_args(argv)
 
@@ -164,10 +175,11 @@ def run(args: argparse.Namespace) -> int:
     why_png = "JPEG and its like would destroy the perturbation"
     output = choose_output(args.output_path, args.input_path, "protected", why_png)
     args.seed = utils.draw_seed(args.seed)
-    protector = Protector(args)
+    protector = Protector(settings_of(args))
     if args.face_box and not protector.looks_at_faces:
         raise UserError(f"--face_box: {protector.name} looks at no face; facelock, masks and --check do")
-    subject = protector.load(args.input_path, args.face_box)  # a bad file is said before models are loaded
+    boxes = args.face_box or ()
+    subject = protector.load(args.input_path, boxes)  # a bad file is said before models are loaded
     protector.preload()
     protector.chosen.warn_of([subject.portrait.size])
     with progress_bar(protector.run.num_iters, protector.name) as step:

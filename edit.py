@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import utils
 from images import Portrait, choose_output, load_portrait, save_png, to_tensor, to_uint8
 from models.editors import Editor
-from models.sets import add_edit_arguments, choose
+from models.sets import ModelSettings, add_edit_arguments, choose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     """Edits the image that the flags name -> exit status."""
     why_png = "an edit is measured pixel by pixel, which JPEG and its like would change"
     output = choose_output(args.output_path, args.input_path, "edit", why_png)
-    chosen = choose(args)
+    chosen = choose(ModelSettings.of(args))
     portrait = load_portrait(args.input_path, chosen.resolution)
     args.seed = utils.draw_seed(args.seed)
     editor = chosen.load_editor(progress=True)

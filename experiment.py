@@ -38,7 +38,7 @@ from pairing import Edits, find_edits
 
 import runs
 import utils
-from defend import BUDGET_HELP, add_method_arguments
+from defend import BUDGET_HELP, add_method_arguments, settings_of
 from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
@@ -150,22 +150,25 @@ class Rows:
 
     root: Path  # of the table
     pictures: dict[str, Path]  # by row: `clean`, METHOD/budget_{B}; what is edited
+    image_dir: Path
+    prompts: dict[int, str]
+    prompt_file: Path | None
     seeds: Sequence[int]
 
     def edits(self, row: str) -> Path:
         """Gives the directory of a row's edits."""
         return self.root / "edits" / row
 
-    def found(self, image_dir: Path, prompts: dict[int, str], prompt_file: Path | None) -> Edits:
+    def found(self) -> Edits:
         """Pairs the edits; what failed in one row is left out of all. Raises UserError."""
         rows = [self.edits(row) for row in self.pictures if row != "clean"]
         return find_edits(
             rows,
             self.seeds,
             clean_edit_dir=self.edits("clean"),
-            src_dir=image_dir,
-            prompts=list(prompts),
-            prompt_file=prompt_file,
+            src_dir=self.image_dir,
+            prompts=list(self.prompts),
+            prompt_file=self.prompt_file,
             common=True,
         )
 
@@ -182,17 +185,16 @@ def run(args: argparse.Namespace) -> int:
         for method in (METHODS if name == "all" else [name])
         for budget in ([own] if own else args.budgets)
     )
+    settings = settings_of(args)
     protectors = {
-        f"{method}/budget_{budget}": Protector(
-            argparse.Namespace(
-                **vars(args) | {"defend_method": method, "attack_budget": budget, "seed": args.seed[0]}
-            )
-        )
+        f"{method}/budget_{budget}": Protector(settings, method=method, budget=budget, seed=args.seed[0])
         for method, budget in sorted(wanted, key=lambda pair: pair[1])
     }
     for protector in protectors.values():
         protector.preload()
-    chosen, *others = [sets.choose_editor(args, name) for name in args.edit_models] or [sets.choose(args)]
+    wanted = sets.ModelSettings.of(args)
+    named = [sets.choose_editor(wanted, name) for name in args.edit_models]
+    chosen, *others = named or [sets.choose(wanted)]
     editors = {name_of(editor): editor for editor in [chosen, *others]}
     if len(editors) <= len(others):
         raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
@@ -203,6 +205,9 @@ def run(args: argparse.Namespace) -> int:
         editor.check_editor()
     judged = dataclasses.replace(chosen, dtype=utils.pick_dtype("fp32", chosen.device))
     options = runs.Options.of(args)
+    some = list(prompts) if args.prompts else [i for i in SOME_PROMPTS if i in prompts] or list(prompts)[:6]
+    asked = {"image_dir": args.image_dir, "prompts": prompts, "prompt_file": args.prompt_file}
+    rows_of = partial(Rows, **asked, seeds=args.seed)
     parts = Parts()
     roots = [args.output_dir, *(args.output_dir / "purified" / name for name, _ in args.purify)]
     roots += [args.output_dir / "editors" / name_of(editor) for editor in others]
@@ -222,7 +227,7 @@ def run(args: argparse.Namespace) -> int:
                     edit_passes / len(args.seed),
                     partial(edit_directory, pictures, where, prompts, seed, editor, options),
                 )
-        score = partial(make_table, rows, args, prompts, judged)
+        score = partial(make_table, rows, judged, some, is_protected=rows.root == args.output_dir)
         parts.add("score", len(rows.pictures) * edit_passes / 20, score)
 
     protected = {row: args.output_dir / "protected" / row for row in protectors}
@@ -232,7 +237,7 @@ def run(args: argparse.Namespace) -> int:
         utils.check_own(protected[row] / "report.csv")
         work = partial(protect_directory, args.image_dir, protected[row], protector, options)
         parts.add(f"protect {row}", passes, work)
-    add_rows(Rows(args.output_dir, {"clean": args.image_dir, **protected}, args.seed))
+    add_rows(rows_of(args.output_dir, {"clean": args.image_dir, **protected}))
     for name, steps in args.purify:
         root = args.output_dir / "purified" / name
         pictures = {}
@@ -243,12 +248,12 @@ def run(args: argparse.Namespace) -> int:
                 purify.purify_directory, source, pictures[row], steps, args.seed[0], chosen, options
             )
             parts.add(f"purify {row}: {name}", n_images, work)
-        add_rows(Rows(root, pictures, args.seed))
+        add_rows(rows_of(root, pictures))
     roots = {name_of(chosen): args.output_dir}
     for editor in others:
         roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
         parts.add(f"make room for {name_of(editor)}", 0, partial(make_room, protectors.values()))
-        add_rows(Rows(root, {"clean": args.image_dir, **protected}, args.seed), editor)
+        add_rows(rows_of(root, {"clean": args.image_dir, **protected}), editor)
     status = parts.run()
     if status > 128:
         return status
@@ -287,36 +292,33 @@ def make_room(protectors: Iterable[Protector]) -> int:
     return 0
 
 
-def make_table(
-    rows: Rows, args: argparse.Namespace, prompts: dict[int, str], judged: sets.Chosen
-) -> int:
-    """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
-    edits = rows.found(args.image_dir, prompts, args.prompt_file)
+def make_table(rows: Rows, judged: sets.Chosen, prompts: Sequence[int], is_protected: bool) -> int:
+    """Scores all rows of a table and draws its picture -> exit status. Raises UserError.
+
+    prompts: of the picture; is_protected: whether the rows' pictures must be within their budgets.
+    """
+    edits = rows.found()
     protected = [pictures for row, pictures in rows.pictures.items() if row != "clean"]
-    plain = rows.root == args.output_dir  # purified pictures may be anywhere beyond the budget
     status = eval_all.evaluate(
         edits,
         judged,
         rows.root / "all_metric.csv",
         per_image=rows.root / "per_image.csv",
-        protected_dirs=protected if plain else (),
+        protected_dirs=protected if is_protected else (),
     )
-    return max(status, beside(partial(draw_grid, rows, args, prompts, edits, protected)))
+    return max(status, beside(partial(draw_grid, rows, prompts, edits, protected)))
 
 
-def draw_grid(
-    rows: Rows, args: argparse.Namespace, prompts: dict[int, str], edits: Edits, protected: list[Path]
-) -> None:
+def draw_grid(rows: Rows, prompts: Sequence[int], edits: Edits, protected: list[Path]) -> None:
     """Draws the picture beside a table. Raises UserError."""
-    some = list(prompts) if args.prompts else [i for i in SOME_PROMPTS if i in prompts]
     names = edits.names[: 2 if len(protected) == 1 else 1]
     shown = find_edits(
         [row.directory for row in edits.rows],
-        args.seed[:1],
+        rows.seeds[:1],
         clean_edit_dir=edits.clean.directory,
-        src_dir=args.image_dir,
-        prompts=some or list(prompts)[:6],
-        prompt_file=args.prompt_file,
+        src_dir=rows.image_dir,
+        prompts=prompts,
+        prompt_file=rows.prompt_file,
         names=names,
     )
     titles = ["" if len(protected) == 1 else row for row in rows.pictures if row != "clean"]

@@ -92,6 +92,18 @@ def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
     return load_image(path, resolution)
 
 
+def as_portrait(image: str | os.PathLike | Image.Image | np.ndarray, resolution: int) -> Portrait:
+    """Takes a path as `load_portrait` does, or a PIL image, or (H, W, 3) uint8. Raises UserError."""
+    if isinstance(image, str | os.PathLike):
+        return load_portrait(image, resolution)
+    if isinstance(image, Image.Image):  # as diffusers' load_image has it
+        image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
+    if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
+        raise UserError(f"an image is (H, W, 3) uint8, not {image.dtype} {image.shape}")
+    working_size(image.shape[:2], resolution)
+    return Portrait(Path("image"), image, None)
+
+
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     """Reads (H, W) that `load_image` will give from the file's header alone; None if that can't be read."""
     try:

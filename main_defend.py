@@ -19,7 +19,7 @@ from pathlib import Path
 
 import runs
 import utils
-from defend import add_defense_arguments, progress_bar
+from defend import add_defense_arguments, progress_bar, settings_of
 from images import image_size
 from protection import Protector, Subject
 from utils import UserError
@@ -41,9 +41,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Protects the directory that the flags name -> exit status."""
     runs.processes(args.device)
-    directory = runs.once(lambda: budget_directory(args.output_dir, args.attack_budget))
+    directory = runs.once(lambda: budget_directory(args.output_dir, args.budget))
     args.seed = runs.once(lambda: settle_seed(args.seed, directory))
-    return protect_directory(args.image_dir, directory, Protector(args), runs.Options.of(args))
+    return protect_directory(args.image_dir, directory, Protector(settings_of(args)), runs.Options.of(args))
 
 
 def budget_directory(parent: Path, budget: float) -> Path:

@@ -23,7 +23,7 @@ import runs
 import utils
 from edit import add_seed_argument, edit_portraits
 from images import Portrait, image_size, load_portrait, save_png
-from models.sets import Chosen, add_edit_arguments, choose
+from models.sets import Chosen, ModelSettings, add_edit_arguments, choose
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     runs.processes(args.device)
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory = args.edit_dir / f"seed{seed}"
-    return edit_directory(args.src_dir, directory, prompts, seed, choose(args), runs.Options.of(args))
+    chosen = choose(ModelSettings.of(args))
+    return edit_directory(args.src_dir, directory, prompts, seed, chosen, runs.Options.of(args))
 
 
 def settle_seed(seed: int, edit_dir: Path) -> int:

@@ -1,50 +1,47 @@
-"""The one way of a portrait, for one and for thousands: read, find faces, protect, save, measure.
+"""Protects portraits: the library's entry, and the way that the scripts take, for one and for thousands.
 
-args = defend.parse_args(["--input_path=portrait.png", "--models=mini"])
-protector = Protector(args)
-subject = protector.load(args.input_path)
-(report,) = protector.save([subject], [Path("protected.png")])
-print(report)
+from protection import Protector
+Protector(method="facelock", budget=0.06, models="mini").protect("portrait.png").save("protected.png")
 """
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+from PIL import Image
+
 import masks
-import models.sets
 from images import (
     Portrait,
+    as_portrait,
     linf,
     load_image,
-    load_portrait,
     psnr,
     save_png,
     to_tensor,
     to_uint8_within,
 )
-from loops import GradientError, Objective, random_start
+from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
 from models.denoiser import Denoiser
-from models.faces import Box, FaceDetector, clip_box, scale_box
+from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
+from models.sets import Chosen, ModelSettings, choose, choose_editor
 from models.vaes import WorkingVAE, load_vae
 from transforms import around
-from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
+from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
-
-OF_SOME = ("lr", "smoothing")  # fields of Run that are flags which few methods read
 
 
 def readers(name: str) -> str:
@@ -52,17 +49,31 @@ def readers(name: str) -> str:
     return ", ".join(key for key, method in METHODS.items() if name in (*method.reads, *method.parameters))
 
 
-def knobs() -> list[str]:
-    """Lists the knobs of all methods: what is a flag that some of them read."""
-    defaults = [item for method in METHODS.values() for item in method.parameters.items()]
-    return list(dict.fromkeys(name for name, default in defaults if default is not NEED))
-
-
 def generator_of(seed: int) -> torch.Generator:
     """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
     import torch
 
     return torch.Generator().manual_seed(start_seed(seed, "objective"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings(ModelSettings):
+    """How portraits are protected, and by which models. None: the method's own."""
+
+    method: str = "facelock"  # one of METHODS
+    budget: float = Run.budget  # L-infinity in [-1, 1]
+    seed: int = 0  # of the random start, with the file's stem
+    step_size: float | None = None
+    num_iters: int | None = None
+    lr: float | None = None
+    smoothing: float | None = None
+    knobs: Mapping[str, Any] = field(default_factory=dict)  # of the method's objective: {"c": 0.1}
+    budget_mask: str | None = None  # one of BUDGET_MASKS
+    faces: str = "largest"  # or all
+    vae_ids: Sequence[str] = ()  # editors whose VAEs are attacked, instead of the one of `model`
+    check: bool = False  # whether every method's report measures face similarity
+    checkpointing: bool = False  # less memory, more time
+    compile: bool = False
 
 
 @dataclass
@@ -109,47 +120,48 @@ class Report:
 class Protector:
     """A method with its settings and networks, each of which is loaded when it is first asked for.
 
-    Raises UserError for flags that don't go together; warns of one that the method doesn't read.
+    given: fields of Settings, instead of those of `settings`. Raises UserError for settings that don't go
+    together; warns of one that the method doesn't read.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.name = args.defend_method
-        self.method = METHODS[args.defend_method]
-        self.seed, self.faces = args.seed, args.faces
-        self.checkpointing, self.compile = args.checkpointing, args.compile
-        if args.compile and args.checkpointing:
+    def __init__(self, settings: Settings | None = None, **given: Any) -> None:
+        wanted = replace(settings or Settings(), **given)
+        if wanted.method not in METHODS:
+            raise UserError(f"{wanted.method!r} is no method; there are {', '.join(METHODS)}")
+        if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
+        self.name, self.method = wanted.method, METHODS[wanted.method]
+        self.seed, self.faces = wanted.seed, wanted.faces
+        self.checkpointing, self.compile = wanted.checkpointing, wanted.compile
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
-        self.mask = args.budget_mask or self.method.mask
+        self.mask = wanted.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
-        self.looks_at_faces = args.check or self.needs_face  # the method, or its report
-        for knob in (*knobs(), *OF_SOME):
-            if getattr(args, knob, None) is None:
-                continue
-            if knob in self.knobs:
-                self.knobs[knob] = getattr(args, knob)
-            elif knob not in self.method.reads:
-                flag = "untargeted" if args.targeted is False and knob == "targeted" else knob
-                warn(f"--{flag} is ignored: {self.name} has no such knob ({readers(knob)} has)")
-        if args.clamp_min is not None or args.clamp_max is not None:
-            warn("--clamp_min and --clamp_max change nothing: every method is given [-1, 1] and keeps to it")
-        if args.attack_budget > USUAL_BUDGET:
-            warn(f"--attack_budget {args.attack_budget:g} is a lot. {in_levels(args.attack_budget)}")
-        given = {name: getattr(args, name) for name in ("step_size", "num_iters", *OF_SOME)}
-        given = {name: value for name, value in given.items() if value is not None}
-        self.run = dataclasses.replace(self.method.run, budget=args.attack_budget, **given)
-        self.attacked = models.sets.choose_vaes(args)  # the editors whose VAEs the objective averages over
+        self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
+        numbers = {name: getattr(wanted, name) for name in ("step_size", "num_iters", "lr", "smoothing")}
+        numbers = {name: value for name, value in numbers.items() if value is not None}
+        self.run = replace(self.method.run, budget=wanted.budget, **numbers)
+        for name, value in [*wanted.knobs.items(), *numbers.items()]:
+            if name in self.knobs:
+                self.knobs[name] = value
+            elif name not in (*self.method.reads, "step_size", "num_iters"):
+                flag = "untargeted" if value is False and name == "targeted" else name
+                warn(f"--{flag} is ignored: {self.name} has no such knob ({readers(name)} has)")
+        if allowed_levels(wanted.budget) < 1:
+            raise UserError(f"a budget of {wanted.budget:g} is below 2/255: no pixel could change")
+        if wanted.budget > USUAL_BUDGET:
+            warn(f"--attack_budget {wanted.budget:g} is a lot. {in_levels(wanted.budget)}")
+        plain = replace(wanted, edit={})
+        # the editors whose VAEs the objective averages over
+        self.attacked = [choose_editor(plain, name) for name in wanted.vae_ids] or [choose(plain)]
         if self.method.fp32:
-            if args.dtype not in ("auto", "fp32"):
+            if wanted.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
-            self.attacked = [
-                dataclasses.replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked
-            ]
+            self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
         self.chosen = chosen = self.attacked[0]
         self.device, self.resolution = chosen.device, chosen.resolution
-        self.is_ensemble = bool(vars(args).get("vae_ids"))
+        self.is_ensemble = bool(wanted.vae_ids)
         self.denoisers: dict[str, Denoiser] = {}
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
@@ -189,7 +201,7 @@ class Protector:
         """The editor's autoencoder."""
         return self.vae_of(self.chosen)
 
-    def vae_of(self, one: models.sets.Chosen) -> WorkingVAE:
+    def vae_of(self, one: Chosen) -> WorkingVAE:
         """Loads an editor's autoencoder, or takes it from an earlier call. Raises UserError."""
         how = self.checkpointing, self.compile
         return load_vae(one.editor, one.model_id, one.resolution, one.device, one.dtype, *how)
@@ -199,7 +211,7 @@ class Protector:
         """The editor's denoiser."""
         return self.editor_of(self.chosen)
 
-    def editor_of(self, one: models.sets.Chosen) -> Denoiser:
+    def editor_of(self, one: Chosen) -> Denoiser:
         """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
         if one.model_id not in self.denoisers:
             self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.checkpointing)
@@ -251,47 +263,63 @@ class Protector:
     # -----------------------------------------------------------------------------------------------------
     # the way of a portrait
 
-    def load(self, path: Path, box: Box | None = None) -> Subject:
+    def protect(
+        self,
+        image: str | os.PathLike | Image.Image | np.ndarray,
+        boxes: Sequence[Box] = (),
+        callback: Callable[[int, Tensor], None] | None = None,
+    ) -> Image.Image:
+        """Protects one picture: a path, a PIL image or (H, W, 3) uint8 -> a PIL image, within the budget.
+
+        boxes: faces given by hand, as in `load`. A file's alpha is kept. Raises UserError as `load` does, and
+        for models that can't be had.
+        """
+        subject = self.load(image, boxes)
+        self.chosen.warn_of([subject.portrait.size])
+        (pixels,) = self.pixels([subject], callback)
+        protected = Image.fromarray(pixels)
+        if subject.portrait.alpha is not None:
+            protected.putalpha(Image.fromarray(subject.portrait.alpha))
+        return protected
+
+    def load(self, image: str | os.PathLike | Image.Image | np.ndarray, boxes: Sequence[Box] = ()) -> Subject:
         """Reads a portrait and, if something needs them, finds its faces, once, on the clean image.
 
-        box: a face given by hand, in the portrait's pixels. Raises UserError naming the file: not readable,
+        boxes: faces given by hand, in the portrait's pixels. Raises UserError naming the file: not readable,
         too small, or no face where the method needs one.
         """
-        portrait = load_portrait(path, self.resolution)
+        portrait = as_portrait(image, self.resolution)
+        path, (height, width) = portrait.path, portrait.size
         if not self.looks_at_faces:
             return Subject(portrait, [])
-        if box is None:
-            found = self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
-        elif inside := clip_box(box, portrait.size):
-            found = [inside]
-        else:
-            height, width = portrait.size
-            raise UserError(f"{path}: the face box {box} is outside the {width}x{height} image")
+        if outside := [box for box in boxes if not clip_box(box, portrait.size)]:
+            raise UserError(f"{path}: the face box {outside[0]} is outside the {width}x{height} image")
+        found = boxes or self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
         working = self.chosen.editor.working_size(portrait.size, self.resolution)
-        boxes = [inside for face in found if (inside := scale_box(face, portrait.size, working))]
-        if not boxes and self.needs_face:
+        subject = Subject(portrait, scale_boxes(found, portrait.size, working))
+        if not subject.boxes and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
-        return Subject(portrait, boxes)
+        return subject
 
-    def protect(
+    def perturb(
         self,
         images: Tensor,
         boxes: Sequence[Sequence[Box]],
         seeds: Sequence[int],
         callback: Callable[[int, Tensor], None] | None = None,
-    ) -> Tensor:
-        """Protects images (B, 3, H, W) in [-1, 1]; returns the same.
+    ) -> tuple[Tensor, Tensor | None]:
+        """Protects images (B, 3, H, W) in [-1, 1] -> the same, and the budget's mask (B, 1, H, W) or None.
 
-        The one way from a script to `METHODS`. boxes: the faces of each image at the working size; seeds: of
-        the random starts. Raises UserError if a gradient is not finite.
+        boxes: the faces of each image at the working size; seeds: of the random starts. Raises UserError if a
+        gradient is not finite.
         """
         size = images.shape[-2:]
         own = self.chosen.editor.working_size(size, self.resolution)  # to which the boxes belong
 
-        def objective_on(x: Tensor, one: models.sets.Chosen) -> Objective:
+        def objective_on(x: Tensor, one: Chosen) -> Objective:
             working = one.editor.to_working(images, one.resolution)
             inner = one.editor.working_size(size, one.resolution)
-            faces = [list(filter(None, (scale_box(box, own, inner) for box in found))) for found in boxes]
+            faces = [scale_boxes(found, own, inner) for found in boxes]
             if self.needs_face and not all(faces):
                 raise UserError(f"a face is too small for {one.kind}, which works at {inner[1]}x{inner[0]}")
             offers: dict[str, Callable[[], Any]] = {
@@ -310,21 +338,25 @@ class Protector:
             return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
 
         start = random_start(images, self.run.budget, seeds)
-        run = dataclasses.replace(self.run, start=start, callback=callback)
-        mask = self.budget_mask(images, boxes)
+        run = replace(self.run, start=start, callback=callback)
+        mask = masks.budget_mask(images, [scale_boxes(found, own, size) for found in boxes], self.mask)
         try:
-            return self.method._replace(objective=objective).protect(images, run, mask)
+            return self.method._replace(objective=objective).protect(images, run, mask), mask
         except GradientError as error:
             dtype = self.chosen.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
 
-    def budget_mask(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor | None:
-        """Gives each pixel's share of the budget, (B, 1, H, W); boxes at the working size."""
-        size = images.shape[-2:]
-        working = self.chosen.editor.working_size(size, self.resolution)
-        scaled = [[inside for box in faces if (inside := scale_box(box, working, size))] for faces in boxes]
-        return masks.budget_mask(images, scaled, self.mask)
+    def pixels(
+        self, subjects: Sequence[Subject], callback: Callable[[int, Tensor], None] | None = None
+    ) -> np.ndarray:
+        """Protects portraits of one size -> (B, H, W, 3) uint8, within the budget. Raises UserError."""
+        sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
+        seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
+        boxes = [subject.boxes for subject in subjects]
+        images = to_tensor(sources).to(self.device)
+        protected, mask = self.perturb(images, boxes, seeds, callback)
+        return to_uint8_within(protected, sources, self.run.budget, mask)
 
     def save(
         self,
@@ -334,18 +366,10 @@ class Protector:
         write: Callable[..., None] = save_png,
     ) -> list[Report]:
         """Protects portraits of one size, saves and measures those with an output path. Raises UserError."""
-        import numpy as np
-
-        sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
-        seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
-        boxes = [subject.boxes for subject in subjects]
-        images = to_tensor(sources).to(self.device)
-        protected = self.protect(images, boxes, seeds, callback)
-        pixels = to_uint8_within(protected, sources, self.run.budget, self.budget_mask(images, boxes))
         reports = []
-        for subject, output, result in zip(subjects, outputs, pixels, strict=True):
+        for subject, output, pixels in zip(subjects, outputs, self.pixels(subjects, callback), strict=True):
             if output is not None:
-                write(output, result, subject.portrait.alpha)
+                write(output, pixels, subject.portrait.alpha)
                 reports.append(self.measure(subject, output))
         return reports
 
@@ -364,7 +388,6 @@ class Protector:
 
     def _round_trip(self, subject: Subject, saved: Any) -> dict[str, tuple[float, float] | None]:
         """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognisers and judges."""
-        import numpy as np
         import torch
 
         panel = self.chosen.panel()

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
 from images import image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
-from models.faces import Box, clip_box, scale_box
+from models.faces import Box, clip_box
 from models.sets import TRAINED_HERE, identity
-from protection import Protector, Report
+from protection import Protector, Report, Settings
 from utils import LEVEL, UserError
 from visits import Cancelled, Job, Picture, Visit
 
@@ -77,10 +77,10 @@ class Studio:
     The networks are loaded at once, so that what is wrong with them is said before anybody waits.
     """
 
-    def __init__(self, args: argparse.Namespace) -> None:
-        self.args = args
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
         self.at_work = threading.Lock()  # one job at a time, also beside one that was cancelled and ends soon
-        protector = Protector(args)
+        protector = Protector(settings)
         protector.preload()
         self.detector, self.chosen = protector.detector, protector.chosen
         self.editor = self.chosen.load_editor()
@@ -106,7 +106,7 @@ class Studio:
         return picture
 
     def plan(self, visit: Visit, settings: dict[str, Any], faces: Sequence[int]) -> Job:
-        """Begins to protect the visit's picture. settings: instead of the flags; faces: numbers of boxes."""
+        """Begins to protect the visit's picture. settings: not the page's own; faces: numbers of boxes."""
         if (picture := visit.picture) is None:
             raise UserError("choose a portrait first")
         boxes = picture.boxes
@@ -129,16 +129,12 @@ class Studio:
             visit.write(path, png_bytes(*pixels))
 
         with self.at_work, visit.making(lambda: visit.job is job):
-            protector = Protector(argparse.Namespace(**vars(self.args) | job.settings))
+            protector = Protector(self.settings, **job.settings)
             if protector.needs_face and not job.faces:
                 raise UserError("no face was found: draw a box around it, under Faces")
-            subject = protector.load(job.picture.source, next(iter(job.faces), None))
-            size = subject.portrait.size
-            working = protector.chosen.editor.working_size(size, protector.resolution)
-            if job.faces:
-                subject.boxes = [inside for box in job.faces if (inside := scale_box(box, size, working))]
+            subject = protector.load(job.picture.source, job.faces)
             protector.preload()
-            protector.chosen.warn_of([size])
+            protector.chosen.warn_of([subject.portrait.size])
             output = visit.place("protected", f"protected_{job.picture.source.stem}.png")
             (report,) = protector.save([subject], [output], step, write)
         job.picture.protected, job.picture.chosen = output, job.faces

@@ -55,7 +55,7 @@ class Job:
     """A protection that was asked for: of this picture and no other."""
 
     picture: Picture
-    settings: dict[str, Any]  # instead of the flags
+    settings: dict[str, Any]  # instead of the page's own
     faces: list[Box]
 
 

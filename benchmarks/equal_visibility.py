@@ -19,12 +19,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
-from defend import add_method_arguments
-from images import to_tensor, to_uint8_within
+from defend import add_method_arguments, settings_of
+from images import to_tensor
 from methods import METHODS
 from models import sets
 from models.perceptual import load_perceptual
-from protection import Protector, Subject
+from protection import Protector, Settings
 from runs import find_images
 from utils import LEVEL
 
@@ -48,12 +48,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints the words, one a method -> exit status. Raises UserError."""
-    aim = visibility(args, LIKE, args.budget)
+    settings, paths = settings_of(args), find_images(args.image_dir)
+    aim = visibility(paths, settings, LIKE, args.budget)
     for method in args.methods or METHODS:
         tried: dict[int, float] = {}  # levels of 255 -> LPIPS over the aim
         levels = utils.allowed_levels(args.budget)
         while levels not in tried and len(tried) < GUESSES:
-            found = visibility(args, method, levels * LEVEL) or 1e-6  # 0 where nothing was changed
+            found = visibility(paths, settings, method, levels * LEVEL) or 1e-6  # 0: unchanged
             print(f"{method}: LPIPS {found:.4f} of {aim:.4f} at {levels}/255", file=sys.stderr, flush=True)
             tried[levels] = found / aim
             levels = min(255, max(1, round(levels * tried[levels] ** -0.5)))
@@ -62,23 +63,18 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def visibility(args: argparse.Namespace, method: str, budget: float) -> float:
-    """Protects all portraits as defend.py does -> the mean LPIPS of what it would save."""
+def visibility(paths: Sequence[Path], settings: Settings, method: str, budget: float) -> float:
+    """Protects portraits as defend.py does -> the mean LPIPS of what it would save. Raises UserError."""
     import torch
 
-    flags = vars(args) | {"defend_method": method, "attack_budget": budget}
-    protector = Protector(argparse.Namespace(**flags))
-    chosen = protector.chosen
-    lpips, found = load_perceptual(chosen.perceptual, chosen.device, torch.float32), []
-    for path in find_images(args.image_dir):
-        subject: Subject = protector.load(path)
-        source = subject.portrait.pixels[None]
-        images, boxes = to_tensor(source).to(chosen.device), [subject.boxes]
-        protected = protector.protect(images, boxes, [utils.start_seed(args.seed, path.stem)])
-        mask = protector.budget_mask(images, boxes)
-        pixels = to_uint8_within(protected, source, budget, mask)
+    protector = Protector(settings, method=method, budget=budget)
+    chosen, found = protector.chosen, []
+    lpips = load_perceptual(chosen.perceptual, chosen.device, torch.float32)
+    for path in paths:
+        subject = protector.load(path)
+        pair = protector.pixels([subject]), subject.portrait.pixels
         with torch.no_grad():
-            found.append(float(lpips(to_tensor(pixels).to(images), images)))
+            found.append(float(lpips(*(to_tensor(pixels).to(chosen.device) for pixels in pair))))
     return sum(found) / len(found)
 
 

@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line of JSON for each recogniser -> exit status. Raises UserError."""
-    chosen = sets.choose(args)
+    chosen = sets.choose(sets.ModelSettings.of(args))
     detector, people = FaceDetector(chosen.device), []
     own = {name: [path] for name, path in images_by_stem(args.image_dir).items()}
     for folder in sorted(path for path in args.image_dir.iterdir() if path.is_dir()):

@@ -93,7 +93,7 @@ def run(args: argparse.Namespace) -> int:
         directory = args.output_dir / cheat / f"seed{args.seed}"
         if cheat == "reseeded":
             edits.check_texts()
-            chosen = models.sets.choose(args)
+            chosen = models.sets.choose(models.sets.ModelSettings.of(args))
             other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
             check_reseeding(row.directory / f"seed{args.seed}", chosen, args.seed, other_seed)
             made = edit_directory(args.src_dir, directory, texts, other_seed, chosen, options)

@@ -79,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the flags name -> exit status."""
     given = {flag: getattr(args, flag) for flag in ("per_image", "baseline", "protected_dirs", "batch_size")}
-    return evaluate(edits_of(args), models.sets.choose(args), args.output or Path("all_metric.csv"), **given)
+    chosen = models.sets.choose(models.sets.ModelSettings.of(args))
+    return evaluate(edits_of(args), chosen, args.output or Path("all_metric.csv"), **given)
 
 
 def evaluate(

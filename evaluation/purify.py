@@ -195,7 +195,7 @@ def run(args: argparse.Namespace) -> int:
     with_vae = ("vae", ()) in args.method
     if not with_vae and (args.model_id or args.resolution):
         raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
-    chosen = models.sets.choose(args) if with_vae else None
+    chosen = models.sets.choose(models.sets.ModelSettings.of(args)) if with_vae else None
     options = runs.Options.of(args)
     return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, chosen, options)
 

@@ -201,7 +201,7 @@ def script(
         return parser.parse_args(argv)
 
     def run(args: argparse.Namespace) -> int:
-        chosen = None if is_plain([metric]) else models.sets.choose(args)
+        chosen = None if is_plain([metric]) else models.sets.choose(models.sets.ModelSettings.of(args))
         wanted = asked(args, chosen) if asked else [metric]
         files = {one.name: Path(f"{one.name}_metric.csv") for one in wanted}
         if args.output:

@@ -35,7 +35,6 @@ from pairing import Key
 from purify import chain, purify
 from views import FaceView
 
-import defend
 from images import save_png, to_tensor, to_uint8_within
 from protection import Protector
 from utils import HelpFormatter, edit_prompts, positive_int, start_seed
@@ -307,20 +306,16 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
     """Protects one by one, as defend.py does -> what it would save, (N, H, W, 3) uint8, and seconds each."""
-    args = defend.parse_args(
-        ["--input_path=-", "--models=mini", f"--device={CPU}"]
-        + [f"--defend_method={method}", f"--attack_budget={BUDGET}"]
-    )
-    protector = Protector(args)
+    protector = Protector(method=method, budget=BUDGET, models="mini", device=str(CPU))
     protector.preload()
     files, seconds = [], []
     for person, source in zip(people, sources, strict=True):
         began = time.perf_counter()
-        seeds = [start_seed(args.seed, f"portrait_{person}")]
+        seeds = [start_seed(protector.seed, f"portrait_{person}")]
         boxes = crops.boxes_of(crops.largest([source]))
-        images = protector.protect(to_tensor(source), boxes, seeds)
+        images, mask = protector.perturb(to_tensor(source), boxes, seeds)
         seconds.append(time.perf_counter() - began)
-        files.append(to_uint8_within(images, source[None], BUDGET)[0])
+        files.append(to_uint8_within(images, source[None], BUDGET, mask)[0])
     return np.stack(files), seconds
 
 

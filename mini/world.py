@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
 from images import to_tensor, to_uint8
-from models.sets import Chosen, choose
+from models.sets import EDIT_KNOBS, Chosen, choose
 from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int
 
 ASSETS = ROOT / "assets" / "mini"
@@ -167,7 +167,8 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def mini_set(device: str = "cpu", **flags: object) -> Chosen:
     """Chooses the mini models as the scripts do, in float32, with other flags' values."""
-    return choose(argparse.Namespace(models="mini", device=device, dtype="fp32", **flags))
+    knobs = {name: flags.pop(name) for name in EDIT_KNOBS if name in flags}
+    return choose(models="mini", device=device, dtype="fp32", edit=knobs, **flags)
 
 
 def log(name: str, text: str) -> None:

@@ -152,6 +152,11 @@ def scale_box(box: Box, size: Sequence[int], target: Sequence[int]) -> Face | No
     return inside and Face(inside, points)
 
 
+def scale_boxes(boxes: Iterable[Box], size: Sequence[int], target: Sequence[int]) -> list[Face]:
+    """Carries boxes as `scale_box` does, without those of which nothing is left."""
+    return [inside for box in boxes if (inside := scale_box(box, size, target))]
+
+
 # ---------------------------------------------------------------------------------------------------------
 # crops
 

@@ -7,10 +7,10 @@ what the set or a flag names.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import utils
 from models.editors import EDITORS, Editor
@@ -78,9 +78,33 @@ MODEL_SETS = {
 TRAINED_HERE = MODEL_SETS["mini"].judges[:1]  # judges that were trained like the bundled recogniser
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """Which models are wanted, and where they run, by the names of the flags; None and (): the set's own."""
+
+    models: str = "full"  # one of MODEL_SETS
+    model: str = next(iter(EDITORS))
+    model_id: str | None = None
+    resolution: int | None = None  # px
+    edit: Mapping[str, float] = field(default_factory=dict)  # of EDIT_KNOBS
+    recognizer: Sequence[str] = ()
+    judge: Sequence[str] = ()
+    lpips: str | None = None
+    clip: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+
+    @classmethod
+    def of(cls, args: argparse.Namespace, **more: Any) -> Self:
+        """Takes the fields that a script has flags for, as far as they were given."""
+        flags = {one.name: vars(args).get(one.name) for one in fields(cls)}
+        flags["edit"] = {name: value for name in EDIT_KNOBS if (value := vars(args).get(name)) is not None}
+        return cls(**{name: value for name, value in flags.items() if value is not None} | more)
+
+
 @dataclass(frozen=True)
 class Chosen:
-    """What the flags of one script came to: members, settings, and where the networks run."""
+    """What the settings came to: members, the editor's settings, and where the networks run."""
 
     models: str  # one of MODEL_SETS
     kind: str  # of editor, one of EDITORS
@@ -149,49 +173,57 @@ class Chosen:
             warn(f"the {self.models} editor knows the 25 instructions of the paper, not {unknown[0]!r}")
 
 
-def choose(args: argparse.Namespace) -> Chosen:
-    """Puts the flags' values in place of the set's and the editor's own, and picks device and dtype.
+def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
+    """Puts what is wanted in place of the set's and the editor's own, and picks device and dtype.
 
-    A knob that the editor hasn't is ignored with a warning. Raises UserError if the set has no editor of the
-    kind asked for, or can't work with the settings.
+    given: fields of ModelSettings, instead of those of `wanted`. A knob that the editor hasn't is ignored
+    with a warning. Raises UserError if the set has no editor of that kind, or can't work with the settings.
     """
-    models, given = MODEL_SETS[args.models], vars(args)
-    kind = given.get("model") or next(iter(EDITORS))
-    editor = EDITORS[kind]
-    if given.get("model_id") is None and kind not in models.editors:
-        raise UserError(f"the {args.models} models have no {kind} editor; it comes with --models full")
-    for flag in ("model_id", "recognizer", "judge", "lpips", "clip"):
-        value = given.get(flag)
-        if "" in (value if isinstance(value, list) else [value]):
-            raise UserError(f"--{flag}: an empty name")
+    wanted = replace(wanted or ModelSettings(), **given)
+    models, kind, editor = MODEL_SETS[wanted.models], wanted.model, EDITORS[wanted.model]
+    if wanted.model_id is None and kind not in models.editors:
+        raise UserError(f"the {wanted.models} models have no {kind} editor; it comes with --models full")
+    for name in ("model_id", "recognizer", "judge", "lpips", "clip"):
+        value = getattr(wanted, name)
+        if value == "" or "" in list(value or ()):
+            raise UserError(f"--{name}: an empty name")
     own = {**editor.knobs, "resolution": editor.resolution, "scheduler": editor.scheduler}
     settings = own | {name: value for name, value in models.settings.items() if name in own}
-    for name in sorted({*own, *EDIT_KNOBS}):
-        if given.get(name) is not None and name in own:
-            settings[name] = given[name]
-        elif given.get(name) is not None:
+    for name, value in wanted.edit.items():
+        if name in editor.knobs:
+            settings[name] = value
+        else:
             warn(f"--{name} is ignored: {kind} has no such knob")
+    settings["resolution"] = wanted.resolution or settings["resolution"]
     editor.check(settings)
-    recognizers = tuple(given.get("recognizer") or [models.recognizer])
+    recognizers = tuple(wanted.recognizer) or (models.recognizer,)
     attacked = {identity(member) for member in recognizers}
-    if seen := [one for one in given.get("judge") or () if identity(one) in attacked]:
+    if seen := [one for one in wanted.judge if identity(one) in attacked]:
         raise UserError(f"--judge {seen[0]}: the attack sees it, so that it is no judge (--recognizer)")
     quiet()
-    device = utils.pick_device(args.device)
+    device = utils.pick_device(wanted.device)
     return Chosen(
-        models=args.models,
+        models=wanted.models,
         kind=kind,
-        model_id=given.get("model_id") or models.editors[kind],
+        model_id=wanted.model_id or models.editors[kind],
         settings=settings,
         recognizers=recognizers,
-        judges=tuple(given.get("judge") or (one for one in models.judges if identity(one) not in attacked)),
-        perceptual=given.get("lpips") or models.perceptual,
-        clip=given.get("clip") or models.clip,
+        judges=tuple(wanted.judge or (one for one in models.judges if identity(one) not in attacked)),
+        perceptual=wanted.lpips or models.perceptual,
+        clip=wanted.clip or models.clip,
         only_size=models.only_size,
         portraits=models.portraits,
         device=device,
-        dtype=utils.pick_dtype(args.dtype, device, editor.half),
+        dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
     )
+
+
+def choose_editor(wanted: ModelSettings, name: str) -> Chosen:
+    """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of the wanted kind."""
+    kind, is_kind, id_ = name.partition("=")
+    if kind not in EDITORS:
+        return choose(wanted, model_id=name)
+    return choose(wanted, model=kind, model_id=id_ if is_kind else None)
 
 
 def identity(member: str) -> str:
@@ -205,23 +237,6 @@ def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:
     for name in map(name_of, (*recognizers, *judges)):
         names.append(f"{name}-{len(names) + 1}" if name in names else name)
     return names
-
-
-def choose_editor(args: argparse.Namespace, name: str) -> Chosen:
-    """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of --model's kind."""
-    kind, is_kind, id_ = name.partition("=")
-    if kind not in EDITORS:
-        kind, id_ = vars(args).get("model"), name
-    elif not is_kind:
-        id_ = None
-    return choose(argparse.Namespace(**vars(args) | {"model": kind, "model_id": id_}))
-
-
-def choose_vaes(args: argparse.Namespace) -> list[Chosen]:
-    """Chooses the editors whose VAEs are attacked: those of --vae_ids, else that of --model."""
-    names = vars(args).get("vae_ids") or ()
-    unread = argparse.Namespace(**vars(args) | dict.fromkeys(EDIT_KNOBS))  # of whoever edits, if anybody does
-    return [choose_editor(unread, name) for name in names] or [choose(unread)]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -239,20 +254,20 @@ EDIT_KNOBS = {  # flag -> type and what it is; a class of editors reads some of 
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = "auto") -> None:
+def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSettings.dtype) -> None:
     """Adds --models, --device, --dtype and --debug: what every script that loads a model has."""
     text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
-    parser.add_argument("--models", choices=tuple(MODEL_SETS), default="full", help=text)
-    parser.add_argument("--device", default="auto", help=utils.DEVICE_HELP)
+    parser.add_argument("--models", choices=tuple(MODEL_SETS), default=ModelSettings.models, help=text)
+    parser.add_argument("--device", default=ModelSettings.device, help=utils.DEVICE_HELP)
     parser.add_argument("--dtype", choices=utils.DTYPE_NAMES, default=dtype, help=utils.DTYPE_HELP)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
-    kinds, names = tuple(EDITORS), ("--model", "--target_model")
+    names = ("--model", "--target_model")
     text = "kind of editor; stable-diffusion is its img2img"
-    parser.add_argument(*names, dest="model", choices=kinds, default=kinds[0], help=text)
+    parser.add_argument(*names, dest="model", choices=EDITORS, default=ModelSettings.model, help=text)
     ids = "; ".join(
         f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
     )
@@ -265,12 +280,6 @@ def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resolution", type=utils.positive_int, help=text)
 
 
-def add_vaes_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --vae_ids."""
-    text = f"attack the VAEs of several editors at once, by the mean of the objective: {NAME_HELP}"
-    parser.add_argument("--vae_ids", nargs="+", metavar="EDITOR", help=text)
-
-
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag but the seed that decides how an image is edited."""
     for name, (kind, text) in EDIT_KNOBS.items():
@@ -281,23 +290,11 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --recognizer and --judge."""
-    defaults = {
-        name: (shown(models.recognizer), " ".join(map(shown, models.judges)))
-        for name, models in MODEL_SETS.items()
-    }
-    for place, (flag, what) in enumerate(
-        (
-            (
-                "recognizer",
-                "face recognisers that the attack sees, one or several, whose mean similarity counts",
-            ),
-            ("judge", "face recognisers that no attack sees, one or several: a panel"),
-        )
-    ):
-        own = ", ".join(f"{name}: {pair[place]}" for name, pair in defaults.items())
-        parser.add_argument(
-            f"--{flag}", nargs="+", metavar="NAME", help=f"{what}: {KINDS_HELP} (default: {own})"
-        )
+    attacked = "face recognisers that the attack sees, one or several, whose mean similarity counts"
+    judges = "face recognisers that no attack sees, one or several: a panel"
+    for flag, member, what in (("recognizer", "recognizer", attacked), ("judge", "judges", judges)):
+        text = f"{what}: {KINDS_HELP} (default: {_of_each_set(member)})"
+        parser.add_argument(f"--{flag}", nargs="+", metavar="NAME", help=text)
 
 
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
@@ -326,4 +323,7 @@ def setting_help(text: str, name: str) -> str:
 
 
 def _of_each_set(member: str) -> str:
-    return ", ".join(f"{name}: {shown(getattr(models, member))}" for name, models in MODEL_SETS.items())
+    """Writes a member, or several, as each set has it."""
+    own = {name: getattr(models, member) for name, models in MODEL_SETS.items()}
+    own = {name: [value] if isinstance(value, str) else value for name, value in own.items()}
+    return ", ".join(f"{name}: {' '.join(map(shown, values))}" for name, values in own.items())

@@ -105,6 +105,7 @@ def protector(defend_flags):
     from protection import Protector
 
     def make(line: str = "") -> Protector:
-        return Protector(defend.parse_args(["--input_path=x", *defend_flags, *line.split()]))
+        args = defend.parse_args(["--input_path=x", *defend_flags, *line.split()])
+        return Protector(defend.settings_of(args))
 
     return make

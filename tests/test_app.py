@@ -212,7 +212,7 @@ def test_only_the_folders_of_dead_servers_are_deleted(tmp_path):
 @pytest.fixture(scope="module")
 def studio(defend_flags):
     """Makes a studio with tiny models in place of the full set's, but for MTCNN."""
-    return app.Studio(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"]))
+    return app.Studio(defend.settings_of(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"])))
 
 
 def ignore(i, values):
@@ -261,7 +261,7 @@ def test_without_a_face_the_message_is_the_pages_and_a_box_helps(studio, visits,
     assert picture.boxes == []
     with pytest.raises(UserError, match="no face was found: draw a box around it"):
         studio.protect(visit, studio.plan(visit, {}, []), ignore)
-    studio.protect(visit, studio.plan(visit, {"defend_method": "noise"}, []), ignore)
+    studio.protect(visit, studio.plan(visit, {"method": "noise"}, []), ignore)
     assert studio.compare(picture, studio.edit(picture, "Let it be snowy", seed=0)) == []
     with pytest.raises(UserError, match="outside the 64x64 image"):
         studio.point(visit, (70, 10, 80, 50))
@@ -279,7 +279,7 @@ def test_a_protection_is_for_its_own_picture(studio, visits, n_iters):
         visit, steps = visits.open("a session"), []
         visit.expect(picture := Picture(MINI[0]))
         visit.show(picture)
-        job = studio.plan(visit, {"defend_method": "encoder", "num_iters": n_iters}, [])
+        job = studio.plan(visit, {"method": "encoder", "num_iters": n_iters}, [])
 
         def step(i, values):
             steps.append(i)

@@ -27,11 +27,9 @@ def here(monkeypatch):
     monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
 
 
-def flags(*more: str):
-    """bench.py's flags on the mini models at 64x64, as run() hands them to a job."""
-    args = bench.parse_args([*MINI, *more])
-    args.input_side = args.input_side or (64, 64)
-    return args
+def plan(*more: str) -> bench.Plan:
+    """What bench.py makes of flags, on the mini models at 64x64."""
+    return bench.plan_of(bench.parse_args([*MINI, *more]))
 
 
 def test_one_row_a_job_with_its_numbers(tmp_path, here, capsys):
@@ -59,7 +57,7 @@ def test_one_row_a_job_with_its_numbers(tmp_path, here, capsys):
 def test_a_batch_is_divided_by_its_images(monkeypatch):
     monkeypatch.setattr(bench, "seconds", lambda work, device: 8.0)
     for job, image in (("encoder", 100.0), ("edit", 2.0), ("psnr", 2.0)):
-        row = bench.run_job(job, flags("--batch_size=4", "--iterations=2", "--repeats=1"))
+        row = bench.run_job(job, plan("--batch_size=4", "--iterations=2", "--repeats=1"))
         assert row["image"] == image and math.isnan(row["operations"])  # one repeat: not counted
 
 
@@ -69,32 +67,32 @@ def test_memory_is_read_before_operations_are_counted(monkeypatch, job):
     order = []
     peak, count = bench.peak_memory, bench.operations
     monkeypatch.setattr(bench, "peak_memory", lambda device: order.append("peak") or peak(device))
-    monkeypatch.setattr(bench, "operations", lambda work, args: order.append("count") or count(work, args))
-    bench.run_job(job, flags("--iterations=1", "--repeats=2"))
+    monkeypatch.setattr(bench, "operations", lambda work, plan: order.append("count") or count(work, plan))
+    bench.run_job(job, plan("--iterations=1", "--repeats=2"))
     assert order[:3] == ["peak", "peak", "count"] and order.count("peak") == 2
 
 
 @pytest.mark.slow
 def test_operations_of_an_edit_are_those_of_all_its_steps():
-    args = flags("--repeats=2")
-    row = bench.run_job("edit", args)
-    editor = choose(args).load_editor()
+    twice = plan("--repeats=2")
+    row = bench.run_job("edit", twice)
+    editor = choose(twice.settings).load_editor()
     images = to_tensor(bench.portraits(1, (64, 64)))
-    whole = bench.operations(lambda: editor(images, [utils.edit_prompts[0]], 0), args)
+    whole = bench.operations(lambda: editor(images, [utils.edit_prompts[0]], 0), twice)
     assert row["operations"] == pytest.approx(whole, rel=1e-6)
 
 
 def test_time_of_an_edit_is_that_of_all_its_steps():
     """1 s and 2 s a step: 41 s for 20 steps, from those of 1 and 3."""
-    _, cost = bench.load_edit("edit", flags())
-    assert choose(flags()).settings["num_inference_steps"] == 20 and cost(3, 7) == (2, 41)
+    _, cost = bench.load_edit("edit", plan())
+    assert choose(plan().settings).settings["num_inference_steps"] == 20 and cost(3, 7) == (2, 41)
 
 
 def test_flags_reach_the_protector():
-    protector = bench.protector_of("encoder", flags("--iterations=7", "--checkpointing", "--dtype=bf16"))
-    assert (protector.name, protector.run.num_iters, protector.checkpointing) == ("encoder", 7, True)
-    assert (protector.resolution, protector.chosen.dtype) == (64, torch.bfloat16)
-    assert bench.protector_of("vae", flags("--compile")).compile
+    settings = plan("--iterations=7", "--checkpointing", "--dtype=bf16").settings
+    found = settings.num_iters, settings.checkpointing, settings.resolution, settings.dtype, settings.models
+    assert found == (7, True, 64, "bf16", "mini")
+    assert plan("--compile").settings.compile
 
 
 @pytest.mark.parametrize("size", ["64", "0x64", "64x", "64x-1", "axb"])

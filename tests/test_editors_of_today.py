@@ -23,7 +23,8 @@ from images import load_image
 from models import editors
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
 from models.faces import scale_box
-from models.sets import choose, choose_editor
+from models.loading import recorded
+from models.sets import ModelSettings, choose, choose_editor
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
 from protection import Protector
 from runs import read_record
@@ -280,7 +281,7 @@ def test_klein_refuses_what_its_pipeline_refuses(size):
     with pytest.raises(UserError, match="under 64 px, or over 8:1"):
         Flux2Klein.working_size(size, 1024)
     with pytest.raises(UserError, match="--resolution: over 1024"):
-        choose(edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein", "--resolution=1100"]))
+        choose(model="flux2-klein", resolution=1100)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -383,9 +384,8 @@ def test_an_instruction_is_cut_where_the_pipeline_cuts_it(monkeypatch, capsys):
 )
 def test_sixteen_bits_are_those_of_the_editor(kind, dtype, monkeypatch):
     monkeypatch.setattr("utils.pick_device", lambda _: torch.device("cuda"))
-    line = f"--input_path=a --prompt=x --model={kind}".split()
-    assert choose(edit.parse_args(line)).dtype == dtype
-    assert choose(edit.parse_args([*line, "--dtype=fp16"])).dtype == torch.float16
+    assert choose(model=kind).dtype == dtype
+    assert choose(model=kind, dtype="fp16").dtype == torch.float16
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -399,6 +399,11 @@ def ensemble_flags(directory, tiny_models) -> list[str]:
     return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae_ids", *names]
 
 
+def protector(*flags: str) -> Protector:
+    """What defend.py makes of flags."""
+    return Protector(defend.settings_of(defend.parse_args(flags)))
+
+
 @pytest.mark.parametrize("method", ["encoder", "facelock"])
 def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_models, monkeypatch):
     """Each VAE sees the portrait as its own editor does, and the faces where they are in that form."""
@@ -406,10 +411,10 @@ def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_model
     monkeypatch.setattr("methods.PERCEPTUAL_FROM", -1)
     flags = ensemble_flags(directory, tiny_models)
     line = ["--input_path=a", f"--defend_method={method}", "--num_iters=1", "--resolution=96"]
-    both = Protector(defend.parse_args([*line, *flags]))
+    both = protector(*line, *flags)
     assert [one.kind for one in both.attacked] == ["instruct-pix2pix", "flux-kontext"]
     x, boxes, values = noise(1, 3, 150, 100), [[(16, 24, 48, 72)]], []
-    both.protect(x, boxes, [0], lambda _, value: values.append(value))
+    both.perturb(x, boxes, [0], lambda _, value: values.append(value))
     kontext = FluxKontext.working_size((150, 100), 96)
     carried = [[scale_box(boxes[0][0], (96, 64), kontext)]]
     for kind, id_, box in (
@@ -417,25 +422,25 @@ def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_model
         ("flux-kontext", directory("flux-kontext"), carried),
     ):
         alone = [*line, *flags[: flags.index("--vae_ids")], f"--model={kind}", f"--model_id={id_}"]
-        Protector(defend.parse_args(alone)).protect(x, box, [0], lambda _, value: values.append(value))
+        protector(*alone).perturb(x, box, [0], lambda _, value: values.append(value))
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
 
 
 def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_models):
     flags = ensemble_flags(directory, tiny_models)
-    both = Protector(defend.parse_args(["--input_path=a", *flags])).settings()
-    names = [f"instruct-pix2pix={tiny_models.editor}, 128 px"]
-    assert both["vae_ids"] == [*names, f"flux-kontext={directory('flux-kontext')}, 128 px"]
+    both = protector("--input_path=a", *flags).settings()
+    own = {"instruct-pix2pix": tiny_models.editor, "flux-kontext": directory("flux-kontext")}
+    assert both["vae_ids"] == [f"{kind}={recorded(str(id_))}, 128 px" for kind, id_ in own.items()]
     plain = [*flags[: flags.index("--vae_ids")], f"--model_id={tiny_models.editor}"]
-    alone = Protector(defend.parse_args(["--input_path=a", *plain])).settings()
+    alone = protector("--input_path=a", *plain).settings()
     assert both == alone | {"vae_ids": both["vae_ids"]}
-    noise = Protector(defend.parse_args(["--input_path=a", "--defend_method=noise", *flags])).settings()
+    noise = protector("--input_path=a", "--defend_method=noise", *flags).settings()
     assert "vae_ids" not in noise
 
 
 def test_an_editor_is_named_by_kind_or_id_or_both():
-    args = edit.parse_args(["--input_path=a", "--prompt=x", "--model=flux2-klein", "--model_id=my/own"])
-    found = [choose_editor(args, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
+    wanted = ModelSettings(model="flux2-klein", model_id="my/own")
+    found = [choose_editor(wanted, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
     assert [(one.kind, one.model_id) for one in found] == [
         ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
         ("flux-kontext", "me/ed"),

@@ -42,7 +42,7 @@ GOLDEN = {
 def test_pixels_are_those_of_this_version(flags, tmp_path):
     """On the bundled models, after two iterations, which are enough for all of facelock's terms."""
     line = f"--input_path=x --models=mini --device=cpu --num_iters=2 --defend_method={flags}"
-    protector = Protector(defend.parse_args(line.split()))
+    protector = Protector(defend.settings_of(defend.parse_args(line.split())))
     subject = protector.load(PORTRAIT)
     protector.save([subject], [tmp_path / "protected.png"])
     change = load_image(tmp_path / "protected.png").pixels.astype(float) - subject.portrait.pixels

@@ -21,7 +21,6 @@ import yaml
 from PIL import Image
 
 import defend
-import edit
 import experiment
 from images import load_image, to_tensor
 from models import sets
@@ -385,9 +384,7 @@ def test_mini_says_what_a_photograph_is_worth(tmp_path, capsys):
 
 
 def test_mini_editing_is_the_same_in_batches():
-    line = "--input_path x --prompt x --models mini --device cpu --num_inference_steps 3"
-    args = edit.parse_args(line.split())
-    editor = sets.choose(args).load_editor()
+    editor = sets.choose(models="mini", device="cpu", edit={"num_inference_steps": 3}).load_editor()
     images = to_tensor(np.stack([load_image(path).pixels for path in BUNDLED[:2]]))
     prompts = ["Let it be snowy", "Turn the person into a zombie"]
     together = editor(images, prompts, seed=0)

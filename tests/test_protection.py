@@ -16,11 +16,11 @@ import defend
 import masks
 from images import load_image, save_png, to_tensor
 from loops import random_start
-from methods import METHODS, MIX, Method, encoder_attack
+from methods import METHODS, MIX, NEED, Method, encoder_attack
 from models.loading import recorded
 from models.recognizers import face_similarity_to
 from models.vaes import WorkingVAE
-from protection import Protector, Report, generator_of, knobs
+from protection import Protector, Report, generator_of
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -41,7 +41,7 @@ def protected(tool: Protector, path: Path) -> torch.Tensor:
     """Protects a portrait as `save` does, without rounding to 8 bits."""
     subject = with_faces(tool).load(path)
     seeds = [start_seed(tool.seed, path.stem)]
-    return tool.protect(to_tensor(subject.portrait.pixels), [subject.boxes], seeds)
+    return tool.perturb(to_tensor(subject.portrait.pixels), [subject.boxes], seeds)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -212,7 +212,8 @@ def test_a_flag_that_a_method_does_not_read_is_ignored_with_a_warning(flags, rea
 
 
 def test_every_knob_is_a_flag():
-    assert set(knobs()) == {*defend.KNOBS, "targeted"}
+    defaults = [item for method in METHODS.values() for item in method.parameters.items()]
+    assert {name for name, default in defaults if default is not NEED} == {*defend.KNOBS, "targeted"}
 
 
 def test_clamp_min_and_clamp_max_are_taken_with_one_warning(protector, capsys):
@@ -311,7 +312,7 @@ def test_each_of_several_editors_is_attacked_by_its_own_denoiser(protector, tiny
         tool = protector(f"{line} {' '.join(some)}")
         tool.preload()
         assert len(tool.denoisers) == len(some)
-        tool.protect(x, [[]], [3], lambda _, value: values.append(value))
+        tool.perturb(x, [[]], [3], lambda _, value: values.append(value))
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
     assert not torch.equal(values[1], values[2])
 
@@ -360,7 +361,7 @@ def test_compile_gives_what_the_networks_give(protector, monkeypatch, fresh_load
     torch._dynamo.reset()
     x, boxes = noise(2, 3, 32, 32), [[(0, 0, 32, 32)]] * 2
     plain, compiled = (
-        protector(f"--num_iters 2 {flag}").protect(x, boxes, [1, 2]) for flag in ("", "--compile")
+        protector(f"--num_iters 2 {flag}").perturb(x, boxes, [1, 2])[0] for flag in ("", "--compile")
     )
     torch.testing.assert_close(compiled, plain, atol=1e-6, rtol=0)
     assert len(graphs) >= 4
@@ -460,7 +461,8 @@ def test_the_saved_file_keeps_to_the_mask(kind, method, protector, tmp_path):
     assert subject.boxes == [(10, 15, 30, 40)] if "face" in kind else not subject.boxes
     tool.save([subject], [tmp_path / "out.png"])
     source, saved = (load_image(place).pixels.astype(int) for place in (path, tmp_path / "out.png"))
-    mask = tool.budget_mask(to_tensor(source.astype(np.uint8)), [subject.boxes])[0, 0].numpy()
+    _, mask = tool.perturb(to_tensor(subject.portrait.pixels), [subject.boxes], [0])
+    mask = mask[0, 0].numpy()
     change = np.abs(saved - source).max(axis=2) * 2 / 255
     assert (change <= 0.1 * mask + 1e-6).all() and change.max() > 0.05
     if "face" in kind:

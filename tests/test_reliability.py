@@ -321,7 +321,7 @@ def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, defend_flags, 
             Image.fromarray(tiny.portrait(72)).save(paths[2])  # of another size than its batch
         return load(path, resolution)
 
-    monkeypatch.setattr(protection, "load_portrait", load)
+    monkeypatch.setattr(protection, "as_portrait", load)
     flags = f"--image_dir {tmp_path}/in --output_dir {tmp_path}/out --defend_method encoder --batch_size 2"
     assert main_defend.main([*defend_flags, *flags.split()]) == 1
     err = capsys.readouterr().err

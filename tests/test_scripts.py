@@ -68,16 +68,6 @@ def call(capsys, defend_flags, edit_flags):
 
 
 @pytest.fixture
-def protector(defend_flags):
-    """Makes a Protector of defend.py's flags."""
-
-    def make(line: str = "") -> Protector:
-        return Protector(defend.parse_args(["--input_path=x", *defend_flags, *line.split()]))
-
-    return make
-
-
-@pytest.fixture
 def face(tmp_path) -> Path:
     """One portrait."""
     (path,) = tiny.write_portraits(tmp_path, 1)
@@ -143,7 +133,7 @@ def test_the_four_scripts_have_help():
             defend,
             "--input_path=a --defend_method=facelock",
             {
-                "attack_budget": 0.03,
+                "budget": 0.03,
                 "step_size": 0.01,
                 "num_iters": 100,
                 "seed": 0,
@@ -154,7 +144,7 @@ def test_the_four_scripts_have_help():
             main_defend,
             "--image_dir=a --output_dir=b --defend_method=cw",
             {
-                "attack_budget": 0.03,
+                "budget": 0.03,
                 "step_size": 0.01,
                 "num_iters": 100,
                 "seed": 0,
@@ -171,8 +161,9 @@ def test_the_four_scripts_have_help():
     ],
 )
 def test_defaults_are_the_releases(script, line, defaults):
-    args = script.parse_args(line.split())
-    given = vars(args) | (vars(Protector(args).run) if script in (defend, main_defend) else {})
+    given = vars(args := script.parse_args(line.split()))
+    if script in (defend, main_defend):
+        given = given | vars(Protector(defend.settings_of(args)).run)
     assert {name: given[name] for name in defaults} == defaults
 
 

@@ -12,7 +12,8 @@ import edit
 import experiment
 from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
 from models.loading import ROOT, recorded, shown
-from models.sets import MINI, MODEL_SETS, Chosen, choose, choose_vaes, setting_help
+from models.sets import MINI, MODEL_SETS, Chosen, ModelSettings, choose, setting_help
+from protection import Protector
 from utils import UserError
 
 CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
@@ -21,7 +22,7 @@ EDITING = "--input_path a --prompt x --device cpu"
 
 def chosen(flags: str, script=edit) -> Chosen:
     line = f"{EDITING} {flags}" if script is edit else f"--input_path a --device cpu {flags}"
-    return choose(script.parse_args(line.split()))
+    return choose(ModelSettings.of(script.parse_args(line.split())))
 
 
 FULL = Chosen(
@@ -140,7 +141,7 @@ def test_mini_has_no_stable_diffusion(flag, script):
 def test_an_empty_name_is_refused(flag):
     """A shell makes one of an unset variable."""
     with pytest.raises(UserError, match=f"{flag}: an empty name"):
-        choose(defend.parse_args(["--input_path=a", f"{flag}="]))
+        chosen(f"{flag}=", defend)
 
 
 @pytest.mark.parametrize(
@@ -162,7 +163,8 @@ def test_a_knob_that_the_editor_has_not_is_ignored_with_a_warning(kind, flag, ca
 def test_the_knobs_of_whoever_edits_are_nothing_to_what_is_attacked(capsys):
     line = "--image_dir=a --output_dir=b --device=cpu --strength=0.7 --image_guidance_scale=2"
     for kind, flags in (("instruct-pix2pix", ""), ("flux-kontext", "--vae_ids flux-kontext")):
-        (found,) = choose_vaes(experiment.parse_args(f"{line} {flags}".split()))
+        args = experiment.parse_args(f"{line} {flags}".split())
+        (found,) = Protector(defend.settings_of(args), seed=0).attacked
         assert found == chosen(f"--model {kind}", defend)
     assert capsys.readouterr().err == ""
 
