@@ -145,6 +145,8 @@ class Protector:
         for name, value in [*wanted.knobs.items(), *numbers.items()]:
             if name in self.knobs:
                 self.knobs[name] = value
+            elif not readers(name):
+                raise UserError(f"no method has a knob {name!r}")
             elif name not in (*self.method.reads, "step_size", "num_iters"):
                 flag = "untargeted" if value is False and name == "targeted" else name
                 warn(f"--{flag} is ignored: {self.name} has no such knob ({readers(name)} has)")

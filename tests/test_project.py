@@ -218,7 +218,8 @@ def parsed(monkeypatch, capsys):
 def code_of(document: Path) -> str:
     """Its blocks of code, and the commands that stand between ` and `."""
     text = document.read_text()
-    blocks = re.findall(r"^```(?:bash|sh|console)?\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    blocks = [code for language, code in blocks if language in ("", "bash", "sh", "console")]
     return "\n".join([*blocks, *re.findall(r"`(python [^`\n]+)`", text)])
 
 

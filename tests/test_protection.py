@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -10,17 +11,18 @@ import pytest
 import tiny
 import torch
 import torch._dynamo
+from PIL import Image
 from tiny import noise
 
 import defend
 import masks
-from images import load_image, save_png, to_tensor
+from images import linf, load_image, save_png, to_tensor
 from loops import random_start
 from methods import METHODS, MIX, NEED, Method, encoder_attack
 from models.loading import recorded
 from models.recognizers import face_similarity_to
 from models.vaes import WorkingVAE
-from protection import Protector, Report, generator_of
+from protection import Protector, Report, Settings, generator_of
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -262,6 +264,70 @@ def test_a_defense_of_ones_own_gets_its_needs_and_its_knob(protector, portrait, 
     assert 0.02 < (result - to_tensor(load_image(portrait).pixels)).abs().max() <= 0.03 + 2e-7
     found = tool.settings()
     assert found["c"] == 3 and "lpips" in found and "recognizer" not in found
+
+
+# ---------------------------------------------------------------------------------------------------------
+# as a library
+
+
+MINI = Path(defend.__file__).parent / "assets/portraits/mini/portrait_1000003.png"
+
+
+def test_a_path_an_image_and_an_array_are_protected_alike(tmp_path, capsys):
+    """As defend.py would, whose start depends on the file's stem."""
+    path = tmp_path / "image.png"
+    Image.open(MINI).convert("RGB").save(path)
+    line = f"--models=mini --device=cpu --num_iters=2 --input_path={path} --output_path={tmp_path}/out.png"
+    assert defend.main([*line.split(), "--attack_budget=0.06"]) == 0
+    saved = load_image(tmp_path / "out.png").pixels
+    tool = Protector(method="facelock", budget=0.06, num_iters=2, models="mini", device="cpu")
+    for image in (path, str(path), Image.open(path), load_image(path).pixels):
+        found = tool.protect(image)
+        assert found.mode == "RGB" and np.array_equal(found, saved)
+    assert 0 < linf(saved, load_image(path).pixels) <= 0.06
+
+
+def test_the_readmes_lines_run(tmp_path, monkeypatch):
+    root = Path(defend.__file__).parent
+    (code,) = re.findall("```python\n(.*?)```", (root / "README.md").read_text(), re.DOTALL)
+    (tmp_path / "assets").symlink_to(root / "assets")
+    monkeypatch.chdir(tmp_path)
+    exec(code.replace("budget=0.06", "budget=0.06, num_iters=1"), {})  # noqa: S102
+    assert Image.open("protected.png").size == (128, 128)
+
+
+def test_a_files_alpha_is_kept(tmp_path):
+    image = Image.open(MINI).convert("RGBA")
+    image.putalpha(200)
+    image.save(tmp_path / "in.png")
+    found = Protector(method="noise", models="mini", device="cpu").protect(tmp_path / "in.png")
+    assert found.mode == "RGBA" and found.getchannel("A").getextrema() == (200, 200)
+
+
+def test_settings_of_a_call_replace_those_of_a_dataclass():
+    settings = Settings(method="cw", models="mini", device="cpu", knobs={"c": 0.5})
+    plain, other = Protector(settings), Protector(settings, budget=0.06, seed=3)
+    assert plain.knobs == {"c": 0.5, "targeted": False} and plain.run.budget == 0.03
+    assert other.settings() == plain.settings() | {"attack_budget": 0.06, "seed": 3}
+
+
+@pytest.mark.parametrize(
+    ("given", "error"),
+    [
+        ({"method": "facelok"}, "'facelok' is no method; there are noise, encoder"),
+        ({"budget": 0.007}, "0.007 is below 2/255"),
+        ({"knobs": {"cc": 1}}, "no method has a knob 'cc'"),
+    ],
+)
+def test_what_argparse_would_refuse_is_refused(given, error):
+    with pytest.raises(UserError, match=error):
+        Protector(models="mini", device="cpu", **given)
+
+
+@pytest.mark.parametrize("image", [np.zeros((64, 64), np.uint8), np.zeros((64, 64, 3), np.float32)])
+def test_an_array_that_is_no_picture_is_refused(image):
+    with pytest.raises(UserError, match=r"an image is \(H, W, 3\) uint8, not"):
+        Protector(method="noise", models="mini", device="cpu").protect(image)
 
 
 # ---------------------------------------------------------------------------------------------------------

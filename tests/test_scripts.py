@@ -210,7 +210,7 @@ def test_faces_are_scaled_to_the_working_size(tmp_path, protector, faces, count)
     tool = protector(f"--faces {faces}")
     tool.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
     assert tool.load(path).boxes == [(10, 20, 60, 55), (0, 1, 15, 64)][:count]
-    assert tool.load(path, (100, 0, 200, 64)).boxes == [(50, 0, 64, 32)]
+    assert tool.load(path, [(100, 0, 200, 64)]).boxes == [(50, 0, 64, 32)]
 
 
 def test_who_looks_at_no_face_looks_for_none(tmp_path, protector):
