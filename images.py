@@ -207,7 +207,7 @@ def to_tensor(pixels: np.ndarray) -> torch.Tensor:
     import torch
 
     batch = torch.from_numpy(np.array(pixels, ndmin=4)).permute(0, 3, 1, 2)  # (B, 3, H, W)
-    return (batch.float() / 127.5 - 1).contiguous()
+    return batch.contiguous().float().div_(127.5).sub_(1)  # in place: few copies of a large image
 
 
 def to_uint8(images: torch.Tensor) -> np.ndarray:
