@@ -283,6 +283,7 @@ def test_a_place_that_cannot_be_used_is_one_line(tmp_path, defend_flags, edit_fl
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="becomes another user")
 def test_directories_without_rights_are_one_line(tmp_path):
     """As a user who is not root: into whose folders others can't look or write."""
