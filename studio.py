@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
-from images import image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
+from images import MOST_PIXELS, image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
 from models.faces import Box, clip_box
 from models.sets import TRAINED_HERE, identity
 from protection import Protector, Report, Settings
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 EDITS = ("your picture", "the protected picture")
-MOST_PIXELS = 32_000_000  # a loop keeps some ten float tensors of a picture's size
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 AMPLIFY = 10  # of the difference, which is shown around grey
 
@@ -89,8 +88,8 @@ class Studio:
         """Finds the faces in a picture."""
         path = picture.source
         if (size := stored_size(path)) and size[0] * size[1] > MOST_PIXELS:
-            most = f"the {MOST_PIXELS / 1e6:.0f} megapixels that this page takes"
-            raise UserError(f"{path}: {size[1]}x{size[0]} is more than {most}; reduce it, or use defend.py")
+            most = f"the {MOST_PIXELS / 1e6:.1f} megapixels that are read"
+            raise UserError(f"{path}: {size[1]}x{size[0]} is more than {most}; scale it down")
         picture.boxes = self.detector(load_portrait(path, self.chosen.resolution).pixels)
 
     def point(self, visit: Visit, box: Box) -> Picture:

@@ -355,8 +355,10 @@ def write_own(path: Path, data: bytes) -> None:
     line = {"output": path.name, "sha256": hashlib.sha256(data).hexdigest()}
     try:  # before the file itself: a killed run leaves none that the next one refuses
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(index, "a") as file:
-            file.write(json.dumps(line) + "\n")
+        with open(index, "a+") as file:
+            file.seek(0)
+            if json.dumps(line) not in file.read().splitlines():
+                file.write(json.dumps(line) + "\n")
     except OSError as error:
         raise UserError(f"{index}: can't be written ({error.strerror})") from None
     write_file(path, data)

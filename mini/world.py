@@ -167,7 +167,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 def mini_set(device: str = "cpu", **flags: object) -> Chosen:
     """Chooses the mini models as the scripts do, in float32, with other flags' values."""
-    knobs = {name: flags.pop(name) for name in EDIT_KNOBS if name in flags}
+    knobs = {name: value for name in EDIT_KNOBS if (value := flags.pop(name, None)) is not None}
     return choose(models="mini", device=device, dtype="fp32", edit=knobs, **flags)
 
 

@@ -27,7 +27,7 @@ READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt"
 
 # numbers in configs that decide how much is built
 STEPS = re.compile(r"(^|_)num_train_timesteps$")
-LAYERS = re.compile(r"(^|_)(layers?|blocks|depths?)(_per_block)?$")
+LAYERS = re.compile(r"^(num_(hidden_|single_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$")
 SIZES = re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$")
 MOST_STEPS, MOST_SIZE = 100_000, 10_000_000
 MOST_LAYERS = 1000  # where no index of tensors says how many there can be

@@ -196,9 +196,9 @@ def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
             warn(f"--{name} is ignored: {kind} has no such knob")
     settings["resolution"] = wanted.resolution or settings["resolution"]
     editor.check(settings)
-    recognizers = tuple(wanted.recognizer) or (models.recognizer,)
+    recognizers = several(wanted.recognizer) or (models.recognizer,)
     attacked = {identity(member) for member in recognizers}
-    if seen := [one for one in wanted.judge if identity(one) in attacked]:
+    if seen := [one for one in several(wanted.judge) if identity(one) in attacked]:
         raise UserError(f"--judge {seen[0]}: the attack sees it, so that it is no judge (--recognizer)")
     quiet()
     device = utils.pick_device(wanted.device)
@@ -208,7 +208,7 @@ def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
         model_id=wanted.model_id or models.editors[kind],
         settings=settings,
         recognizers=recognizers,
-        judges=tuple(wanted.judge or (one for one in models.judges if identity(one) not in attacked)),
+        judges=several(wanted.judge) or tuple(one for one in models.judges if identity(one) not in attacked),
         perceptual=wanted.lpips or models.perceptual,
         clip=wanted.clip or models.clip,
         only_size=models.only_size,
@@ -224,6 +224,11 @@ def choose_editor(wanted: ModelSettings, name: str) -> Chosen:
     if kind not in EDITORS:
         return choose(wanted, model_id=name)
     return choose(wanted, model=kind, model_id=id_ if is_kind else None)
+
+
+def several(members: str | Sequence[str]) -> tuple[str, ...]:
+    """Makes a tuple of names, or of one name: a string is a sequence, too."""
+    return (members,) if isinstance(members, str) else tuple(members)
 
 
 def identity(member: str) -> str:

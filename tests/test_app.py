@@ -309,7 +309,7 @@ def test_faces_are_chosen_by_their_numbers(studio, visits):
 def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
     (tmp_path / "large.png").write_bytes(huge_png(12_000, 12_000))
     monkeypatch.setattr("studio.load_portrait", None)
-    with pytest.raises(UserError, match="12000x12000 is more than the 32 megapixels"):
+    with pytest.raises(UserError, match="12000x12000 is more than the 24.5 megapixels"):
         studio.look(Picture(tmp_path / "large.png"))
 
 
@@ -722,7 +722,7 @@ def test_a_bad_file_is_a_sentence(open_page, tmp_path):
     (tmp_path / "bomb.png").write_bytes(huge_png(30_000, 30_000))
     upload(page, tmp_path / "bomb.png", shows=re.compile("bomb.png: .* could be decompression bomb"))
     Image.new("RGB", (8_000, 6_000)).save(tmp_path / "large.png")
-    upload(page, tmp_path / "large.png", shows="large.png: 8000x6000 is more than the 32 megapixels")
+    upload(page, tmp_path / "large.png", shows="large.png: 8000x6000 is more than the 24.5 megapixels")
     page.get_by_role("button", name="Edit both").click()
     page.get_by_text("protect a portrait first").wait_for()
     assert page.get_by_text("Traceback").count() == 0 and page.get_by_text("/facelock-").count() == 0

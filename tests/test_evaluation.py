@@ -352,7 +352,7 @@ def test_an_instruction_must_be_the_same_in_every_row(world, capsys):
     for broken in ({"prompts": ["a"]}, {"prompts": {"first": "a"}}):
         places[1].write_text(json.dumps(record | broken))
         assert eval_psnr.main(psnr_args(world)) == 1
-        assert "its prompts are not numbered" in capsys.readouterr().err
+        assert "not a record of a run (its prompts are " in capsys.readouterr().err
 
 
 def test_every_seed_has_its_record(world, capsys):
@@ -947,8 +947,7 @@ def test_by_any_leaves_out_who_cannot_say():
 
 def test_a_judge_that_was_trained_here_counts_only_if_it_is_alone():
     def of(*judges):
-        line = ["--models=mini", "--src_dir=a", "--clean_edit_dir=b", "--defend_edit_dirs=c", "--seed=0"]
-        return sets.choose(eval_facial.parse_args([*line, *(["--judge", *judges] if judges else [])]))
+        return sets.choose(models="mini", judge=judges, device="cpu")
 
     bundled = "assets/mini/judge" if Path("assets").exists() else str(ROOT / "assets/mini/judge")
     assert eval_facial.counted(of()) == ["dlib"]

@@ -832,7 +832,7 @@ def test_debug_raises(call, bad):
 
 
 def test_an_unforeseen_error_is_one_line_too(call, face, monkeypatch):
-    monkeypatch.setattr(protection, "save_png", lambda *_: 1 / 0)
+    monkeypatch.setattr(protection.Protector, "pixels", lambda *_: 1 / 0)
     done = call(defend, f"--input_path {face} --defend_method noise")
     assert done.status == 1 and len(done.errors) == 1
     assert "ZeroDivisionError at test_scripts.py:" in done.errors[0] and "--debug" in done.errors[0]
@@ -969,7 +969,7 @@ def test_what_is_not_finite_names_its_dtype(protector, monkeypatch):
     x = torch.zeros(1, 3, 64, 64)
     for dtype, hint in (("fp32", "float32"), ("bf16", "bfloat16; try --dtype fp32")):
         with pytest.raises(utils.UserError) as caught:
-            protector(f"--defend_method encoder --dtype {dtype}").protect(x, [[]], [0])
+            protector(f"--defend_method encoder --dtype {dtype}").perturb(x, [[]], [0])
         assert str(caught.value).endswith(f"10 iterations, with the networks in {hint}")
 
 

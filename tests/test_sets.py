@@ -221,3 +221,9 @@ def test_a_sets_members_are_strings_and_its_settings_an_editors():
         assert set(models.editors) <= set(EDITORS)
         known = {"resolution", "scheduler"}.union(*(EDITORS[kind].knobs for kind in EDITORS))
         assert set(models.settings) <= known
+
+
+def test_one_name_is_as_good_as_a_tuple_of_it():
+    """From Python somebody writes recognizer="dlib", and means no d, l, i and b."""
+    found = choose(models="mini", recognizer="dlib", judge="vggface2", device="cpu")
+    assert (found.recognizers, found.judges) == (("dlib",), ("vggface2",))

@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -256,6 +257,7 @@ def test_a_device_is_written_through(tmp_path):
     read = []
     reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
     reader.start()
+    time.sleep(0.3)  # a pipe without a reader is refused
     utils.write_file(tmp_path / "pipe", b"data")
     reader.join(10)
     assert read == [b"data"] and (tmp_path / "pipe").is_fifo()
