@@ -37,6 +37,8 @@ from models.recognizers import load_recognizer
 from models.vaes import load_vae
 from utils import edit_prompts
 
+pytestmark = pytest.mark.slow  # what made the bundled models runs when they are made again
+
 PEOPLE = portraits.VALIDATION[500:506]  # nobody who was tuned on, nor of the final figures
 BUNDLED = sorted((world.ROOT / "assets" / "portraits" / "mini").glob("*.png"))
 CPU = torch.device("cpu"), torch.float32
@@ -435,7 +437,6 @@ def test_heads_of_the_second_editor_begin_at_their_own_place():
     assert weights[3:, places, places + 64].mean() < 0.05
 
 
-@pytest.mark.slow
 def test_the_second_editors_training_ends_in_a_pipeline(tmp_path):
     vae = train_vae.build(channels=8, layers=1)
     vae.save_pretrained(tmp_path / "vae")
@@ -552,7 +553,6 @@ def test_the_decoders_loss_keeps_what_is_to_stay_and_moves_the_attacked():
     assert trained == {"decoder", "post_quant_conv"}
 
 
-@pytest.mark.slow
 def test_calibrating_the_decoder_leaves_the_encoder(tmp_path):
     out = tmp_path / "vae"
     flags = ["--identities=8", "--per_person=1", "--steps=2", "--batch=2", f"--work={tmp_path / 'work'}"]
