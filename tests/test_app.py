@@ -698,6 +698,7 @@ def test_everything_is_within_reach_of_the_keyboard(open_page):
     assert page.evaluate("document.documentElement.scrollWidth") == 390
 
 
+@pytest.mark.slow
 @pytest.mark.browser
 def test_cancel_stops_the_loop_and_leaves_nothing(open_page):
     page = open_page()

@@ -62,6 +62,7 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path):
     """And ends with the files of an undisturbed one: none lost, none different, none half-written."""
     (tmp_path / "in").mkdir()
