@@ -81,7 +81,7 @@ show how the thing works, and say nothing about how well a real photo is protect
 ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the same seed.</p>"
 WORTH = """<p>This is one instruction and one seed, with one editor. Another editor, or a copy that was
 resized, compressed or cleaned, can give another result: this is a test, not a promise.{}</p>"""
-ABOUT_TABLE = """FR, without and with protection: the cosine similarity of the face in the edit to the one in
+ABOUT_TABLE = """FR, without → with protection: the cosine similarity of the face in the edit to the one in
 your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges.
 *left* is the same on a scale that recognisers share: 1 the same picture, 0 a stranger."""
 TROUBLE = '<p class="trouble" role="alert">{}</p>'
@@ -367,7 +367,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard.getvalue())]
                 shows[verdict] = f'<section class="verdict" role="status">{"".join(parts)}</section>'
                 if found:
-                    rows = table_of(found).to_markdown(floatfmt=".2f", missingval="-")
+                    rows = table_of(found).to_markdown(missingval="-", disable_numparse=True)
                     shows[table] = f"{rows}\n\n{ABOUT_TABLE}"
             return shows or gr.skip()
 

@@ -212,7 +212,7 @@ def given(kind: Callable[[str], Any], name: str, value: Any) -> Any:
 
 
 def table_of(faces: Sequence[Face]) -> pd.DataFrame:
-    """Puts FR of all faces into a table."""
+    """Puts FR of all faces into a table of texts, narrow enough for a phone: without → with protection."""
     import pandas as pd
 
     rows = {}
@@ -220,11 +220,12 @@ def table_of(faces: Sequence[Face]) -> pd.DataFrame:
         for name, both in face.values.items():
             who = f"{name} (attacked)" if name in face.attacked else name
             who += " (trained here)" if name in face.trained_here else ""
-            left = face.left.get(name, [math.nan] * 2)
-            rows[f"{who}, face {number}" if len(faces) > 1 else who] = [*both, face.thresholds[name], *left]
-    columns = ["without", "with", "same person above", "left without", "left with"]
-    table = pd.DataFrame.from_dict(rows, "index", columns=columns).rename_axis("FR by")
-    return table.dropna(axis=1, how="all")
+            above, left = face.thresholds[name], face.left.get(name, [math.nan])
+            texts = ["{:.2f} → {:.2f}".format(*both), None if above is None else f"{above:.2f}"]
+            texts.append(None if math.isnan(left[0]) else "{:.2f} → {:.2f}".format(*left))
+            rows[f"{who}, face {number}" if len(faces) > 1 else who] = texts
+    columns = ["FR", "same above", "left"]
+    return pd.DataFrame.from_dict(rows, "index", columns=columns).dropna(axis=1, how="all").rename_axis("by")
 
 
 def shown(visit: Visit, kind: str, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:

@@ -79,7 +79,7 @@ def test_the_table_has_a_line_a_recogniser_and_no_column_of_unknown_thresholds()
     table = app.table_of([face, face])
     names = [f"{name}, face {number}" for number in (1, 2) for name in ("recognizer (attacked)", "judge")]
     assert list(table.index) == names
-    assert list(table.columns) == ["without", "with"]
+    assert list(table.columns) == ["FR"] and table.loc["judge, face 1", "FR"] == "0.80 → 0.20"
 
 
 # ---------------------------------------------------------------------------------------------------------
