@@ -263,7 +263,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
 
 
 def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
-    """Draws a line a method over numbers, to scale, or points over names; a row without a place is dashed."""
+    """Draws one line per method over numbers, to scale, or points over names; dashed without a place."""
     from matplotlib.figure import Figure
 
     places = [place for place in points["place"].unique() if place]

@@ -180,6 +180,6 @@ def all_metrics(
 
 
 def per_image(values: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Makes a table with a line an edit and a column a metric."""
+    """Makes a table with one line per edit and one column per metric."""
     edit = ["method", "seed", "prompt", "name"]
     return values.pivot(index=edit, columns="metric", values="value").reindex(columns=metrics).reset_index()
