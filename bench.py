@@ -47,8 +47,8 @@ from views import Metric, View, load_views
 import utils
 from images import load_image, to_tensor
 from methods import METHODS
+from models.config import MINI, add_model_arguments, resolve, setting_help
 from models.loading import ROOT, quiet
-from models.sets import MINI, add_model_arguments, choose, setting_help
 from protection import Protector, Settings
 
 if TYPE_CHECKING:
@@ -179,7 +179,7 @@ def run_job(job: str, plan: Plan) -> dict[str, float]:
     `operations` (10^12) of an iteration and image of a defense, else of an image. Raises UserError.
     """
     import_libraries()
-    device = choose(plan.settings).device
+    device = resolve(plan.settings).device
     before = peak_memory(device)
     # each gives works, and a function of their costs -> those of an iteration and of an image
     load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics
@@ -199,7 +199,7 @@ def load_defense(method: str, plan: Plan) -> tuple[list[Callable], Callable]:
     protector = Protector(plan.settings, method=method)
     protector.preload()
     images = to_tensor(portraits(plan.batch_size, plan.input_side)).to(protector.device)
-    height, width = protector.chosen.editor.working_size(plan.input_side, protector.resolution)
+    height, width = protector.config.editor.working_size(plan.input_side, protector.resolution)
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
     work = partial(protector.perturb, images, boxes, range(len(images)))
     own = protector.method.run.num_iters
@@ -209,10 +209,10 @@ def load_defense(method: str, plan: Plan) -> tuple[list[Callable], Callable]:
 
 def load_edit(_: str, plan: Plan) -> tuple[list[Callable], Callable]:
     """Loads the editor with the set's own steps and guidance, to edit in one step and in three."""
-    chosen = choose(plan.settings)
-    editor = chosen.load_editor()
+    config = resolve(plan.settings)
+    editor = config.load_editor()
     steps = editor.knobs["num_inference_steps"]
-    images = to_tensor(portraits(plan.batch_size, plan.input_side)).to(chosen.device)
+    images = to_tensor(portraits(plan.batch_size, plan.input_side)).to(config.device)
     prompts = [utils.edit_prompts[number % len(utils.edit_prompts)] for number in range(len(images))]
 
     def work(few: int) -> None:
@@ -243,11 +243,11 @@ def load_metrics(job: str, plan: Plan) -> tuple[list[Callable], Callable]:
 
 def metrics_and_views(names: Sequence[str], plan: Plan) -> tuple[list[Metric], list[View]]:
     """Loads metrics by name, with the networks that they need together. Raises UserError."""
-    chosen = choose(plan.settings, dtype="fp32" if plan.settings.dtype == "auto" else plan.settings.dtype)
-    of_faces = itertools.chain(*eval_facial.groups(chosen).values())
+    config = resolve(plan.settings, dtype="fp32" if plan.settings.dtype == "auto" else plan.settings.dtype)
+    of_faces = itertools.chain(*eval_facial.groups(config).values())
     metrics = [metric for metric in eval_all.METRICS if metric.name in names] if names else list(of_faces)
     needs = {need for metric in metrics for need in metric.needs}
-    return metrics, load_views(needs, chosen, utils.edit_prompts, {}, {})
+    return metrics, load_views(needs, config, utils.edit_prompts, {}, {})
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -271,7 +271,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 def plan_of(args: argparse.Namespace) -> Plan:
     """Turns the flags into a plan."""
     settings = Settings.of(args, num_iters=args.iterations)
-    side = choose(settings).resolution
+    side = resolve(settings).resolution
     return Plan(settings, args.input_side or (side, side), args.batch_size, args.repeats)
 
 
@@ -294,11 +294,11 @@ def run(args: argparse.Namespace) -> int:
         utils.check_directory(args.json.absolute().parent)
     plan = plan_of(args)
     height, width = plan.input_side
-    chosen = choose(plan.settings)
-    cuda = utils.on_cuda(chosen.device)
-    on = torch.cuda.get_device_name(chosen.device) if cuda else platform.machine()
+    config = resolve(plan.settings)
+    cuda = utils.on_cuda(config.device)
+    on = torch.cuda.get_device_name(config.device) if cuda else platform.machine()
     of = f"random weights of size {args.size}" if args.size else f"the {args.models} models"
-    about = f"{of}, input {width}x{height}, worked on at {chosen.resolution}, batches of {args.batch_size}, "
+    about = f"{of}, input {width}x{height}, worked on at {config.resolution}, batches of {args.batch_size}, "
     about += f"--dtype {args.dtype}; {on}, {torch.get_num_threads()} threads of {os.cpu_count()} cores; "
     about += f"torch {torch.__version__}; medians of {args.repeats}"
     print(f"{about}\njob            s/iteration     s/image       hours   memory GB       TFLOP")

@@ -23,7 +23,13 @@ from images import choose_output
 from loops import CHECK_EVERY, Run
 from masks import BUDGET_MASKS
 from methods import METHODS
-from models import sets
+from models.config import (
+    NAME_HELP,
+    add_editor_arguments,
+    add_face_arguments,
+    add_model_arguments,
+    add_perceptual_argument,
+)
 from protection import Protector, Settings, readers
 from transforms import chains
 from utils import UserError, warn
@@ -62,10 +68,10 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     seed_help = "of the random start, with the file's stem; -1 draws and prints one"
     parser.add_argument("--seed", type=utils.seed_number, default=Settings.seed, help=seed_help)
     add_method_arguments(parser)
-    sets.add_editor_arguments(parser)
-    sets.add_face_arguments(parser)
-    sets.add_perceptual_argument(parser)
-    sets.add_model_arguments(parser)
+    add_editor_arguments(parser)
+    add_face_arguments(parser)
+    add_perceptual_argument(parser)
+    add_model_arguments(parser)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,8 +99,8 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lr", type=utils.positive_float, help=f"Adam's rate, cw only (default: {Run.lr})")
     text = f"how far steps are smoothed, a share of the long side, {readers('smoothing')} only (default: "
     parser.add_argument("--smoothing", type=share_or_none, help=f"{text}{run_default('smoothing')})")
-    text = f"attack the VAEs of several editors at once, by the mean of the objective: {sets.NAME_HELP}"
-    parser.add_argument("--vae_ids", nargs="+", metavar="EDITOR", help=text)
+    text = f"attack the VAEs of several editors at once, by the mean of the objective: {NAME_HELP}"
+    parser.add_argument("--vae", nargs="+", metavar="NAME", help=text)
     text = "which faces facelock and a mask protect; with all, their mean similarity counts"
     parser.add_argument("--faces", choices=("largest", "all"), default=Settings.faces, help=text)
     again = "the activations of VAE and denoiser are computed again for each gradient"
@@ -181,7 +187,7 @@ def run(args: argparse.Namespace) -> int:
     boxes = args.face_box or ()
     subject = protector.load(args.input_path, boxes)  # a bad file is said before models are loaded
     protector.preload()
-    protector.chosen.warn_of([subject.portrait.size])
+    protector.config.warn_of([subject.portrait.size])
     with progress_bar(protector.run.num_iters, protector.name) as step:
         (report,) = protector.save([subject], [output], step)
     print(report)

@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING
 
 import utils
 from images import Portrait, choose_output, load_portrait, save_png, to_tensor, to_uint8
+from models.config import ModelSettings, add_edit_arguments, resolve
 from models.editors import Editor
-from models.sets import ModelSettings, add_edit_arguments, choose
 
 if TYPE_CHECKING:
     import numpy as np
@@ -62,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     """Edits the image that the flags name -> exit status."""
     why_png = "an edit is measured pixel by pixel, which JPEG and its like would change"
     output = choose_output(args.output_path, args.input_path, "edit", why_png)
-    chosen = choose(ModelSettings.of(args))
-    portrait = load_portrait(args.input_path, chosen.resolution)
+    config = resolve(ModelSettings.of(args))
+    portrait = load_portrait(args.input_path, config.resolution)
     args.seed = utils.draw_seed(args.seed)
-    editor = chosen.load_editor(progress=True)
-    chosen.warn_of([portrait.size], [args.prompt])
+    editor = config.load_editor(progress=True)
+    config.warn_of([portrait.size], [args.prompt])
     (pixels,) = edit_portraits([portrait], [args.prompt], editor, args.seed)
     save_png(output, pixels, portrait.alpha)
     print(utils.one_line(f"{output}: {args.prompt!r}, seed {args.seed}"))

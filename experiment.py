@@ -43,7 +43,18 @@ from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
 from methods import METHODS
-from models import sets
+from models.config import (
+    MODEL_SETS,
+    NAME_HELP,
+    ModelConfig,
+    ModelSettings,
+    add_clip_argument,
+    add_edit_arguments,
+    add_face_arguments,
+    add_perceptual_argument,
+    resolve,
+    resolve_editor,
+)
 from models.editors import unload
 from protection import Protector
 from utils import UserError
@@ -88,15 +99,15 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         default=[0],
         help="of the editor's noise, one or more; the first is the random start's, too",
     )
-    text = f"who edits what is protected against --model; several show what carries over: {sets.NAME_HELP}"
+    text = f"who edits what is protected against --model; several show what carries over: {NAME_HELP}"
     parser.add_argument("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
-    sets.add_face_arguments(parser)
-    sets.add_perceptual_argument(parser)
-    sets.add_clip_argument(parser)
-    sets.add_edit_arguments(parser)
+    add_face_arguments(parser)
+    add_perceptual_argument(parser)
+    add_clip_argument(parser)
+    add_edit_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -192,18 +203,18 @@ def run(args: argparse.Namespace) -> int:
     }
     for protector in protectors.values():
         protector.preload()
-    wanted = sets.ModelSettings.of(args)
-    named = [sets.choose_editor(wanted, name) for name in args.edit_models]
-    chosen, *others = named or [sets.choose(wanted)]
-    editors = {name_of(editor): editor for editor in [chosen, *others]}
+    wanted = ModelSettings.of(args)
+    named = [resolve_editor(wanted, name) for name in args.edit_models]
+    config, *others = named or [resolve(wanted)]
+    editors = {name_of(editor): editor for editor in [config, *others]}
     if len(editors) <= len(others):
         raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
-    if not chosen.judges:
+    if not config.judges:
         raise UserError("the attack sees all the judges: name others with --judge")
-    chosen.load_editor()
+    config.load_editor()
     for editor in others:
         editor.check_editor()
-    judged = dataclasses.replace(chosen, dtype=utils.pick_dtype("fp32", chosen.device))
+    judged = dataclasses.replace(config, dtype=utils.pick_dtype("fp32", config.device))
     options = runs.Options.of(args)
     some = list(prompts) if args.prompts else [i for i in SOME_PROMPTS if i in prompts] or list(prompts)[:6]
     asked = {"image_dir": args.image_dir, "prompts": prompts, "prompt_file": args.prompt_file}
@@ -215,7 +226,7 @@ def run(args: argparse.Namespace) -> int:
     files += [args.output_dir / name for name in OF_ALL]
     outputs.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
 
-    def add_rows(rows: Rows, editor: sets.Chosen = chosen) -> None:
+    def add_rows(rows: Rows, editor: ModelConfig = config) -> None:
         """Adds the edits of all rows, their table, and the picture beside it."""
         edit_passes = n_images * len(prompts) * len(args.seed) * editor.settings["num_inference_steps"]
         for row, pictures in rows.pictures.items():
@@ -245,11 +256,11 @@ def run(args: argparse.Namespace) -> int:
             pictures[row] = root / "pictures" / row
             runs.check_ours(pictures[row])
             work = partial(
-                purify.purify_directory, source, pictures[row], steps, args.seed[0], chosen, options
+                purify.purify_directory, source, pictures[row], steps, args.seed[0], config, options
             )
             parts.add(f"purify {row}: {name}", n_images, work)
         add_rows(rows_of(root, pictures))
-    roots = {name_of(chosen): args.output_dir}
+    roots = {name_of(config): args.output_dir}
     for editor in others:
         roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
         parts.add(f"make room for {name_of(editor)}", 0, partial(make_room, protectors.values()))
@@ -292,7 +303,7 @@ def make_room(protectors: Iterable[Protector]) -> int:
     return 0
 
 
-def make_table(rows: Rows, judged: sets.Chosen, prompts: Sequence[int], is_protected: bool) -> int:
+def make_table(rows: Rows, judged: ModelConfig, prompts: Sequence[int], is_protected: bool) -> int:
     """Scores all rows of a table and draws its picture -> exit status. Raises UserError.
 
     prompts: of the picture; is_protected: whether the rows' pictures must be within their budgets.
@@ -325,9 +336,9 @@ def draw_grid(rows: Rows, prompts: Sequence[int], edits: Edits, protected: list[
     figure.make_grid(shown, protected, rows.root / "figure.png", names, titles, len(protected) == 1)
 
 
-def name_of(editor: sets.Chosen) -> str:
+def name_of(editor: ModelConfig) -> str:
     """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
-    own = sets.MODEL_SETS[editor.models].editors.get(editor.kind)
+    own = MODEL_SETS[editor.models].editors.get(editor.kind)
     return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
 
 

@@ -76,7 +76,7 @@ def protect_directory(
     items = [runs.Item(path, directory / f"{path.stem}.png", size, path.name) for path, size in images]
     is_first = runs.processes().is_main_process
     if is_first:
-        protector.chosen.warn_of(size for _, size in images)
+        protector.config.warn_of(size for _, size in images)
 
     def load(item: runs.Item) -> Subject:
         return protector.load(item.source)

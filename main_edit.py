@@ -23,7 +23,7 @@ import runs
 import utils
 from edit import add_seed_argument, edit_portraits
 from images import Portrait, image_size, load_portrait, save_png
-from models.sets import Chosen, ModelSettings, add_edit_arguments, choose
+from models.config import ModelConfig, ModelSettings, add_edit_arguments, resolve
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -55,8 +55,8 @@ def run(args: argparse.Namespace) -> int:
     runs.processes(args.device)
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory = args.edit_dir / f"seed{seed}"
-    chosen = choose(ModelSettings.of(args))
-    return edit_directory(args.src_dir, directory, prompts, seed, chosen, runs.Options.of(args))
+    config = resolve(ModelSettings.of(args))
+    return edit_directory(args.src_dir, directory, prompts, seed, config, runs.Options.of(args))
 
 
 def settle_seed(seed: int, edit_dir: Path) -> int:
@@ -72,7 +72,7 @@ def edit_directory(
     directory: Path,
     prompts: dict[int, str],
     seed: int,
-    chosen: Chosen,
+    config: ModelConfig,
     options: runs.Options = runs.USUAL,
 ) -> int:
     """Edits the images of a directory into a seed{S} -> exit status. Raises UserError."""
@@ -84,12 +84,12 @@ def edit_directory(
             output = directory / f"prompt{number}" / f"{path.stem}.png"
             items.append(runs.Item(path, output, size, f"prompt{number}/{path.name}", text))
     if runs.processes().is_main_process:
-        chosen.warn_of((size for _, size in images), prompts.values())
+        config.warn_of((size for _, size in images), prompts.values())
 
-    editor = functools.cache(chosen.load_editor)  # once: it may have something to say
+    editor = functools.cache(config.load_editor)  # once: it may have something to say
 
     def load(item: runs.Item) -> Portrait:
-        return load_portrait(item.source, chosen.resolution)
+        return load_portrait(item.source, config.resolution)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> runs.Facts:
         edited = edit_portraits(portraits, [item.prompt for item in batch], editor(), seed)
@@ -98,7 +98,7 @@ def edit_directory(
                 save_png(item.output, pixels, portrait.alpha)
         return [{}] * sum(wanted)
 
-    settings = {"seed": seed, **chosen.edit_settings()}
+    settings = {"seed": seed, **config.edit_settings()}
     return runs.Job(items, load, work, directory, settings, options, prompts, editor, "edit").run()
 
 

@@ -29,12 +29,12 @@ from images import (
 )
 from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
+from models.config import ModelConfig, ModelSettings, resolve, resolve_editor
 from models.denoiser import Denoiser
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
-from models.sets import Chosen, ModelSettings, choose, choose_editor
 from models.vaes import WorkingVAE, load_vae
 from transforms import around
 from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
@@ -70,7 +70,7 @@ class Settings(ModelSettings):
     knobs: Mapping[str, Any] = field(default_factory=dict)  # of the method's objective: {"c": 0.1}
     budget_mask: str | None = None  # one of BUDGET_MASKS
     faces: str = "largest"  # or all
-    vae_ids: Sequence[str] = ()  # editors whose VAEs are attacked, instead of the one of `model`
+    vae: Sequence[str] = ()  # editors whose VAEs are attacked, instead of the one of `model`
     check: bool = False  # whether every method's report measures face similarity
     checkpointing: bool = False  # less memory, more time
     compile: bool = False
@@ -156,14 +156,14 @@ class Protector:
             warn(f"--attack_budget {wanted.budget:g} is a lot. {in_levels(wanted.budget)}")
         plain = replace(wanted, edit={})
         # the editors whose VAEs the objective averages over
-        self.attacked = [choose_editor(plain, name) for name in wanted.vae_ids] or [choose(plain)]
+        self.attacked = [resolve_editor(plain, name) for name in wanted.vae] or [resolve(plain)]
         if self.method.fp32:
             if wanted.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
-        self.chosen = chosen = self.attacked[0]
-        self.device, self.resolution = chosen.device, chosen.resolution
-        self.is_ensemble = bool(wanted.vae_ids)
+        self.config = config = self.attacked[0]
+        self.device, self.resolution = config.device, config.resolution
+        self.is_ensemble = bool(wanted.vae)
         self.denoisers: dict[str, Denoiser] = {}
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
@@ -178,21 +178,22 @@ class Protector:
             **{name: getattr(self.run, name) for name in self.method.reads},
             **self.knobs,
         }
-        chosen = self.chosen
+        config = self.config
         if self.mask != "none":
             found["mask_version"] = masks.VERSION
         if self.needs:  # noise sees no network
-            found |= {"model": chosen.kind, "model_id": recorded(chosen.model_id)}
-            found |= {"resolution": self.resolution, "dtype": chosen.dtype_name}
+            found |= {"model": config.kind, "model_id": recorded(config.model_id)}
+            found |= {"resolution": self.resolution, "dtype": config.dtype_name}
         if "vae" in self.needs:
             names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
-            found["vae_ids"] = names if self.is_ensemble else None
+            found["vae"] = names if self.is_ensemble else None
+            found["vae_ids"] = None  # in older records, which name editors there, of other files than these
         if self.needs_face:
             found |= {"faces": self.faces, "resolution": self.resolution}
         if "face_similarity" in self.needs:
-            found["recognizer"] = " ".join(map(recorded_recognizer, chosen.recognizers))
+            found["recognizer"] = " ".join(map(recorded_recognizer, config.recognizers))
         if "perceptual_distance" in self.needs:
-            found["lpips"] = recorded(chosen.perceptual)
+            found["lpips"] = recorded(config.perceptual)
         return found
 
     # -----------------------------------------------------------------------------------------------------
@@ -201,9 +202,9 @@ class Protector:
     @property
     def vae(self) -> WorkingVAE:
         """The editor's autoencoder."""
-        return self.vae_of(self.chosen)
+        return self.vae_of(self.config)
 
-    def vae_of(self, one: Chosen) -> WorkingVAE:
+    def vae_of(self, one: ModelConfig) -> WorkingVAE:
         """Loads an editor's autoencoder, or takes it from an earlier call. Raises UserError."""
         how = self.checkpointing, self.compile
         return load_vae(one.editor, one.model_id, one.resolution, one.device, one.dtype, *how)
@@ -211,9 +212,9 @@ class Protector:
     @property
     def editor(self) -> Denoiser:
         """The editor's denoiser."""
-        return self.editor_of(self.chosen)
+        return self.editor_of(self.config)
 
-    def editor_of(self, one: Chosen) -> Denoiser:
+    def editor_of(self, one: ModelConfig) -> Denoiser:
         """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
         if one.model_id not in self.denoisers:
             self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.checkpointing)
@@ -222,17 +223,17 @@ class Protector:
     @property
     def recognizers(self) -> list[Recognizer]:
         """What the attack sees."""
-        return [self.recognizer_of(member) for member in self.chosen.recognizers]
+        return [self.recognizer_of(member) for member in self.config.recognizers]
 
     def recognizer_of(self, member: str) -> Recognizer:
         """Loads a recogniser or a judge, or takes it from an earlier call. Raises UserError."""
-        is_attacked = member in self.chosen.recognizers
-        return self.chosen.load_recognizer(member, compile=self.compile and is_attacked)
+        is_attacked = member in self.config.recognizers
+        return self.config.load_recognizer(member, compile=self.compile and is_attacked)
 
     @cached_property
     def perceptual(self) -> Any:
         """The LPIPS network."""
-        return load_perceptual(self.chosen.perceptual, self.device, self.chosen.dtype, self.compile)
+        return load_perceptual(self.config.perceptual, self.device, self.config.dtype, self.compile)
 
     @cached_property
     def detector(self) -> FaceDetector:
@@ -277,7 +278,7 @@ class Protector:
         for models that can't be had.
         """
         subject = self.load(image, boxes)
-        self.chosen.warn_of([subject.portrait.size])
+        self.config.warn_of([subject.portrait.size])
         (pixels,) = self.pixels([subject], callback)
         protected = Image.fromarray(pixels)
         if subject.portrait.alpha is not None:
@@ -297,7 +298,7 @@ class Protector:
         if outside := [box for box in boxes if not clip_box(box, portrait.size)]:
             raise UserError(f"{path}: the face box {outside[0]} is outside the {width}x{height} image")
         found = boxes or self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
-        working = self.chosen.editor.working_size(portrait.size, self.resolution)
+        working = self.config.editor.working_size(portrait.size, self.resolution)
         subject = Subject(portrait, scale_boxes(found, portrait.size, working))
         if not subject.boxes and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
@@ -316,9 +317,9 @@ class Protector:
         gradient is not finite.
         """
         size = images.shape[-2:]
-        own = self.chosen.editor.working_size(size, self.resolution)  # to which the boxes belong
+        own = self.config.editor.working_size(size, self.resolution)  # to which the boxes belong
 
-        def objective_on(x: Tensor, one: Chosen) -> Objective:
+        def objective_on(x: Tensor, one: ModelConfig) -> Objective:
             working = one.editor.to_working(images, one.resolution)
             inner = one.editor.working_size(size, one.resolution)
             faces = [scale_boxes(found, own, inner) for found in boxes]
@@ -345,7 +346,7 @@ class Protector:
         try:
             return self.method._replace(objective=objective).protect(images, run, mask), mask
         except GradientError as error:
-            dtype = self.chosen.dtype_name
+            dtype = self.config.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
 
@@ -392,14 +393,14 @@ class Protector:
         """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognisers and judges."""
         import torch
 
-        panel = self.chosen.panel()
+        panel = self.config.panel()
         found: dict[str, tuple[float, float] | None] = dict.fromkeys(panel)
         vae = self._if_there("vae", lambda: self.vae) if subject.boxes else None
         if vae is None:
             return found
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
-            working = self.chosen.editor.to_working(pair[:1], self.resolution)
+            working = self.config.editor.to_working(pair[:1], self.resolution)
             trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
             for name, member in panel.items():
                 if recognizer := self._if_there(name, partial(self.recognizer_of, member)):

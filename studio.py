@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
 from images import MOST_PIXELS, image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
+from models.config import TRAINED_HERE, identity
 from models.faces import Box, clip_box
-from models.sets import TRAINED_HERE, identity
 from protection import Protector, Report, Settings
 from utils import LEVEL, UserError
 from visits import Cancelled, Job, Picture, Visit
@@ -81,8 +81,8 @@ class Studio:
         self.at_work = threading.Lock()  # one job at a time, also beside one that was cancelled and ends soon
         protector = Protector(settings)
         protector.preload()
-        self.detector, self.chosen = protector.detector, protector.chosen
-        self.editor = self.chosen.load_editor()
+        self.detector, self.config = protector.detector, protector.config
+        self.editor = self.config.load_editor()
 
     def look(self, picture: Picture) -> None:
         """Finds the faces in a picture."""
@@ -90,7 +90,7 @@ class Studio:
         if (size := stored_size(path)) and size[0] * size[1] > MOST_PIXELS:
             most = f"the {MOST_PIXELS / 1e6:.1f} megapixels that are read"
             raise UserError(f"{path}: {size[1]}x{size[0]} is more than {most}; scale it down")
-        picture.boxes = self.detector(load_portrait(path, self.chosen.resolution).pixels)
+        picture.boxes = self.detector(load_portrait(path, self.config.resolution).pixels)
 
     def point(self, visit: Visit, box: Box) -> Picture:
         """Takes a face given by hand instead of those that were found."""
@@ -133,7 +133,7 @@ class Studio:
                 raise UserError("no face was found: draw a box around it, under Faces")
             subject = protector.load(job.picture.source, job.faces)
             protector.preload()
-            protector.chosen.warn_of([subject.portrait.size])
+            protector.config.warn_of([subject.portrait.size])
             output = visit.place("protected", f"protected_{job.picture.source.stem}.png")
             (report,) = protector.save([subject], [output], step, write)
         job.picture.protected, job.picture.chosen = output, job.faces
@@ -142,7 +142,7 @@ class Studio:
     def edit(self, picture: Picture, prompt: str, seed: int) -> np.ndarray:
         """Edits a picture and its protection alike -> (2, H, W, 3) uint8."""
         pair = [load_image(path) for path in (picture.source, picture.protected)]
-        self.chosen.warn_of([pair[0].size], [prompt])
+        self.config.warn_of([pair[0].size], [prompt])
         with self.at_work:
             return edit_portraits(pair, [prompt] * 2, self.editor, seed)
 
@@ -154,18 +154,18 @@ class Studio:
         import numpy as np
         import torch
 
-        images = to_tensor(np.stack([load_image(picture.source).pixels, *edits])).to(self.chosen.device)
+        images = to_tensor(np.stack([load_image(picture.source).pixels, *edits])).to(self.config.device)
         detected = [self.detector(edit) for edit in edits]
         faces = []
         for box in picture.chosen:
             overlapping = [[other for other in boxes if shared(box, other)] for boxes in detected]
             nearest = [max(boxes, key=lambda other: shared(box, other), default=box) for boxes in overlapping]
-            panel = self.chosen.panel()
-            attacked = tuple(name for name, member in panel.items() if member in self.chosen.recognizers)
+            panel = self.config.panel()
+            attacked = tuple(name for name, member in panel.items() if member in self.config.recognizers)
             siblings = tuple(name for name, member in panel.items() if identity(member) in TRAINED_HERE)
             face = Face([bool(boxes) for boxes in overlapping], attacked=attacked, trained_here=siblings)
             for name, member in panel.items():
-                recognizer = self.chosen.load_recognizer(member, torch.float32)
+                recognizer = self.config.load_recognizer(member, torch.float32)
                 with torch.no_grad():
                     source, *of_edits = recognizer.embed(images, [[one] for one in (box, *nearest)])
                 face.values[name] = [float(source @ one) for one in of_edits]

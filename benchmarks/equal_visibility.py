@@ -22,7 +22,12 @@ import utils
 from defend import add_method_arguments, settings_of
 from images import to_tensor
 from methods import METHODS
-from models import sets
+from models.config import (
+    add_editor_arguments,
+    add_face_arguments,
+    add_model_arguments,
+    add_perceptual_argument,
+)
 from models.perceptual import load_perceptual
 from protection import Protector, Settings
 from runs import find_images
@@ -39,10 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help="which (default: all)")
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of the random starts")
     add_method_arguments(parser)
-    sets.add_editor_arguments(parser)
-    sets.add_face_arguments(parser)
-    sets.add_perceptual_argument(parser)
-    sets.add_model_arguments(parser)
+    add_editor_arguments(parser)
+    add_face_arguments(parser)
+    add_perceptual_argument(parser)
+    add_model_arguments(parser)
     return utils.run_command(run, parser.parse_args(argv))
 
 
@@ -68,13 +73,13 @@ def visibility(paths: Sequence[Path], settings: Settings, method: str, budget: f
     import torch
 
     protector = Protector(settings, method=method, budget=budget)
-    chosen, found = protector.chosen, []
-    lpips = load_perceptual(chosen.perceptual, chosen.device, torch.float32)
+    config, found = protector.config, []
+    lpips = load_perceptual(config.perceptual, config.device, torch.float32)
     for path in paths:
         subject = protector.load(path)
         pair = protector.pixels([subject]), subject.portrait.pixels
         with torch.no_grad():
-            found.append(float(lpips(*(to_tensor(pixels).to(chosen.device) for pixels in pair))))
+            found.append(float(lpips(*(to_tensor(pixels).to(config.device) for pixels in pair))))
     return sum(found) / len(found)
 
 

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from images import images_by_stem, load_image, to_tensor
-from models import sets
+from models.config import ModelSettings, add_face_arguments, add_model_arguments, resolve
 from models.faces import FaceDetector
 from models.recognizers import Recognizer
 from utils import UserError, warn
@@ -35,15 +35,15 @@ ENOUGH = 10_000  # pairs
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="NAME.* or NAME/*")
-    sets.add_face_arguments(parser)
-    sets.add_model_arguments(parser, dtype="fp32")
+    add_face_arguments(parser)
+    add_model_arguments(parser, dtype="fp32")
     return utils.run_command(run, parser.parse_args(argv))
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints a line of JSON for each recogniser -> exit status. Raises UserError."""
-    chosen = sets.choose(sets.ModelSettings.of(args))
-    detector, people = FaceDetector(chosen.device), []
+    config = resolve(ModelSettings.of(args))
+    detector, people = FaceDetector(config.device), []
     own = {name: [path] for name, path in images_by_stem(args.image_dir).items()}
     for folder in sorted(path for path in args.image_dir.iterdir() if path.is_dir()):
         own.setdefault(folder.name, []).extend(images_by_stem(folder).values())
@@ -54,8 +54,8 @@ def run(args: argparse.Namespace) -> int:
                 people.append((name, to_tensor(pixels), faces[0]))
             else:
                 warn(f"{path}: no face found")
-    for member in chosen.recognizers:
-        recognizer = chosen.load_recognizer(member)
+    for member in config.recognizers:
+        recognizer = config.load_recognizer(member)
         found = strangers(recognizer, people)
         print(f"{recognizer.name}: {json.dumps(found)}", flush=True)
     return 0

@@ -28,7 +28,7 @@ from pairing import Edits, find_edits
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from scoring import add_prompt_arguments
 
-import models.sets
+import models.config
 import runs
 import utils
 from images import Portrait, load_image, save_png
@@ -70,7 +70,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--shift", type=utils.positive_int, default=SHIFT, help="px")
     parser.add_argument("--seed", type=utils.known_seed, required=True, help="the S of the edits' seed{S}")
     parser.add_argument("--other_seed", type=utils.known_seed, help="of 'reseeded' (default: --seed + 1)")
-    models.sets.add_edit_arguments(parser)
+    models.config.add_edit_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
 
@@ -93,24 +93,24 @@ def run(args: argparse.Namespace) -> int:
         directory = args.output_dir / cheat / f"seed{args.seed}"
         if cheat == "reseeded":
             edits.check_texts()
-            chosen = models.sets.choose(models.sets.ModelSettings.of(args))
+            config = models.config.resolve(models.config.ModelSettings.of(args))
             other_seed = args.seed + 1 if args.other_seed is None else args.other_seed
-            check_reseeding(row.directory / f"seed{args.seed}", chosen, args.seed, other_seed)
-            made = edit_directory(args.src_dir, directory, texts, other_seed, chosen, options)
+            check_reseeding(row.directory / f"seed{args.seed}", config, args.seed, other_seed)
+            made = edit_directory(args.src_dir, directory, texts, other_seed, config, options)
         else:
             made = alter(cheat, edits, directory, texts, args.shift, options)
         status = max(status, made)
     return status
 
 
-def check_reseeding(clean: Path, chosen: models.sets.Chosen, seed: int, other_seed: int) -> None:
+def check_reseeding(clean: Path, config: models.config.ModelConfig, seed: int, other_seed: int) -> None:
     """Refuses to edit anew in another way than the clean edits of a seed{S} were made. Raises UserError."""
     if other_seed == seed:
         raise UserError(f"--other_seed {other_seed}: that is the clean edits' own noise")
     before = (runs.read_record(clean) or {}).get("arguments", {})
     differing = [
         f"--{flag} {before[flag]}, not {value}"
-        for flag, value in chosen.edit_settings().items()
+        for flag, value in config.edit_settings().items()
         if before.get(flag, value) != value
     ]
     if differing:

@@ -35,7 +35,7 @@ from pairing import Edits, Key, Manifests, check_edits, check_protected, sizes_o
 from scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
 from views import Metric
 
-import models.sets
+import models.config
 import utils
 from images import images_by_stem
 from runs import listed, read_record
@@ -79,13 +79,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the flags name -> exit status."""
     given = {flag: getattr(args, flag) for flag in ("per_image", "baseline", "protected_dirs", "batch_size")}
-    chosen = models.sets.choose(models.sets.ModelSettings.of(args))
-    return evaluate(edits_of(args), chosen, args.output or Path("all_metric.csv"), **given)
+    config = models.config.resolve(models.config.ModelSettings.of(args))
+    return evaluate(edits_of(args), config, args.output or Path("all_metric.csv"), **given)
 
 
 def evaluate(
     edits: Edits,
-    chosen: models.sets.Chosen,
+    config: models.config.ModelConfig,
     output: Path,
     *,
     per_image: Path | None = None,
@@ -99,17 +99,17 @@ def evaluate(
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
     manifests = Manifests()
-    of_faces = eval_facial.groups(chosen)
+    of_faces = eval_facial.groups(config)
     headline = [*of_faces.pop(""), *METRICS]
     metrics = [*headline, *itertools.chain(*of_faces.values())]
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
     check_edits(edits, manifests)
     protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
-    visible = score(protected, VISIBILITY, chosen, batch_size) if protected else None
+    visible = score(protected, VISIBILITY, config, batch_size) if protected else None
     if visible:
         check_budgets(protected, visible)
-    scores = score(edits, metrics, chosen, batch_size)
+    scores = score(edits, metrics, config, batch_size)
 
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"

@@ -28,7 +28,7 @@ from collections.abc import Callable, Sequence
 from scoring import Metric, Tensor, script
 from views import face_need
 
-from models.sets import TRAINED_HERE, Chosen, identity, panel_names
+from models.config import TRAINED_HERE, ModelConfig, identity, panel_names
 from utils import UserError
 
 
@@ -127,20 +127,20 @@ def metric_of_panel(what: str, judges: Sequence[str]) -> Metric:
     return Metric(name, title_of(name), by_any(function, len(judges), len(own)), needs)
 
 
-def names_of(chosen: Chosen) -> tuple[list[str], list[str]]:
+def names_of(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Gives the names of the attacked recognisers and of the judges."""
-    names = panel_names(chosen.recognizers, chosen.judges)
-    return names[: len(chosen.recognizers)], names[len(chosen.recognizers) :]
+    names = panel_names(config.recognizers, config.judges)
+    return names[: len(config.recognizers)], names[len(config.recognizers) :]
 
 
-def counted(chosen: Chosen) -> list[str]:
+def counted(config: ModelConfig) -> list[str]:
     """Names the judges that the headline counts: not those trained here, if there is another.
 
     Such a judge is deceived where its sibling was attacked, and finds more in other edits than judges do that
     have never seen this world: its order of the methods is not theirs (docs/results.md).
     """
-    pairs = zip(names_of(chosen)[1], chosen.judges, strict=True)
-    return [name for name, member in pairs if identity(member) not in TRAINED_HERE] or names_of(chosen)[1]
+    pairs = zip(names_of(config)[1], config.judges, strict=True)
+    return [name for name, member in pairs if identity(member) not in TRAINED_HERE] or names_of(config)[1]
 
 
 def of_attacked(what: str, names: Sequence[str]) -> list[Metric]:
@@ -149,12 +149,12 @@ def of_attacked(what: str, names: Sequence[str]) -> list[Metric]:
     return [metric_of(what, *pair) for pair in zip(names, named, strict=True)]
 
 
-def groups(chosen: Chosen) -> dict[str, list[Metric]]:
+def groups(config: ModelConfig) -> dict[str, list[Metric]]:
     """Lists every metric of faces: the panel's with FDFR, each judge's and the attacked recognisers'."""
-    attacked, judges = names_of(chosen)
+    attacked, judges = names_of(config)
     whats = [what for what in WHATS if judges and what != "similarity"]
-    found = {"": [*(metric_of_panel(what, counted(chosen)) for what in whats), NO_FACE]}
-    for judge, member in zip(judges, chosen.judges, strict=True):
+    found = {"": [*(metric_of_panel(what, counted(config)) for what in whats), NO_FACE]}
+    for judge, member in zip(judges, config.judges, strict=True):
         is_sibling = identity(member) in TRAINED_HERE
         who = "trained here, like the attacked recogniser" if is_sibling else "which no attack has seen"
         found[f"judge {judge}, {who}"] = [metric_of(what, judge, judge) for what in WHATS]
@@ -163,15 +163,15 @@ def groups(chosen: Chosen) -> dict[str, list[Metric]]:
     return found | {title: metrics}
 
 
-def asked(args: argparse.Namespace, chosen: Chosen) -> list[Metric]:
+def asked(args: argparse.Namespace, config: ModelConfig) -> list[Metric]:
     """Lists the metrics that --by and --what ask for. Raises UserError."""
-    attacked, judges = names_of(chosen)
+    attacked, judges = names_of(config)
     if args.by == "recognizer" or (args.by is None and not args.judge):
         return of_attacked(args.what, attacked)
     if not judges:
         raise UserError("no judge is left: the attack sees all of them; name others with --judge")
     own = [metric_of(args.what, judge, judge) for judge in judges]
-    return [metric_of_panel(args.what, counted(chosen)), *own]
+    return [metric_of_panel(args.what, counted(config)), *own]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

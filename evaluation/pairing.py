@@ -18,7 +18,7 @@ from directories import Row, clean_row, find_rows, prompts_of
 
 import utils
 from images import image_size, images_by_stem
-from models.sets import EDIT_KNOBS
+from models.config import EDIT_KNOBS
 from runs import digest, listed, read_manifest, read_record
 from utils import UserError, warn
 

@@ -33,7 +33,7 @@ import directories  # noqa: F401 (finds the project's modules)
 import numpy as np
 from PIL import Image
 
-import models.sets
+import models.config
 import runs
 import transforms
 import utils
@@ -93,17 +93,17 @@ def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.n
     return to_uint8(images + torch.randn(images.shape, generator=generator) * levels * utils.LEVEL)[0]
 
 
-def through_vae(chosen: models.sets.Chosen) -> Callable[..., np.ndarray]:
+def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
-    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, chosen.device, chosen.dtype)
+    vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
 
     def vae_trip(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
         import torch
 
         with torch.no_grad():
-            latent = vae.encode(to_tensor(pixels).to(chosen.device)).latent_dist.mean
+            latent = vae.encode(to_tensor(pixels).to(config.device)).latent_dist.mean
             images = vae.decode(latent).sample.float()
-        return to_uint8(chosen.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
+        return to_uint8(config.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
 
     return vae_trip
 
@@ -181,8 +181,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", required=True, type=chain, help="see above")
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of angles and noise")
     runs.add_run_arguments(parser, batches=False)
-    models.sets.add_editor_arguments(parser)
-    models.sets.add_model_arguments(parser)
+    models.config.add_editor_arguments(parser)
+    models.config.add_model_arguments(parser)
     return parser.parse_args(argv)
 
 
@@ -195,9 +195,9 @@ def run(args: argparse.Namespace) -> int:
     with_vae = ("vae", ()) in args.method
     if not with_vae and (args.model_id or args.resolution):
         raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
-    chosen = models.sets.choose(models.sets.ModelSettings.of(args)) if with_vae else None
+    config = models.config.resolve(models.config.ModelSettings.of(args)) if with_vae else None
     options = runs.Options.of(args)
-    return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, chosen, options)
+    return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, config, options)
 
 
 def purify_directory(
@@ -205,10 +205,10 @@ def purify_directory(
     output_dir: Path,
     steps: Sequence[Step],
     seed: int = 0,
-    chosen: models.sets.Chosen | None = None,
+    config: models.config.ModelConfig | None = None,
     options: runs.Options = runs.USUAL,
 ) -> int:
-    """Purifies the images of a directory into another -> exit status. chosen: for the VAE, if a step is it.
+    """Purifies the images of a directory into another -> exit status. config: for the VAE, if a step is it.
 
     Raises UserError.
     """
@@ -220,11 +220,11 @@ def purify_directory(
     method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
     settings = {"seed": seed, "method": method}
     if with_vae:
-        settings |= {"dtype": chosen.dtype_name, "model_id": recorded(chosen.model_id)}
-        settings |= {"resolution": chosen.resolution}
+        settings |= {"dtype": config.dtype_name, "model_id": recorded(config.model_id)}
+        settings |= {"resolution": config.resolution}
 
     def prepare() -> Callable[..., np.ndarray] | None:
-        return through_vae(chosen) if with_vae else None
+        return through_vae(config) if with_vae else None
 
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
         vae_trip = prepare()

@@ -18,7 +18,7 @@ from pairing import Edits, Key, Manifests, check_edits, find_edits
 from PIL import Image
 from views import FACE, PIXELS, Metric, View, load_views
 
-import models.sets
+import models.config
 import utils
 from images import load_image, to_tensor
 from runs import batches
@@ -62,7 +62,10 @@ def rows_of(edits: Edits, metrics: Sequence[Metric]) -> list[Row]:
 
 
 def score(
-    edits: Edits, metrics: Sequence[Metric], chosen: models.sets.Chosen | None = None, batch_size: int = 16
+    edits: Edits,
+    metrics: Sequence[Metric],
+    config: models.config.ModelConfig | None = None,
+    batch_size: int = 16,
 ) -> Scores:
     """Reads each file once and gives it to all metrics; one that can't be read is left out of every row.
 
@@ -79,7 +82,7 @@ def score(
     if "clip_texts" in needs:
         edits.check_texts()
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
-    views = load_views(needs, chosen, texts, edits.gallery, edits.references)
+    views = load_views(needs, config, texts, edits.gallery, edits.references)
     rows, damaged = rows_of(edits, metrics), []
     keys = _learn_sources(edits, views, damaged)
     place = {key: number for number, key in enumerate(edits.keys)}
@@ -185,7 +188,7 @@ def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> dict[Key, l
 def script(
     metric: Metric,
     doc: str,
-    asked: Callable[[argparse.Namespace, models.sets.Chosen], list[Metric]] | None = None,
+    asked: Callable[[argparse.Namespace, models.config.ModelConfig], list[Metric]] | None = None,
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     also: Sequence[Metric] = (),
 ) -> tuple[Callable[..., argparse.Namespace], Callable[..., int]]:
@@ -201,8 +204,8 @@ def script(
         return parser.parse_args(argv)
 
     def run(args: argparse.Namespace) -> int:
-        chosen = None if is_plain([metric]) else models.sets.choose(models.sets.ModelSettings.of(args))
-        wanted = asked(args, chosen) if asked else [metric]
+        config = None if is_plain([metric]) else models.config.resolve(models.config.ModelSettings.of(args))
+        wanted = asked(args, config) if asked else [metric]
         files = {one.name: Path(f"{one.name}_metric.csv") for one in wanted}
         if args.output:
             several = {one.name: args.output.with_stem(f"{args.output.stem}_{one.name}") for one in wanted}
@@ -211,7 +214,7 @@ def script(
         edits = edits_of(args)
         baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
         check_edits(edits, Manifests())
-        scores = score(edits, [*wanted, *also], chosen, args.batch_size)
+        scores = score(edits, [*wanted, *also], config, args.batch_size)
         for one in wanted:
             values = scores.values[scores.values["metric"] == one.name]
             frame = tables.one_metric(values, baseline, one.infinite)
@@ -255,11 +258,11 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--per_image", type=utils.path, metavar="FILE", help="a CSV with one line an edit, too")
     add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
     if "perceptual" in needs:
-        models.sets.add_perceptual_argument(parser)
+        models.config.add_perceptual_argument(parser)
     if "clip_edits" in needs:
-        models.sets.add_clip_argument(parser)
+        models.config.add_clip_argument(parser)
     if any(need.startswith(FACE) for need in needs):
-        models.sets.add_face_arguments(parser)
+        models.config.add_face_arguments(parser)
         gallery = "portraits among which a person is looked for, beside the sources"
         add("--gallery_dir", type=utils.path, help=f"{gallery}; one of an edit's stem is the person's, too")
         others = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
@@ -267,7 +270,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     if is_plain(metrics):
         add("--debug", action="store_true", help="show the traceback of an error")
     else:
-        models.sets.add_model_arguments(parser, dtype="fp32")  # a metric is not the place to save
+        models.config.add_model_arguments(parser, dtype="fp32")  # a metric is not the place to save
     return parser
 
 

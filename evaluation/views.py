@@ -11,10 +11,10 @@ from pairing import Key, Size
 
 from images import load_image, to_tensor
 from models.clip import Clip, load_clip
+from models.config import ModelConfig
 from models.faces import Box, FaceDetector
 from models.perceptual import load_perceptual
 from models.recognizers import Recognizer
-from models.sets import Chosen
 
 if TYPE_CHECKING:
     import numpy as np
@@ -68,7 +68,7 @@ class View:
 
 def load_views(
     needs: set[str],
-    chosen: Chosen | None,
+    config: ModelConfig | None,
     texts: dict[int, str],
     gallery: dict[str, Path],
     references: dict[str, list[Path]],
@@ -80,13 +80,13 @@ def load_views(
     """
     views: list[View] = []
     if needs & {"clip_edits", "clip_sources", "clip_texts"}:
-        views.append(ClipView(load_clip(chosen.clip, chosen.device, chosen.dtype), texts))
+        views.append(ClipView(load_clip(config.clip, config.device, config.dtype), texts))
     if "perceptual" in needs:
-        views.append(PerceptualView(load_perceptual(chosen.perceptual, chosen.device, chosen.dtype)))
+        views.append(PerceptualView(load_perceptual(config.perceptual, config.device, config.dtype)))
     if any(need.startswith(FACE) for need in needs):
         wanted = {need.split(":")[1] for need in needs if need.startswith(FACE)}
-        panel = {name: chosen.load_recognizer(one) for name, one in chosen.panel().items() if name in wanted}
-        views.append(FaceView(panel, FaceDetector(chosen.device), chosen.device, gallery, references))
+        panel = {name: config.load_recognizer(one) for name, one in config.panel().items() if name in wanted}
+        views.append(FaceView(panel, FaceDetector(config.device), config.device, gallery, references))
     return views
 
 

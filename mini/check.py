@@ -80,10 +80,10 @@ class Models:
     """Loads the mini set, once."""
 
     def __init__(self, steps: int | None = None) -> None:
-        self.chosen = world.mini_set(num_inference_steps=steps)
-        self.editor = self.chosen.load_editor()
+        self.config = world.mini_set(num_inference_steps=steps)
+        self.editor = self.config.load_editor()
         self.recognizers = {
-            name: self.chosen.load_recognizer(self.chosen.panel()[name]) for name in RECOGNISERS
+            name: self.config.load_recognizer(self.config.panel()[name]) for name in RECOGNISERS
         }
         self.views: dict[range, FaceView] = {}
 
@@ -234,7 +234,7 @@ def check_recognisers(table: Table, people: range, loaded: Models) -> None:
 
 def check_clip(table: Table, people: range, loaded: Models) -> None:
     """Measures whether CLIP knows an edit's instruction."""
-    found = train_clip.evaluate(Path(loaded.chosen.clip), CPU, people[:PEOPLE_OF_CLIP], print_nothing)
+    found = train_clip.evaluate(Path(loaded.config.clip), CPU, people[:PEOPLE_OF_CLIP], print_nothing)
     table.row(
         f"CLIP, {PEOPLE_OF_CLIP} people: the right prompt nearest to the edit direction",
         f"{found['direction_top1']:.1%} (worst prompt {found['worst_prompt_top1']:.0%})",

@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
 
 from images import to_tensor, to_uint8
-from models.sets import EDIT_KNOBS, Chosen, choose
+from models.config import EDIT_KNOBS, ModelConfig, resolve
 from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int
 
 ASSETS = ROOT / "assets" / "mini"
@@ -165,10 +165,10 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
     return args
 
 
-def mini_set(device: str = "cpu", **flags: object) -> Chosen:
+def mini_set(device: str = "cpu", **flags: object) -> ModelConfig:
     """Chooses the mini models as the scripts do, in float32, with other flags' values."""
     knobs = {name: value for name in EDIT_KNOBS if (value := flags.pop(name, None)) is not None}
-    return choose(models="mini", device=device, dtype="fp32", edit=knobs, **flags)
+    return resolve(models="mini", device=device, dtype="fp32", edit=knobs, **flags)
 
 
 def log(name: str, text: str) -> None:

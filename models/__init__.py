@@ -1,1 +1,1 @@
-"""The networks: which there are (sets), how they are loaded, and what each kind of them does."""
+"""The networks: which there are (config), how they are loaded, and what each kind of them does."""

@@ -1,7 +1,7 @@
 """The editors, a class each.
 
 An editor has no safety checker: a checker that blanks an edit would be counted as protection. To add one,
-write its class, enter it in EDITORS, and give its hub id to a set of sets.py.
+write its class, enter it in EDITORS, and give its hub id to a set of config.py.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ import bench
 import utils
 from images import to_tensor
 from methods import METHODS
-from models.sets import choose
+from models.config import resolve
 
 MINI = ["--models=mini", "--device=cpu", "--resolution=64"]
 
@@ -76,7 +76,7 @@ def test_memory_is_read_before_operations_are_counted(monkeypatch, job):
 def test_operations_of_an_edit_are_those_of_all_its_steps():
     twice = plan("--repeats=2")
     row = bench.run_job("edit", twice)
-    editor = choose(twice.settings).load_editor()
+    editor = resolve(twice.settings).load_editor()
     images = to_tensor(bench.portraits(1, (64, 64)))
     whole = bench.operations(lambda: editor(images, [utils.edit_prompts[0]], 0), twice)
     assert row["operations"] == pytest.approx(whole, rel=1e-6)
@@ -85,7 +85,7 @@ def test_operations_of_an_edit_are_those_of_all_its_steps():
 def test_time_of_an_edit_is_that_of_all_its_steps():
     """1 s and 2 s a step: 41 s for 20 steps, from those of 1 and 3."""
     _, cost = bench.load_edit("edit", plan())
-    assert choose(plan().settings).settings["num_inference_steps"] == 20 and cost(3, 7) == (2, 41)
+    assert resolve(plan().settings).settings["num_inference_steps"] == 20 and cost(3, 7) == (2, 41)
 
 
 def test_flags_reach_the_protector():

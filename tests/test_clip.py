@@ -9,7 +9,7 @@ from PIL import Image
 from transformers import CLIPModel, CLIPProcessor
 
 from models.clip import load_clip
-from models.sets import MODEL_SETS
+from models.config import MODEL_SETS
 
 CPU = torch.device("cpu")
 F32 = torch.float32

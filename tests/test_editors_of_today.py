@@ -21,10 +21,10 @@ import experiment
 import main_edit
 from images import load_image
 from models import editors
+from models.config import ModelSettings, resolve, resolve_editor
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
 from models.faces import scale_box
 from models.loading import recorded
-from models.sets import ModelSettings, choose, choose_editor
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
 from protection import Protector
 from runs import read_record
@@ -281,7 +281,7 @@ def test_klein_refuses_what_its_pipeline_refuses(size):
     with pytest.raises(UserError, match="under 64 px, or over 8:1"):
         Flux2Klein.working_size(size, 1024)
     with pytest.raises(UserError, match="--resolution: over 1024"):
-        choose(model="flux2-klein", resolution=1100)
+        resolve(model="flux2-klein", resolution=1100)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -384,8 +384,8 @@ def test_an_instruction_is_cut_where_the_pipeline_cuts_it(monkeypatch, capsys):
 )
 def test_sixteen_bits_are_those_of_the_editor(kind, dtype, monkeypatch):
     monkeypatch.setattr("utils.pick_device", lambda _: torch.device("cuda"))
-    assert choose(model=kind).dtype == dtype
-    assert choose(model=kind, dtype="fp16").dtype == torch.float16
+    assert resolve(model=kind).dtype == dtype
+    assert resolve(model=kind, dtype="fp16").dtype == torch.float16
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -396,7 +396,7 @@ def ensemble_flags(directory, tiny_models) -> list[str]:
     """An editor of --model's kind, and one of another, which works at another size and in another shape."""
     more = [f"--{name}={getattr(tiny_models, name)}" for name in ("recognizer", "judge")]
     names = [str(tiny_models.editor), f"flux-kontext={directory('flux-kontext')}"]
-    return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae_ids", *names]
+    return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae", *names]
 
 
 def protector(*flags: str) -> Protector:
@@ -421,7 +421,7 @@ def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_model
         ("instruct-pix2pix", tiny_models.editor, boxes),
         ("flux-kontext", directory("flux-kontext"), carried),
     ):
-        alone = [*line, *flags[: flags.index("--vae_ids")], f"--model={kind}", f"--model_id={id_}"]
+        alone = [*line, *flags[: flags.index("--vae")], f"--model={kind}", f"--model_id={id_}"]
         protector(*alone).perturb(x, box, [0], lambda _, value: values.append(value))
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
 
@@ -430,17 +430,18 @@ def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_mode
     flags = ensemble_flags(directory, tiny_models)
     both = protector("--input_path=a", *flags).settings()
     own = {"instruct-pix2pix": tiny_models.editor, "flux-kontext": directory("flux-kontext")}
-    assert both["vae_ids"] == [f"{kind}={recorded(str(id_))}, 128 px" for kind, id_ in own.items()]
-    plain = [*flags[: flags.index("--vae_ids")], f"--model_id={tiny_models.editor}"]
+    assert both["vae"] == [f"{kind}={recorded(str(id_))}, 128 px" for kind, id_ in own.items()]
+    plain = [*flags[: flags.index("--vae")], f"--model_id={tiny_models.editor}"]
     alone = protector("--input_path=a", *plain).settings()
-    assert both == alone | {"vae_ids": both["vae_ids"]}
+    assert both == alone | {"vae": both["vae"]}
     noise = protector("--input_path=a", "--defend_method=noise", *flags).settings()
-    assert "vae_ids" not in noise
+    assert "vae" not in noise
 
 
 def test_an_editor_is_named_by_kind_or_id_or_both():
     wanted = ModelSettings(model="flux2-klein", model_id="my/own")
-    found = [choose_editor(wanted, name) for name in ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")]
+    names = ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")
+    found = [resolve_editor(wanted, name) for name in names]
     assert [(one.kind, one.model_id) for one in found] == [
         ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
         ("flux-kontext", "me/ed"),
@@ -453,7 +454,7 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     """Protected once, edited by two."""
     tiny.write_portraits(tmp_path / "faces", n=2)
     root, flags = tmp_path / "out", ensemble_flags(directory, tiny_models)
-    cut = flags.index("--vae_ids")
+    cut = flags.index("--vae")
     line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods"]
     line += ["encoder", "noise", *flags[:cut]]
     line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]

@@ -33,8 +33,8 @@ from scipy import stats
 
 import utils
 from images import load_image, to_tensor
-from models import sets
 from models.clip import Clip, load_clip
+from models.config import resolve
 from models.perceptual import load_perceptual
 from models.recognizers import Recognizer, Strangers, load_recognizer
 
@@ -947,7 +947,7 @@ def test_by_any_leaves_out_who_cannot_say():
 
 def test_a_judge_that_was_trained_here_counts_only_if_it_is_alone():
     def of(*judges):
-        return sets.choose(models="mini", judge=judges, device="cpu")
+        return resolve(models="mini", judge=judges, device="cpu")
 
     bundled = "assets/mini/judge" if Path("assets").exists() else str(ROOT / "assets/mini/judge")
     assert eval_facial.counted(of()) == ["dlib"]

@@ -359,8 +359,8 @@ def test_the_second_editor_is_trained_on_what_its_pipeline_does():
     tokenizer, words = build_tokenizer(texts), train_kontext.build_words()
     model = train_kontext.Kontext(5, tokenizer, words).eval()
     torch.nn.init.normal_(model.transformer.proj_out.weight, std=0.1)
-    chosen = world.mini_set()
-    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    config = world.mini_set()
+    vae = load_vae(config.editor, config.model_id, config.resolution, *CPU).vae
     vae.register_to_config(shift_factor=0.0)
     pipeline = train_kontext.pipeline_of(model, tokenizer, words, vae)
     image = to_tensor(pixels(PEOPLE[0])[None].astype(np.uint8))
@@ -475,8 +475,8 @@ def test_a_finished_editor_can_be_trained_further():
 
 
 def test_standardising_a_vae_leaves_its_reconstructions():
-    chosen = world.mini_set()
-    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    config = world.mini_set()
+    vae = load_vae(config.editor, config.model_id, config.resolution, *CPU).vae
     vae = copy.deepcopy(vae).requires_grad_(False)
     pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)
     before = train_vae.reconstruct(vae, pictures, CPU[0]).astype(int)
@@ -513,8 +513,8 @@ def test_the_calibration_gets_its_weight_by_and_by(step, share, monkeypatch):
 
 @pytest.mark.parametrize("kind", sorted(set(train_vae.ATTACKS)))
 def test_the_calibrations_attacks_reach_what_they_are_after(kind):
-    chosen = world.mini_set()
-    vae = load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae
+    config = world.mini_set()
+    vae = load_vae(config.editor, config.model_id, config.resolution, *CPU).vae
     x = to_tensor(np.stack([pixels(person) for person in PEOPLE[:2]]).astype(np.uint8))
     adv = train_vae.perturb(vae, x, kind, 0.06, world.generator(0, 0))
     assert (adv - x).abs().max() <= 0.06 + 1e-6 and adv.abs().max() <= 1
@@ -535,8 +535,8 @@ def test_what_a_purifier_leaves_is_a_picture():
 
 def test_the_decoders_loss_keeps_what_is_to_stay_and_moves_the_attacked():
     """Of a decoder that changed nothing, only the distance counts; and it alone is trained."""
-    chosen = world.mini_set()
-    vae = copy.deepcopy(load_vae(chosen.editor, chosen.model_id, chosen.resolution, *CPU).vae)
+    config = world.mini_set()
+    vae = copy.deepcopy(load_vae(config.editor, config.model_id, config.resolution, *CPU).vae)
     before = copy.deepcopy(vae)
     train_decoder.only_decoder(vae)
     pictures = np.stack([pixels(person) for person in PEOPLE[:3]]).astype(np.uint8)

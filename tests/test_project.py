@@ -23,7 +23,7 @@ from PIL import Image
 import defend
 import experiment
 from images import load_image, to_tensor
-from models import sets
+from models.config import EDIT_KNOBS, MINI, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = sorted((ROOT / "assets/portraits/mini").glob("*.png"))
@@ -274,7 +274,7 @@ def test_flags_that_the_documents_name_exist():
 def knobs_and_members() -> set[str]:
     """Flags whose names the scripts put together."""
     others = {"help", "recognizer", "judge", "clamp_min", "clamp_max", "targeted", "untargeted"}
-    return {*sets.EDIT_KNOBS, *defend.KNOBS, *others}
+    return {*EDIT_KNOBS, *defend.KNOBS, *others}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -339,7 +339,7 @@ def test_there_are_twelve_bundled_portraits_and_two_photographs():
 
 
 def test_the_bundled_models_are_small_and_no_pickles():
-    files = [path for path in sets.MINI.rglob("*") if path.is_file()]
+    files = [path for path in MINI.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= 45e6
     assert {path.suffix for path in files} <= {".safetensors", ".json", ".txt", ".md", ".jpg"}
 
@@ -347,12 +347,12 @@ def test_the_bundled_models_are_small_and_no_pickles():
 def test_the_bundled_editor_is_a_plain_diffusers_directory():
     from diffusers import StableDiffusionInstructPix2PixPipeline
 
-    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(sets.MINI / "editor")
+    pipeline = StableDiffusionInstructPix2PixPipeline.from_pretrained(MINI / "editor")
     pipeline.set_progress_bar_config(disable=True)
     with Image.open(BUNDLED[0]) as portrait:
         (image,) = pipeline("Let it be snowy", portrait, num_inference_steps=2, guidance_scale=1).images
     assert image.size == (128, 128)
-    assert json.loads((sets.MINI / "editor/model_index.json").read_text())["safety_checker"] == [None, None]
+    assert json.loads((MINI / "editor/model_index.json").read_text())["safety_checker"] == [None, None]
 
 
 def test_facelock_moves_the_face_and_noise_does_not(tmp_path, capsys):
@@ -385,7 +385,7 @@ def test_mini_says_what_a_photograph_is_worth(tmp_path, capsys):
 
 
 def test_mini_editing_is_the_same_in_batches():
-    editor = sets.choose(models="mini", device="cpu", edit={"num_inference_steps": 3}).load_editor()
+    editor = resolve(models="mini", device="cpu", edit={"num_inference_steps": 3}).load_editor()
     images = to_tensor(np.stack([load_image(path).pixels for path in BUNDLED[:2]]))
     prompts = ["Let it be snowy", "Turn the person into a zombie"]
     together = editor(images, prompts, seed=0)

@@ -80,7 +80,7 @@ def test_settings(method, protector, tiny_models):
     expected = {"seed": 0, "defend_method": method, "method_version": METHODS[method].version}
     expected |= {"attack_budget": 0.03, "budget_mask": "none", **SETTINGS[method]}
     if method != "noise":
-        expected |= {"model_id": recorded(str(tiny_models.editor)), "vae_ids": None}
+        expected |= {"model_id": recorded(str(tiny_models.editor)), "vae": None, "vae_ids": None}
     if method in FACELOCKS:
         expected["recognizer"] = recorded(str(tiny_models.recognizer))
     if method == "facelock":
@@ -93,9 +93,9 @@ def test_settings(method, protector, tiny_models):
 def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkeypatch):
     monkeypatch.setattr("protection.recorded", lambda member: "with weights")
     monkeypatch.setattr("protection.recorded_recognizer", lambda member: "with weights")
-    found = protector(f"--vae_ids {tiny_models.editor}").settings()
+    found = protector(f"--vae {tiny_models.editor}").settings()
     assert {found[key] for key in ("model_id", "recognizer", "lpips")} == {"with weights"}
-    assert found["vae_ids"] == ["instruct-pix2pix=with weights, 64 px"]
+    assert found["vae"] == ["instruct-pix2pix=with weights, 64 px"]
 
 
 ALL = set(METHODS)
@@ -373,7 +373,7 @@ def test_only_who_names_the_editor_loads_its_denoiser(protector, monkeypatch):
 def test_each_of_several_editors_is_attacked_by_its_own_denoiser(protector, tiny_models):
     """And loaded before anything is written."""
     names = [f"instruct-pix2pix={tiny_models.editor}", f"stable-diffusion={tiny_models.img2img}"]
-    line, x, values = "--defend_method diffusionguard --num_iters 1 --vae_ids", noise(1, 3, 64, 64), []
+    line, x, values = "--defend_method diffusionguard --num_iters 1 --vae", noise(1, 3, 64, 64), []
     for some in (names, names[:1], names[1:]):
         tool = protector(f"{line} {' '.join(some)}")
         tool.preload()
@@ -450,7 +450,7 @@ def test_the_report_measures_the_file(protector, portrait, tmp_path):
     assert report.psnr == pytest.approx(10 * np.log10(255**2 / (change**2).mean()))
     assert (report.method, report.budget, report.faceless) == ("facelock", 0.03, False)
     vae = tool.vae.vae
-    for name, member in tool.chosen.panel().items():
+    for name, member in tool.config.panel().items():
         similarity = face_similarity_to([tool.recognizer_of(member)], to_tensor(source), [FACES])
         for pixels, found in zip((source, saved), report.similarity[name], strict=True):
             with torch.no_grad():

@@ -233,10 +233,10 @@ def test_a_replaced_result_is_refused(copies):
 
 
 def test_other_settings_are_listed_and_refused(copies):
-    copies.settings |= {"method_version": 1, "vae_ids": None}
+    copies.settings |= {"method_version": 1, "vae": None}
     copies("a b c")
-    copies.settings |= {"how": "lower", "method_version": 2, "seed": 1, "vae_ids": ["x"]}
-    text = "method_version: 1 there, 2 now; seed: 0 there, 1 now; vae_ids: None there, ['x'] now"
+    copies.settings |= {"how": "lower", "method_version": 2, "seed": 1, "vae": ["x"]}
+    text = "method_version: 1 there, 2 now; seed: 0 there, 1 now; vae: None there, ['x'] now"
     copies.refuses(
         "a b c",
         f"was made with other arguments (how: 'upper' there, 'lower' now; {text}); "

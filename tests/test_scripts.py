@@ -880,7 +880,7 @@ def test_bad_input_as_a_command(tmp_path, edit_flags):
 )
 def test_cw_runs_in_float32(protector, capsys, method, dtype, runs_in, told):
     tool = protector(f"--defend_method {method} --dtype {dtype}")
-    assert (tool.chosen.dtype, tool.vae.vae.dtype) == (runs_in, runs_in)
+    assert (tool.config.dtype, tool.vae.vae.dtype) == (runs_in, runs_in)
     assert ("cw runs in fp32" in capsys.readouterr().err) is told
 
 

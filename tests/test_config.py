@@ -1,4 +1,4 @@
-"""models/sets.py: the sets, and what the flags of a script come to."""
+"""models/config.py: the sets, and what the flags of a script come to."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import torch
 import defend
 import edit
 import experiment
+from models.config import MINI, MODEL_SETS, ModelConfig, ModelSettings, resolve, setting_help
 from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
 from models.loading import ROOT, recorded, shown
-from models.sets import MINI, MODEL_SETS, Chosen, ModelSettings, choose, setting_help
 from protection import Protector
 from utils import UserError
 
@@ -20,12 +20,12 @@ CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 EDITING = "--input_path a --prompt x --device cpu"
 
 
-def chosen(flags: str, script=edit) -> Chosen:
+def config(flags: str, script=edit) -> ModelConfig:
     line = f"{EDITING} {flags}" if script is edit else f"--input_path a --device cpu {flags}"
-    return choose(ModelSettings.of(script.parse_args(line.split())))
+    return resolve(ModelSettings.of(script.parse_args(line.split())))
 
 
-FULL = Chosen(
+FULL = ModelConfig(
     models="full",
     kind="instruct-pix2pix",
     model_id="timbrooks/instruct-pix2pix",
@@ -44,7 +44,7 @@ FULL = Chosen(
     portraits="photos",
     **CPU,
 )
-MINIS = Chosen(
+MINIS = ModelConfig(
     models="mini",
     kind="instruct-pix2pix",
     model_id=str(MINI / "editor"),
@@ -67,7 +67,7 @@ MINIS = Chosen(
 @pytest.mark.parametrize("script", [edit, defend])
 @pytest.mark.parametrize("expected", [FULL, MINIS], ids=["full", "mini"])
 def test_without_flags_the_set_is_as_it_stands(expected, script):
-    assert chosen(f"--models {expected.models}", script) == expected
+    assert config(f"--models {expected.models}", script) == expected
 
 
 def test_full_has_stable_diffusion_too():
@@ -84,8 +84,8 @@ def test_full_has_stable_diffusion_too():
         },
     )
     for flag in ("--model", "--target_model"):
-        assert chosen(f"{flag} stable-diffusion") == expected
-        assert chosen(f"{flag} stable-diffusion", defend) == expected
+        assert config(f"{flag} stable-diffusion") == expected
+        assert config(f"{flag} stable-diffusion", defend) == expected
     assert (FULL.editor, expected.editor) == (InstructPix2Pix, StableDiffusion)
 
 
@@ -101,10 +101,10 @@ ALL = {  # kind -> id, steps, guidance, long side or side of the area
 
 @pytest.mark.parametrize("kind", EDITORS)
 def test_full_has_every_editor_with_its_own_settings(kind):
-    found = chosen(f"--model {kind}")
+    found = config(f"--model {kind}")
     named = [found.settings[name] for name in ("num_inference_steps", "guidance_scale", "resolution")]
     assert (found.model_id, *named) == ALL[kind]
-    assert chosen(f"--model {kind}", defend).model_id == found.model_id
+    assert config(f"--model {kind}", defend).model_id == found.model_id
     # those of Stable Diffusion's own solver; the others come with the one they were trained for
     first = kind in ("instruct-pix2pix", "stable-diffusion")
     assert found.settings["scheduler"] == ("EulerAncestralDiscreteScheduler" if first else None)
@@ -118,12 +118,12 @@ def test_mini_set_is_bundled():
 
 def test_flags_replace_members_and_values():
     members = "--models mini --model_id me/ed --recognizer r s --judge j k --lpips p --resolution 96"
-    assert chosen(members, defend) == dataclasses.replace(
+    assert config(members, defend) == dataclasses.replace(
         MINIS, model_id="me/ed", recognizers=("r", "s"), judges=("j", "k"), perceptual="p",
         settings=MINIS.settings | {"resolution": 96},
     )  # fmt: skip
     values = {"num_inference_steps": 7, "guidance_scale": 0.0, "image_guidance_scale": 2.0}
-    given = chosen(" ".join(f"--{name} {value}" for name, value in values.items()) + " --dtype bf16")
+    given = config(" ".join(f"--{name} {value}" for name, value in values.items()) + " --dtype bf16")
     assert given == dataclasses.replace(FULL, settings=FULL.settings | values, dtype=torch.bfloat16)
 
 
@@ -132,16 +132,16 @@ def test_flags_replace_members_and_values():
 def test_mini_has_no_stable_diffusion(flag, script):
     given = f"--models mini {flag} stable-diffusion"
     with pytest.raises(UserError, match="mini models have no stable-diffusion editor") as caught:
-        chosen(given, script)
+        config(given, script)
     assert "\n" not in str(caught.value)
-    assert chosen(f"{given} --model_id me/sd", script).model_id == "me/sd"
+    assert config(f"{given} --model_id me/sd", script).model_id == "me/sd"
 
 
 @pytest.mark.parametrize("flag", ["--model_id", "--recognizer", "--judge", "--lpips"])
 def test_an_empty_name_is_refused(flag):
     """A shell makes one of an unset variable."""
     with pytest.raises(UserError, match=f"{flag}: an empty name"):
-        chosen(f"{flag}=", defend)
+        config(f"{flag}=", defend)
 
 
 @pytest.mark.parametrize(
@@ -154,30 +154,30 @@ def test_an_empty_name_is_refused(flag):
     ],
 )
 def test_a_knob_that_the_editor_has_not_is_ignored_with_a_warning(kind, flag, capsys):
-    plain = chosen(f"--model {kind}")
+    plain = config(f"--model {kind}")
     assert capsys.readouterr().err == ""
-    assert chosen(f"--model {kind} {flag}") == plain
+    assert config(f"--model {kind} {flag}") == plain
     assert capsys.readouterr().err == f"warning: {flag.split()[0]} is ignored: {kind} has no such knob\n"
 
 
 def test_the_knobs_of_whoever_edits_are_nothing_to_what_is_attacked(capsys):
     line = "--image_dir=a --output_dir=b --device=cpu --strength=0.7 --image_guidance_scale=2"
-    for kind, flags in (("instruct-pix2pix", ""), ("flux-kontext", "--vae_ids flux-kontext")):
+    for kind, flags in (("instruct-pix2pix", ""), ("flux-kontext", "--vae flux-kontext")):
         args = experiment.parse_args(f"{line} {flags}".split())
         (found,) = Protector(defend.settings_of(args), seed=0).attacked
-        assert found == chosen(f"--model {kind}", defend)
+        assert found == config(f"--model {kind}", defend)
     assert capsys.readouterr().err == ""
 
 
 def test_less_than_one_step_of_img2img_is_refused():
     line = "--model stable-diffusion --num_inference_steps 3 --strength"
     with pytest.raises(UserError, match="3 steps at strength 0.3 are less than one"):
-        chosen(f"{line} 0.3")
-    assert chosen(f"{line} 0.34").settings["strength"] == 0.34
+        config(f"{line} 0.3")
+    assert config(f"{line} 0.34").settings["strength"] == 0.34
 
 
 def test_edit_settings_are_what_decides_about_an_edit():
-    assert chosen("--models mini --num_inference_steps 3").edit_settings() == {
+    assert config("--models mini --num_inference_steps 3").edit_settings() == {
         "model": "instruct-pix2pix",
         "model_id": recorded(MINIS.model_id),
         "dtype": "float32",
@@ -190,9 +190,9 @@ def test_edit_settings_are_what_decides_about_an_edit():
 
 
 def test_an_editor_that_can_not_be_had_is_known_without_loading_it():
-    chosen("--models mini").check_editor()
+    config("--models mini").check_editor()
     with pytest.raises(UserError, match=r"the editor '/no/such' can't be loaded \(no such directory\)"):
-        chosen("--model_id /no/such").check_editor()
+        config("--model_id /no/such").check_editor()
 
 
 def test_help_shows_each_sets_value():
@@ -225,5 +225,5 @@ def test_a_sets_members_are_strings_and_its_settings_an_editors():
 
 def test_one_name_is_as_good_as_a_tuple_of_it():
     """From Python somebody writes recognizer="dlib", and means no d, l, i and b."""
-    found = choose(models="mini", recognizer="dlib", judge="vggface2", device="cpu")
+    found = resolve(models="mini", recognizer="dlib", judge="vggface2", device="cpu")
     assert (found.recognizers, found.judges) == (("dlib",), ("vggface2",))

@@ -103,7 +103,7 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ModelConfig:
     """What the settings came to: members, the editor's settings, and where the networks run."""
 
     models: str  # one of MODEL_SETS
@@ -173,7 +173,7 @@ class Chosen:
             warn(f"the {self.models} editor knows the 25 instructions of the paper, not {unknown[0]!r}")
 
 
-def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
+def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
     """Puts what is wanted in place of the set's and the editor's own, and picks device and dtype.
 
     given: fields of ModelSettings, instead of those of `wanted`. A knob that the editor hasn't is ignored
@@ -202,7 +202,7 @@ def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
         raise UserError(f"--judge {seen[0]}: the attack sees it, so that it is no judge (--recognizer)")
     quiet()
     device = utils.pick_device(wanted.device)
-    return Chosen(
+    return ModelConfig(
         models=wanted.models,
         kind=kind,
         model_id=wanted.model_id or models.editors[kind],
@@ -218,12 +218,12 @@ def choose(wanted: ModelSettings | None = None, **given: Any) -> Chosen:
     )
 
 
-def choose_editor(wanted: ModelSettings, name: str) -> Chosen:
+def resolve_editor(wanted: ModelSettings, name: str) -> ModelConfig:
     """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of the wanted kind."""
     kind, is_kind, id_ = name.partition("=")
     if kind not in EDITORS:
-        return choose(wanted, model_id=name)
-    return choose(wanted, model=kind, model_id=id_ if is_kind else None)
+        return resolve(wanted, model_id=name)
+    return resolve(wanted, model=kind, model_id=id_ if is_kind else None)
 
 
 def several(members: str | Sequence[str]) -> tuple[str, ...]:
