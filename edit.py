@@ -5,9 +5,9 @@
     python edit.py --input_path=assets/portraits/mini/portrait_1000000.png --prompt="Let it be snowy" \\
         --models=mini --output_path=edit.png
 
-Writes edit_NAME.png beside the input, or, if that is there, edit_NAME_2.png and so on; or --output_path. The
-seed is printed: with it, the run can be repeated. The editors' safety checkers are off: a checker that blanks
-an edit would be counted as protection.
+Writes edit_NAME.png beside the input (edit_NAME_2.png and so on if that exists), or --output_path. The seed
+is printed, so that the run can be repeated. The editors' safety checkers are off: a checker that blanks an
+edit would be counted as protection.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 def add_seed_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --seed."""
-    text = "of the editor's noise; -1 draws one"
+    text = "seeds the editor's noise; -1 draws a seed and prints it"
     parser.add_argument("--seed", type=utils.seed_number, default=-1, help=text)
 
 

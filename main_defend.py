@@ -5,9 +5,9 @@
         --attack_budget=0.02
     python main_defend.py --image_dir=assets/portraits/mini --output_dir=protected/mini --models=mini
 
-Writes OUTPUT_DIR/budget_{B}/NAME.png, run.json and manifest.jsonl that record how, and report.csv with what
-each file measures. Run again, it skips what is finished. With --batch_size=1 a portrait gets just what
-defend.py gives it; in larger batches the arithmetic differs in its last bits, which sign steps can amplify.
+Writes OUTPUT_DIR/budget_{B}/NAME.png, run.json and manifest.jsonl, which record how, and report.csv, which
+measures each file. A second run skips finished files. With --batch_size=1 each portrait gets exactly what
+defend.py gives it; in larger batches the arithmetic differs in the last bits, which sign steps can amplify.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from utils import UserError
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
-    parser.add_argument("--output_dir", type=utils.path, required=True, help="where budget_{B}/ is made")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where budget_{B}/ is created")
     add_defense_arguments(parser)
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
@@ -47,16 +47,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def budget_directory(parent: Path, budget: float) -> Path:
-    """Names the directory of a budget as the authors' release does; an older, shorter name is still found."""
+    """Names a budget's directory as the authors' release does; one with an older, shorter name is kept."""
     short = parent / f"budget_{budget:g}"
     record = runs.read_record(short)
-    if record and record["arguments"].get("attack_budget") == budget:
-        return short
-    return parent / f"budget_{budget}"
+    is_there = record and record["arguments"].get("attack_budget") == budget
+    return short if is_there else parent / f"budget_{budget}"
 
 
 def settle_seed(seed: int, directory: Path) -> int:
-    """Draws the seed if it is -1. Raises UserError if the directory was begun with one already."""
+    """Replaces a seed of -1 by a random one. Raises UserError if the directory was begun with a seed."""
     if seed == -1 and (record := runs.read_record(directory)):
         raise UserError(f"{directory} was begun with --seed {record.get('seed')}; give that, not -1")
     return utils.draw_seed(seed)
@@ -99,7 +98,7 @@ def protect_directory(
 
 
 def write_report(directory: Path) -> None:
-    """Writes report.csv: what each file of the directory measured when it was written. Raises UserError."""
+    """Writes report.csv: the measurements of each file, taken when it was written. Raises UserError."""
     import pandas as pd
 
     lines = [entry for entry in runs.read_manifest(directory).values() if "linf" in entry]

@@ -6,9 +6,9 @@
     python main_edit.py --src_dir=assets/portraits/mini --edit_dir=edits/mini --seed=0 \\
         --prompts=0,3,7 --models=mini
 
-Writes EDIT_DIR/seed{S}/prompt{i}/NAME.png, i being the number in utils.edit_prompts (or the line of
---prompt_file, from 0), and run.json and manifest.jsonl in seed{S}. Run again with the same seed, it skips
-what is finished. edit.py with the same seed reproduces any single file.
+Writes EDIT_DIR/seed{S}/prompt{i}/NAME.png, where i is the number in utils.edit_prompts (or the line number in
+--prompt_file, from 0), and run.json and manifest.jsonl in seed{S}. A second run with the same seed skips
+finished files. edit.py with the same seed reproduces any single file.
 """
 
 from __future__ import annotations
@@ -29,16 +29,12 @@ from models.config import ModelConfig, ModelSettings, add_edit_arguments, resolv
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--src_dir", type=utils.path, required=True, help="directory of images")
-    where = "where seed{S}/prompt{i}/ are made"
-    parser.add_argument("--edit_dir", type=utils.path, required=True, help=where)
-    which = "numbers of the instructions to use (default: all)"
-    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=which)
-    parser.add_argument(
-        "--prompt_file",
-        type=utils.path,
-        help="a text file of one's own instructions, one a line, numbered by their lines from 0; blank lines "
-        "are left out and keep their numbers (default: the 25 of the paper)",
-    )
+    text = "where seed{S}/prompt{i}/ are created"
+    parser.add_argument("--edit_dir", type=utils.path, required=True, help=text)
+    text = "numbers of the instructions to use (default: all)"
+    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
+    text = "text file of your own instructions, one per line, numbered from line 0 (default: the paper's)"
+    parser.add_argument("--prompt_file", type=utils.path, help=text)
     add_seed_argument(parser)
     add_edit_arguments(parser)
     runs.add_run_arguments(parser)
@@ -54,13 +50,12 @@ def run(args: argparse.Namespace) -> int:
     prompts = utils.choose_prompts(args.prompts, args.prompt_file)
     runs.processes(args.device)
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
-    directory = args.edit_dir / f"seed{seed}"
-    config = resolve(ModelSettings.of(args))
+    directory, config = args.edit_dir / f"seed{seed}", resolve(ModelSettings.of(args))
     return edit_directory(args.src_dir, directory, prompts, seed, config, runs.Options.of(args))
 
 
 def settle_seed(seed: int, edit_dir: Path) -> int:
-    """Draws the seed if it is -1: one whose folder doesn't exist yet."""
+    """Replaces a seed of -1 by a random one whose folder doesn't exist yet."""
     drawn = utils.draw_seed(seed)
     while seed == -1 and (edit_dir / f"seed{drawn}").exists():
         drawn = utils.draw_seed(-1)
@@ -86,7 +81,7 @@ def edit_directory(
     if runs.processes().is_main_process:
         config.warn_of((size for _, size in images), prompts.values())
 
-    editor = functools.cache(config.load_editor)  # once: it may have something to say
+    editor = functools.cache(config.load_editor)  # so that it warns once
 
     def load(item: runs.Item) -> Portrait:
         return load_portrait(item.source, config.resolution)

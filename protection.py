@@ -1,4 +1,4 @@
-"""Protects portraits: the library's entry, and the way that the scripts take, for one and for thousands.
+"""Protects portraits: the library's entry, which the scripts and the page use, too.
 
 from protection import Protector
 Protector(method="facelock", budget=0.06, models="mini").protect("portrait.png").save("protected.png")
@@ -17,16 +17,7 @@ import numpy as np
 from PIL import Image
 
 import masks
-from images import (
-    Portrait,
-    as_portrait,
-    linf,
-    load_image,
-    psnr,
-    save_png,
-    to_tensor,
-    to_uint8_within,
-)
+from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
 from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
 from models.config import ModelConfig, ModelSettings, resolve, resolve_editor
@@ -35,7 +26,6 @@ from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
-from models.vaes import WorkingVAE, load_vae
 from transforms import around
 from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
 
@@ -43,17 +33,18 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
-def readers(name: str) -> str:
-    """Lists the methods that read a flag."""
-    return ", ".join(key for key, method in METHODS.items() if name in (*method.reads, *method.parameters))
+NUMBERS = ("step_size", "num_iters", "lr", "smoothing")  # of Run, which a loop reads, or an objective
 
 
-def generator_of(seed: int) -> torch.Generator:
-    """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
-    import torch
-
-    return torch.Generator().manual_seed(start_seed(seed, "objective"))
+def readers(name: str) -> dict[str, Any]:
+    """Gives the methods that read a flag, each with its own default."""
+    own = {
+        key: method.parameters | {one: getattr(method.run, one) for one in method.reads}
+        for key, method in METHODS.items()
+    }
+    return {key: values[name] for key, values in own.items() if name in values}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +53,7 @@ class Settings(ModelSettings):
 
     method: str = "facelock"  # one of METHODS
     budget: float = Run.budget  # L-infinity in [-1, 1]
-    seed: int = 0  # of the random start, with the file's stem
+    seed: int = 0  # of the random start, together with the file's stem
     step_size: float | None = None
     num_iters: int | None = None
     lr: float | None = None
@@ -118,42 +109,38 @@ class Report:
 
 
 class Protector:
-    """A method with its settings and networks, each of which is loaded when it is first asked for.
+    """A method with its settings and networks, each of which is loaded when it is first needed.
 
-    given: fields of Settings, instead of those of `settings`. Raises UserError for settings that don't go
+    given: fields of Settings that replace those of `settings`. Raises UserError for settings that don't go
     together; warns of one that the method doesn't read.
     """
 
     def __init__(self, settings: Settings | None = None, **given: Any) -> None:
-        wanted = replace(settings or Settings(), **given)
+        self.wanted = wanted = replace(settings or Settings(), **given)
         if wanted.method not in METHODS:
             raise UserError(f"{wanted.method!r} is no method; there are {', '.join(METHODS)}")
         if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
-        self.name, self.method = wanted.method, METHODS[wanted.method]
-        self.seed, self.faces = wanted.seed, wanted.faces
-        self.checkpointing, self.compile = wanted.checkpointing, wanted.compile
-        parameters = self.method.parameters
-        self.needs = [name for name, default in parameters.items() if default is NEED]
-        self.knobs = {name: default for name, default in parameters.items() if default is not NEED}
-        self.mask = wanted.budget_mask or self.method.mask
-        self.needs_face = "face_similarity" in self.needs or "face" in self.mask
-        self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
-        numbers = {name: getattr(wanted, name) for name in ("step_size", "num_iters", "lr", "smoothing")}
-        numbers = {name: value for name, value in numbers.items() if value is not None}
-        self.run = replace(self.method.run, budget=wanted.budget, **numbers)
-        for name, value in [*wanted.knobs.items(), *numbers.items()]:
-            if name in self.knobs:
-                self.knobs[name] = value
-            elif not readers(name):
-                raise UserError(f"no method has a knob {name!r}")
-            elif name not in (*self.method.reads, "step_size", "num_iters"):
-                flag = "untargeted" if value is False and name == "targeted" else name
-                warn(f"--{flag} is ignored: {self.name} has no such knob ({readers(name)} has)")
         if allowed_levels(wanted.budget) < 1:
             raise UserError(f"a budget of {wanted.budget:g} is below 2/255: no pixel could change")
         if wanted.budget > USUAL_BUDGET:
             warn(f"--attack_budget {wanted.budget:g} is a lot. {in_levels(wanted.budget)}")
+        self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
+        parameters = self.method.parameters
+        self.needs = [name for name, default in parameters.items() if default is NEED]
+        numbers = {name: value for name in NUMBERS if (value := getattr(wanted, name)) is not None}
+        self.run = replace(self.method.run, budget=wanted.budget, **numbers)
+        known = {**wanted.knobs, **numbers}
+        self.knobs = {name: known.get(name, own) for name, own in parameters.items() if own is not NEED}
+        for name, value in known.items():
+            if not readers(name):
+                raise UserError(f"no method has a knob {name!r}")
+            if self.name not in readers(name) and name not in ("step_size", "num_iters"):
+                flag = "untargeted" if value is False and name == "targeted" else name
+                warn(f"--{flag} is ignored: {self.name} has no such knob, unlike {', '.join(readers(name))}")
+        self.mask = wanted.budget_mask or self.method.mask
+        self.needs_face = "face_similarity" in self.needs or "face" in self.mask
+        self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
         plain = replace(wanted, edit={})
         # the editors whose VAEs the objective averages over
         self.attacked = [resolve_editor(plain, name) for name in wanted.vae] or [resolve(plain)]
@@ -161,14 +148,14 @@ class Protector:
             if wanted.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
-        self.config = config = self.attacked[0]
-        self.device, self.resolution = config.device, config.resolution
-        self.is_ensemble = bool(wanted.vae)
+        self.config = self.attacked[0]
+        self.device, self.resolution = self.config.device, self.config.resolution
         self.denoisers: dict[str, Denoiser] = {}
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
     def settings(self) -> dict[str, Any]:
-        """Gives all that decides about pixels, for run.json: a run with others makes other files."""
+        """Gives what decides about pixels, for run.json: a run with other values makes other files."""
+        config = self.config
         found = {
             "seed": self.seed,
             "defend_method": self.name,
@@ -178,18 +165,19 @@ class Protector:
             **{name: getattr(self.run, name) for name in self.method.reads},
             **self.knobs,
         }
-        config = self.config
         if self.mask != "none":
             found["mask_version"] = masks.VERSION
         if self.needs:  # noise sees no network
             found |= {"model": config.kind, "model_id": recorded(config.model_id)}
-            found |= {"resolution": self.resolution, "dtype": config.dtype_name}
+            found["dtype"] = config.dtype_name
+        if self.needs or self.needs_face:
+            found["resolution"] = self.resolution
         if "vae" in self.needs:
             names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
-            found["vae"] = names if self.is_ensemble else None
-            found["vae_ids"] = None  # in older records, which name editors there, of other files than these
+            found["vae"] = names if self.wanted.vae else None
+            found["vae_ids"] = None  # where an older run.json names several editors
         if self.needs_face:
-            found |= {"faces": self.faces, "resolution": self.resolution}
+            found["faces"] = self.wanted.faces
         if "face_similarity" in self.needs:
             found["recognizer"] = " ".join(map(recorded_recognizer, config.recognizers))
         if "perceptual_distance" in self.needs:
@@ -199,78 +187,51 @@ class Protector:
     # -----------------------------------------------------------------------------------------------------
     # networks
 
-    @property
-    def vae(self) -> WorkingVAE:
-        """The editor's autoencoder."""
-        return self.vae_of(self.config)
+    def loaders(self, one: ModelConfig) -> dict[str, Callable[[], Any]]:
+        """Gives a function for each need of a method that loads its network, once; it raises UserError.
 
-    def vae_of(self, one: ModelConfig) -> WorkingVAE:
-        """Loads an editor's autoencoder, or takes it from an earlier call. Raises UserError."""
-        how = self.checkpointing, self.compile
-        return load_vae(one.editor, one.model_id, one.resolution, one.device, one.dtype, *how)
-
-    @property
-    def editor(self) -> Denoiser:
-        """The editor's denoiser."""
-        return self.editor_of(self.config)
+        one: the editor whose VAE and denoiser these are.
+        """
+        config, compile = self.config, self.wanted.compile
+        lpips = config.perceptual, config.device, config.dtype, compile
+        return {
+            "vae": lambda: one.load_vae(self.wanted.checkpointing, compile),
+            "editor": lambda: self.editor_of(one),
+            "face_similarity": lambda: [self.recognizer_of(member) for member in config.recognizers],
+            "perceptual_distance": lambda: load_perceptual(*lpips),
+        }
 
     def editor_of(self, one: ModelConfig) -> Denoiser:
         """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
         if one.model_id not in self.denoisers:
-            self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.checkpointing)
+            self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.wanted.checkpointing)
         return self.denoisers[one.model_id]
 
-    @property
-    def recognizers(self) -> list[Recognizer]:
-        """What the attack sees."""
-        return [self.recognizer_of(member) for member in self.config.recognizers]
-
     def recognizer_of(self, member: str) -> Recognizer:
-        """Loads a recogniser or a judge, or takes it from an earlier call. Raises UserError."""
+        """Loads a recognizer or a judge, or takes it from an earlier call. Raises UserError."""
         is_attacked = member in self.config.recognizers
-        return self.config.load_recognizer(member, compile=self.compile and is_attacked)
-
-    @cached_property
-    def perceptual(self) -> Any:
-        """The LPIPS network."""
-        return load_perceptual(self.config.perceptual, self.device, self.config.dtype, self.compile)
+        return self.config.load_recognizer(member, compile=self.wanted.compile and is_attacked)
 
     @cached_property
     def detector(self) -> FaceDetector:
-        """What finds faces."""
+        """The face detector."""
         return FaceDetector(self.device)
 
     def preload(self) -> None:
         """Loads what the method can't do without, before anything is written. Raises UserError."""
-        if "face_similarity" in self.needs:
-            _ = self.recognizers
-        if "perceptual_distance" in self.needs:
-            _ = self.perceptual
         for one in self.attacked:
-            if "vae" in self.needs:
-                self.vae_of(one)
-            if "editor" in self.needs:
-                self.editor_of(one)
-
-    def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
-        """Loads a member for a report, or gives None if it can't be had, which is reported and tried once."""
-        if name in self.unavailable:
-            return None
-        try:
-            return load()
-        except UserError as error:
-            self.unavailable.add(name)
-            warn(f"{name} not measured: {error}")
-            return None
+            for need, load in self.loaders(one).items():
+                if need in self.needs:
+                    load()
 
     # -----------------------------------------------------------------------------------------------------
-    # the way of a portrait
+    # from a portrait to a protected file
 
     def protect(
         self,
         image: str | os.PathLike | Image.Image | np.ndarray,
         boxes: Sequence[Box] = (),
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback = None,
     ) -> Image.Image:
         """Protects one picture: a path, a PIL image or (H, W, 3) uint8 -> a PIL image, within the budget.
 
@@ -292,24 +253,23 @@ class Protector:
         too small, or no face where the method needs one.
         """
         portrait = as_portrait(image, self.resolution)
-        path, (height, width) = portrait.path, portrait.size
         if not self.looks_at_faces:
             return Subject(portrait, [])
-        if outside := [box for box in boxes if not clip_box(box, portrait.size)]:
-            raise UserError(f"{path}: the face box {outside[0]} is outside the {width}x{height} image")
-        found = boxes or self.detector(portrait.pixels)[: 1 if self.faces == "largest" else None]
-        working = self.config.editor.working_size(portrait.size, self.resolution)
-        subject = Subject(portrait, scale_boxes(found, portrait.size, working))
-        if not subject.boxes and self.needs_face:
+        path, size = portrait.path, portrait.size
+        if outside := [box for box in boxes if not clip_box(box, size)]:
+            raise UserError(f"{path}: the face box {outside[0]} is outside the {size[1]}x{size[0]} image")
+        found = boxes or self.detector(portrait.pixels)[: 1 if self.wanted.faces == "largest" else None]
+        found = scale_boxes(found, size, self.config.editor.working_size(size, self.resolution))
+        if not found and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
-        return subject
+        return Subject(portrait, found)
 
     def perturb(
         self,
         images: Tensor,
         boxes: Sequence[Sequence[Box]],
         seeds: Sequence[int],
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback = None,
     ) -> tuple[Tensor, Tensor | None]:
         """Protects images (B, 3, H, W) in [-1, 1] -> the same, and the budget's mask (B, 1, H, W) or None.
 
@@ -317,20 +277,22 @@ class Protector:
         gradient is not finite.
         """
         size = images.shape[-2:]
-        own = self.config.editor.working_size(size, self.resolution)  # to which the boxes belong
+        own = self.config.editor.working_size(size, self.resolution)
+
+        def faces_at(target: Sequence[int]) -> list[list[Box]]:
+            return [scale_boxes(found, own, target) for found in boxes]
 
         def objective_on(x: Tensor, one: ModelConfig) -> Objective:
             working = one.editor.to_working(images, one.resolution)
-            inner = one.editor.working_size(size, one.resolution)
-            faces = [scale_boxes(found, own, inner) for found in boxes]
+            height, width = one.editor.working_size(size, one.resolution)
+            faces = faces_at((height, width))
             if self.needs_face and not all(faces):
-                raise UserError(f"a face is too small for {one.kind}, which works at {inner[1]}x{inner[0]}")
-            offers: dict[str, Callable[[], Any]] = {
-                "vae": lambda: self.vae_of(one),
-                "face_similarity": lambda: face_similarity_to(self.recognizers, working, faces),
+                raise UserError(f"a face is too small for {one.kind}, which works at {width}x{height}")
+            load = self.loaders(one)
+            offers = load | {
+                "face_similarity": lambda: face_similarity_to(load["face_similarity"](), working, faces),
+                "perceptual_distance": lambda: perceptual_distance_to(load["perceptual_distance"](), working),
                 "face_window": lambda: around(faces, working),
-                "perceptual_distance": lambda: perceptual_distance_to(self.perceptual, working),
-                "editor": lambda: self.editor_of(one),
                 "generators": lambda: [generator_of(seed) for seed in seeds],
             }
             needs = {need: offers[need]() for need in self.needs}
@@ -340,9 +302,8 @@ class Protector:
             parts = [objective_on(x, one) for one in self.attacked]
             return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
 
-        start = random_start(images, self.run.budget, seeds)
-        run = replace(self.run, start=start, callback=callback)
-        mask = masks.budget_mask(images, [scale_boxes(found, own, size) for found in boxes], self.mask)
+        run = replace(self.run, start=random_start(images, self.run.budget, seeds), callback=callback)
+        mask = masks.budget_mask(images, faces_at(size), self.mask)
         try:
             return self.method._replace(objective=objective).protect(images, run, mask), mask
         except GradientError as error:
@@ -350,22 +311,19 @@ class Protector:
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
 
-    def pixels(
-        self, subjects: Sequence[Subject], callback: Callable[[int, Tensor], None] | None = None
-    ) -> np.ndarray:
+    def pixels(self, subjects: Sequence[Subject], callback: Callback = None) -> np.ndarray:
         """Protects portraits of one size -> (B, H, W, 3) uint8, within the budget. Raises UserError."""
         sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
         seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
-        boxes = [subject.boxes for subject in subjects]
         images = to_tensor(sources).to(self.device)
-        protected, mask = self.perturb(images, boxes, seeds, callback)
+        protected, mask = self.perturb(images, [subject.boxes for subject in subjects], seeds, callback)
         return to_uint8_within(protected, sources, self.run.budget, mask)
 
     def save(
         self,
         subjects: Sequence[Subject],
         outputs: Sequence[Path | None],
-        callback: Callable[[int, Tensor], None] | None = None,
+        callback: Callback = None,
         write: Callable[..., None] = save_png,
     ) -> list[Report]:
         """Protects portraits of one size, saves and measures those with an output path. Raises UserError."""
@@ -378,24 +336,21 @@ class Protector:
 
     def measure(self, subject: Subject, output: Path) -> Report:
         """Reads a protected file back, which is what counts. Raises UserError if it leaves the budget."""
-        source = subject.portrait.pixels
-        saved = load_image(output).pixels
+        source, saved = subject.portrait.pixels, load_image(output).pixels
         size = linf(saved, source)
         if size > self.run.budget + 1e-9:
             raise UserError(f"{output}: differs by {size:.4f} from its source, over the budget")
+        similarity = self._round_trip(subject, saved) if self.looks_at_faces else {}
         facts = self.name, self.run.budget, size, psnr(source, saved)
-        report = Report(output, *facts, faceless=not subject.boxes)
-        if self.looks_at_faces:
-            report.similarity = self._round_trip(subject, saved)
-        return report
+        return Report(output, *facts, similarity, faceless=not subject.boxes)
 
-    def _round_trip(self, subject: Subject, saved: Any) -> dict[str, tuple[float, float] | None]:
-        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognisers and judges."""
+    def _round_trip(self, subject: Subject, saved: np.ndarray) -> dict[str, tuple[float, float] | None]:
+        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognizers and judges."""
         import torch
 
         panel = self.config.panel()
         found: dict[str, tuple[float, float] | None] = dict.fromkeys(panel)
-        vae = self._if_there("vae", lambda: self.vae) if subject.boxes else None
+        vae = self._if_there("vae", self.loaders(self.config)["vae"]) if subject.boxes else None
         if vae is None:
             return found
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
@@ -407,3 +362,21 @@ class Protector:
                     similarity = face_similarity_to([recognizer], working, [subject.boxes])
                     found[name] = tuple(similarity(trip[None]).item() for trip in trips)
         return found
+
+    def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
+        """Loads a member for a report; one that can't be had is tried and reported once, and gives None."""
+        if name in self.unavailable:
+            return None
+        try:
+            return load()
+        except UserError as error:
+            self.unavailable.add(name)
+            warn(f"{name} not measured: {error}")
+            return None
+
+
+def generator_of(seed: int) -> torch.Generator:
+    """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
+    import torch
+
+    return torch.Generator().manual_seed(start_seed(seed, "objective"))

@@ -14,7 +14,7 @@ import random
 import re
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,10 +61,28 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps a script's docstring as written, and shows every default but None, which the help explains."""
+    """Keeps a script's docstring as written, and shows every default that says something."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default is None else super()._get_help_string(action)
+        is_nothing = action.default in (None, []) or action.default is False
+        return action.help if is_nothing else super()._get_help_string(action)
+
+
+def defaults_help(text: str, own: Mapping[str, Any], everyone: Collection[str] = ()) -> str:
+    """Writes a flag's help where each of several methods, editors or model sets has its own default.
+
+    own: the default of each that reads the flag, the usual one first; everyone: those that might read it.
+    """
+    names: dict[str, list[str]] = {}
+    for name, value in own.items():
+        names.setdefault(str(value), []).append(name)
+    usual, *others = names
+    about = "; ".join([f"default: {usual}", *(f"{', '.join(names[value])}: {value}" for value in others)])
+    reads, ignores = ([name for name in everyone if (name in own) == does] for does in (True, False))
+    if ignores:
+        who = f"{', '.join(reads)} only" if len(reads) < len(ignores) else f"not {', '.join(ignores)}"
+        about = f"{who}; {about}"
+    return f"{text} ({about})"
 
 
 def number(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -92,7 +110,7 @@ known_seed = number(int, 0, 2**63 - 1, "a whole number from 0 to 2**63 - 1 (-1 w
 
 
 def number_list(text: str) -> list[int]:
-    """argparse type: whole numbers divided by commas."""
+    """argparse type: whole numbers separated by commas."""
     try:
         return [int(part) for part in text.split(",")]
     except ValueError:
@@ -107,7 +125,7 @@ def path(text: str) -> Path:
 
 
 def prompt(text: str) -> str:
-    """argparse type: an instruction; one that is no text, for which a tokenizer has no words, is refused."""
+    """argparse type: an instruction; bytes that are no text are refused."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -128,7 +146,7 @@ def budget_size(text: str) -> float:
 
 
 def in_levels(budget: float) -> str:
-    """Says a budget in 8-bit levels, and what somebody would have to give who means levels."""
+    """Writes a budget in 8-bit levels, and the value to give for that many levels."""
     return f"{budget:g} in [-1, 1] is {budget / LEVEL:.4g}/255; for {budget:g}/255 give {budget * LEVEL:.3g}"
 
 
@@ -138,7 +156,7 @@ def allowed_levels(budget: float) -> int:
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a script's work -> exit status; an error becomes one line and 1, or, with --debug, is raised."""
+    """Runs a script's work -> exit status. An error becomes one line and status 1; --debug raises it."""
     with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's, or one that is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have bytes that are no text
     try:
@@ -163,7 +181,7 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
 
 
 def warn(text: str) -> None:
-    """Prints a warning to stderr, in a line of its own, whatever progress bar is there."""
+    """Prints a warning to stderr on a line of its own, above any progress bar."""
     from tqdm import tqdm
 
     tqdm.write(f"warning: {one_line(text)}", file=sys.stderr)
@@ -176,7 +194,7 @@ def first_line(error: BaseException) -> str:
 
 
 def one_line(text: str) -> str:
-    """Shows line breaks and other control characters, as file names may have them, as escapes."""
+    """Writes line breaks and other control characters, which file names may contain, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -184,10 +202,7 @@ FORMULA = re.compile(r"'*[=+\-@\t\r]")
 
 
 def csv_name(name: str) -> str:
-    """Gives a name as it is, or, if a spreadsheet would take it for a formula, with a quote before it.
-
-    A name that begins so after quotes of its own gets one more, so that `name_of_csv` can undo it.
-    """
+    """Puts a quote before a name that a spreadsheet would take for a formula; `name_of_csv` undoes it."""
     return f"'{name}" if FORMULA.match(name) else name
 
 
@@ -199,7 +214,7 @@ def name_of_csv(text: str) -> str:
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
     """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    Blank lines keep their numbers and are left out. numbers: only these. Raises UserError if one isn't there.
+    numbers: only these. Blank lines are left out and keep their numbers. Raises UserError if one is missing.
     """
     prompts = edit_prompts
     if file is not None:
@@ -210,20 +225,17 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
         prompts = {place: line.strip() for place, line in enumerate(lines) if line.strip()}
         if not prompts:
             raise UserError(f"{file}: no instructions in it")
-    if numbers is None:
-        return dict(prompts)
-    if unknown := [str(number) for number in numbers if number not in prompts]:
-        known = f"{min(prompts)} to {max(prompts)}"
-        if len(prompts) <= max(prompts):  # blank lines keep their numbers
-            known = ", ".join(map(str, prompts))
+    if unknown := [str(number) for number in numbers or () if number not in prompts]:
+        is_gapless = len(prompts) > max(prompts)
+        known = f"0 to {max(prompts)}" if is_gapless else ", ".join(map(str, prompts))
         raise UserError(f"--prompts {','.join(unknown)}: only {known} are there")
-    return {number: prompts[number] for number in sorted(set(numbers))}
+    return {number: prompts[number] for number in (prompts if numbers is None else sorted(set(numbers)))}
 
 
 def read_plain(path: Path, most: float) -> bytes:
-    """Reads a regular file of at most so many bytes; a device or a pipe might never end.
+    """Reads a regular file of at most `most` bytes. Raises OSError, or ValueError for a larger one.
 
-    Raises OSError, or ValueError.
+    A device or a pipe, which might never end, is a ValueError, too.
     """
     if is_special(path):
         raise ValueError("a device or a pipe")
@@ -233,15 +245,15 @@ def read_plain(path: Path, most: float) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads JSON. Raises ValueError, in words where Python would explain itself."""
+    """Reads JSON. Raises ValueError with a message that a user understands."""
     try:
         return json.loads(data)
     except RecursionError:
-        raise ValueError("too many brackets within each other") from None
+        raise ValueError("brackets nested too deeply") from None
     except ValueError as error:
         if isinstance(error, json.JSONDecodeError | UnicodeDecodeError):
             raise
-        raise ValueError("a number of too many digits") from None
+        raise ValueError("a number with too many digits") from None
 
 
 def draw_seed(seed: int) -> int:
@@ -254,15 +266,15 @@ def draw_seed(seed: int) -> int:
 
 
 def start_seed(seed: int, stem: str) -> int:
-    """Seeds one image's random start by (seed, file stem) alone: no batch, order or process has a say."""
+    """Gives the seed of one image's random start: of seed and stem alone, whatever batch or process."""
     digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
 # Device and dtype, from here to `on_cuda`: nothing else names them
-DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps, ..."
+DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
-DTYPE_HELP = "of the networks; auto is 16 bits on CUDA, fp32 elsewhere. The optimised image is always fp32"
+DTYPE_HELP = "of the networks (auto: 16 bits on CUDA, else fp32); the optimised image is always fp32"
 
 
 def pick_device(name: str) -> torch.device:
@@ -294,14 +306,14 @@ def pick_dtype(name: str, device: torch.device, half: str = "fp16") -> torch.dty
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Says how networks keep their weights: channels last, which convolutions of CUDA and CPUs like."""
+    """Gives the memory format of weights: channels last where convolutions are faster with it."""
     import torch
 
     return torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Tells whether a device has a memory and a queue of its own that torch.cuda knows of."""
+    """Tells whether torch.cuda measures the device's memory and waits for its queue."""
     return device.type == "cuda"
 
 
@@ -339,7 +351,7 @@ def write_file(path: Path, data: bytes) -> None:
             aside.unlink()
 
 
-# Which files in a directory this project wrote, a line each; so no others are ever replaced
+# One line for each file in a directory that this project wrote there, so that no others are ever replaced
 INDEX = ".facelock.jsonl"
 NOT_OURS = "exists and was not made by this script; move it, or choose another name"
 
@@ -348,36 +360,35 @@ def write_own(path: Path, data: bytes) -> None:
     """Writes a file as `write_file` does and notes it in the directory's index. Raises UserError."""
     if is_special(path):
         return write_file(path, data)
-    index = path.parent / INDEX
+    index, line = path.parent / INDEX, _index_line(path, data)
     if index.is_symlink() or is_special(index):
         raise UserError(f"{index}: is not a plain file")
     check_directory(path.absolute().parent)
-    line = {"output": path.name, "sha256": hashlib.sha256(data).hexdigest()}
     try:  # before the file itself: a killed run leaves none that the next one refuses
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(index, "a+") as file:
             file.seek(0)
-            if json.dumps(line) not in file.read().splitlines():
-                file.write(json.dumps(line) + "\n")
+            if line not in file.read().splitlines():
+                file.write(f"{line}\n")
     except OSError as error:
         raise UserError(f"{index}: can't be written ({error.strerror})") from None
     write_file(path, data)
 
 
 def check_own(path: Path) -> None:
-    """Refuses to replace a file that isn't just as `write_own` wrote it; an empty one may go.
-
-    Raises UserError.
-    """
+    """Raises UserError for a file with content that `write_own` didn't write just so."""
     index = path.parent / INDEX
     try:
         content = path.read_bytes() if path.exists() else b""
         lines = index.read_text(errors="replace").splitlines() if content and index.is_file() else []
     except OSError as error:
         raise UserError(f"{path}: can't be read ({error.strerror})") from None
-    own = json.dumps({"output": path.name, "sha256": hashlib.sha256(content).hexdigest()})
-    if content and own not in lines:
+    if content and _index_line(path, content) not in lines:
         raise UserError(f"{path}: {NOT_OURS}")
+
+
+def _index_line(path: Path, data: bytes) -> str:
+    return json.dumps({"output": path.name, "sha256": hashlib.sha256(data).hexdigest()})
 
 
 def is_special(path: Path) -> bool:

@@ -1,7 +1,7 @@
-"""Which networks belong together, their flags, and what the flags come to.
+"""Which networks belong together, the flags that choose among them, and what these resolve to.
 
-A member is a hub id, a name that its library knows, or a local directory or file. Nothing is downloaded but
-what the set or a flag names.
+A member is a hub id, a name that its library knows, or a local directory or file. Nothing is downloaded
+except what the set or a flag names.
 """
 
 from __future__ import annotations
@@ -17,14 +17,13 @@ from models.editors import EDITORS, Editor
 from models.loading import ROOT, from_hub, loading, quiet, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
 from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
-from utils import UserError, warn
+from models.vaes import WorkingVAE, load_vae
+from utils import UserError, defaults_help, warn
 
 if TYPE_CHECKING:
     import torch
 
 MINI = ROOT / "assets" / "mini"
-HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
-NAME_HELP = "each a kind as of --model, KIND=ID, or an ID of --model's kind (default: the one of --model)"
 
 
 @dataclass(frozen=True)
@@ -96,15 +95,16 @@ class ModelSettings:
 
     @classmethod
     def of(cls, args: argparse.Namespace, **more: Any) -> Self:
-        """Takes the fields that a script has flags for, as far as they were given."""
-        flags = {one.name: vars(args).get(one.name) for one in fields(cls)}
-        flags["edit"] = {name: value for name in EDIT_KNOBS if (value := vars(args).get(name)) is not None}
-        return cls(**{name: value for name, value in flags.items() if value is not None} | more)
+        """Reads the settings from a script's flags; what was not given keeps its default."""
+        given = {name: value for name, value in vars(args).items() if value is not None}
+        own = {one.name: given[one.name] for one in fields(cls) if one.name in given}
+        own["edit"] = {name: given[name] for name in EDIT_KNOBS if name in given}
+        return cls(**own | more)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """What the settings came to: members, the editor's settings, and where the networks run."""
+    """What the settings resolve to: members, the editor's settings, and where the networks run."""
 
     models: str  # one of MODEL_SETS
     kind: str  # of editor, one of EDITORS
@@ -114,8 +114,6 @@ class ModelConfig:
     judges: tuple[str, ...]  # that it doesn't
     perceptual: str
     clip: str
-    only_size: int | None
-    portraits: str
     device: torch.device
     dtype: torch.dtype
 
@@ -131,7 +129,7 @@ class ModelConfig:
 
     @property
     def dtype_name(self) -> str:
-        """As run.json has it."""
+        """The name of the dtype as run.json records it."""
         return str(self.dtype).removeprefix("torch.")
 
     def load_editor(self, progress: bool = False) -> Editor:
@@ -143,26 +141,31 @@ class ModelConfig:
         with loading("the editor", self.model_id):
             from_hub(self.model_id)
 
-    def panel(self) -> dict[str, str]:
-        """Gives the recognisers by what tables call them: the attacked ones first, then the judges."""
-        return dict(
-            zip(panel_names(self.recognizers, self.judges), (*self.recognizers, *self.judges), strict=True)
-        )
+    def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
+        """Loads the editor's autoencoder alone, or takes it from an earlier call. Raises UserError."""
+        where = self.resolution, self.device, self.dtype
+        return load_vae(self.editor, self.model_id, *where, checkpointing, compile)
 
     def load_recognizer(
         self, member: str, dtype: torch.dtype | None = None, compile: bool = False
     ) -> Recognizer:
         """Loads one of the panel, or takes it from an earlier call. Raises UserError."""
-        return load_recognizer(member, self.device, dtype or self.dtype, compile, self.portraits)
+        portraits = MODEL_SETS[self.models].portraits
+        return load_recognizer(member, self.device, dtype or self.dtype, compile, portraits)
+
+    def panel(self) -> dict[str, str]:
+        """Gives the recognisers by their names in tables: the attacked ones first, then the judges."""
+        members = self.recognizers + self.judges
+        return dict(zip(panel_names(self.recognizers, self.judges), members, strict=True))
 
     def edit_settings(self) -> dict[str, Any]:
-        """Gives all that decides about an edit's pixels beside image, instruction and seed, for run.json."""
+        """Gives what decides about an edit's pixels beside image, instruction and seed, for run.json."""
         id_ = recorded(self.model_id)
         return {"model": self.kind, "model_id": id_, "dtype": self.dtype_name, **self.settings}
 
     def warn_of(self, sizes: Iterable[Sequence[int] | None], texts: Iterable[str] = ()) -> None:
         """Warns of image sizes (H, W) and instructions that the set's models were not made for."""
-        if (side := self.only_size) is None:
+        if (side := MODEL_SETS[self.models].only_size) is None:
             return
         for height, width in sorted({tuple(size) for size in sizes if size} - {(side, side)}):
             warn(
@@ -174,10 +177,10 @@ class ModelConfig:
 
 
 def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
-    """Puts what is wanted in place of the set's and the editor's own, and picks device and dtype.
+    """Fills in what the settings leave to the set and to the editor, and picks device and dtype.
 
-    given: fields of ModelSettings, instead of those of `wanted`. A knob that the editor hasn't is ignored
-    with a warning. Raises UserError if the set has no editor of that kind, or can't work with the settings.
+    given: fields of ModelSettings that replace those of `wanted`. Warns of a knob that the editor doesn't
+    have. Raises UserError if the set has no editor of that kind, or if the settings don't go together.
     """
     wanted = replace(wanted or ModelSettings(), **given)
     models, kind, editor = MODEL_SETS[wanted.models], wanted.model, EDITORS[wanted.model]
@@ -187,19 +190,18 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         value = getattr(wanted, name)
         if value == "" or "" in list(value or ()):
             raise UserError(f"--{name}: an empty name")
-    own = {**editor.knobs, "resolution": editor.resolution, "scheduler": editor.scheduler}
-    settings = own | {name: value for name, value in models.settings.items() if name in own}
-    for name, value in wanted.edit.items():
-        if name in editor.knobs:
-            settings[name] = value
-        else:
-            warn(f"--{name} is ignored: {kind} has no such knob")
-    settings["resolution"] = wanted.resolution or settings["resolution"]
+    settings = {**editor.knobs, "resolution": editor.resolution, "scheduler": editor.scheduler}
+    settings |= {name: value for name, value in models.settings.items() if name in settings}
+    settings |= {name: value for name, value in wanted.edit.items() if name in editor.knobs}
+    for name in wanted.edit.keys() - editor.knobs.keys():
+        warn(f"--{name} is ignored: {kind} has no such knob")
+    if wanted.resolution:
+        settings["resolution"] = wanted.resolution
     editor.check(settings)
     recognizers = several(wanted.recognizer) or (models.recognizer,)
     attacked = {identity(member) for member in recognizers}
     if seen := [one for one in several(wanted.judge) if identity(one) in attacked]:
-        raise UserError(f"--judge {seen[0]}: the attack sees it, so that it is no judge (--recognizer)")
+        raise UserError(f"--judge {seen[0]}: the attack sees it, so it can't be a judge (--recognizer)")
     quiet()
     device = utils.pick_device(wanted.device)
     return ModelConfig(
@@ -211,15 +213,13 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         judges=several(wanted.judge) or tuple(one for one in models.judges if identity(one) not in attacked),
         perceptual=wanted.lpips or models.perceptual,
         clip=wanted.clip or models.clip,
-        only_size=models.only_size,
-        portraits=models.portraits,
         device=device,
         dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
     )
 
 
 def resolve_editor(wanted: ModelSettings, name: str) -> ModelConfig:
-    """Chooses as `choose` does, but the editor named as KIND, KIND=ID, or by an ID of the wanted kind."""
+    """Resolves the settings for another editor: KIND, KIND=ID, or an ID of the wanted kind."""
     kind, is_kind, id_ = name.partition("=")
     if kind not in EDITORS:
         return resolve(wanted, model_id=name)
@@ -227,17 +227,17 @@ def resolve_editor(wanted: ModelSettings, name: str) -> ModelConfig:
 
 
 def several(members: str | Sequence[str]) -> tuple[str, ...]:
-    """Makes a tuple of names, or of one name: a string is a sequence, too."""
+    """Makes a tuple of names, or of a single name: a string is a sequence, too."""
     return (members,) if isinstance(members, str) else tuple(members)
 
 
 def identity(member: str) -> str:
-    """Says which recogniser a member is, however its path is written."""
+    """Tells which recogniser a member is, however its path is written."""
     return str(Path(member).resolve()) if Path(member).exists() else member
 
 
 def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:
-    """Names recognisers and judges in tables, the same name never twice."""
+    """Names recognisers and judges in tables, no two alike."""
     names: list[str] = []
     for name in map(name_of, (*recognizers, *judges)):
         names.append(f"{name}-{len(names) + 1}" if name in names else name)
@@ -245,17 +245,19 @@ def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# flags
+# flags. None: not given, so that each editor keeps its own value where there are several
 
-EDIT_KNOBS = {  # flag -> type and what it is; a class of editors reads some of them
-    "num_inference_steps": (utils.positive_int, "denoising steps"),
-    # diffusers would silently turn all guidance off below 1
-    "image_guidance_scale": (utils.at_least_one, "how closely the edit keeps to the image, at least 1"),
+HUB_HELP = "hub id (ID@REVISION for a fixed one) or local directory"
+NAME_HELP = "each a KIND as in --model, KIND=ID, or an ID of --model's kind (default: the editor of --model)"
+EDIT_KNOBS = {  # flag -> type and what it is; an editor reads those that its class has
+    "num_inference_steps": (utils.positive_int, "number of denoising steps"),
+    # below 1, diffusers would turn all guidance off without a word
+    "image_guidance_scale": (utils.at_least_one, "how closely the edit follows the image, at least 1"),
     "guidance_scale": (
         utils.non_negative_float,
-        "how strongly the instruction is followed; up to 1, both guidances are off",
+        "how closely the edit follows the instruction; at 1 or below, both guidances are off",
     ),
-    "strength": (utils.share, "share of the denoising that img2img does"),
+    "strength": (utils.share, "share of the denoising steps that img2img runs"),
 }
 
 
@@ -270,23 +272,20 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSetti
 
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
-    names = ("--model", "--target_model")
-    text = "kind of editor; stable-diffusion is its img2img"
+    names, text = ("--model", "--target_model"), "kind of editor; stable-diffusion means its img2img"
     parser.add_argument(*names, dest="model", choices=EDITORS, default=ModelSettings.model, help=text)
-    ids = "; ".join(
-        f"{name}: {', '.join(map(shown, models.editors.values()))}" for name, models in MODEL_SETS.items()
+    ids = {**MODEL_SETS["full"].editors}
+    ids |= {f"{kind} of mini": shown(id_) for kind, id_ in MODEL_SETS["mini"].editors.items()}
+    parser.add_argument("--model_id", help=defaults_help(f"the editor's {HUB_HELP}", ids))
+    text = (
+        "long side in px at which the editor works, to which larger images are reduced; for FLUX and Qwen, "
+        "the side of a square of the same area"
     )
-    parser.add_argument("--model_id", help=f"{HUB_HELP} of the editor (default: {ids})")
-    text = setting_help(
-        "long side in px at which the editor works; larger images are reduced; for FLUX and Qwen, "
-        "the side of the square that has the area at which they work",
-        "resolution",
-    )
-    parser.add_argument("--resolution", type=utils.positive_int, help=text)
+    parser.add_argument("--resolution", type=utils.positive_int, help=setting_help(text, "resolution"))
 
 
 def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds every flag but the seed that decides how an image is edited."""
+    """Adds every flag except the seed that decides how an image is edited."""
     for name, (kind, text) in EDIT_KNOBS.items():
         parser.add_argument(f"--{name}", type=kind, help=setting_help(text, name))
     add_editor_arguments(parser)
@@ -295,40 +294,34 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_face_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --recognizer and --judge."""
-    attacked = "face recognisers that the attack sees, one or several, whose mean similarity counts"
-    judges = "face recognisers that no attack sees, one or several: a panel"
-    for flag, member, what in (("recognizer", "recognizer", attacked), ("judge", "judges", judges)):
-        text = f"{what}: {KINDS_HELP} (default: {_of_each_set(member)})"
-        parser.add_argument(f"--{flag}", nargs="+", metavar="NAME", help=text)
+    text = f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"
+    text = defaults_help(text, _by_set("recognizer"))
+    parser.add_argument("--recognizer", nargs="+", metavar="NAME", help=text)
+    text = defaults_help("recognizers that no attack sees, named as in --recognizer", _by_set("judges"))
+    parser.add_argument("--judge", nargs="+", metavar="NAME", help=text)
 
 
 def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --lpips."""
-    kinds = f"{', '.join(LPIPS_TRUNKS)}, or a local directory"
-    text = f"perceptual distance: {kinds} (default: {_of_each_set('perceptual')})"
-    parser.add_argument("--lpips", help=text)
+    text = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"
+    parser.add_argument("--lpips", help=defaults_help(text, _by_set("perceptual")))
 
 
 def add_clip_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --clip_id."""
-    text = f"{HUB_HELP} of a transformers CLIP (default: {_of_each_set('clip')})"
+    text = defaults_help(f"transformers CLIP, {HUB_HELP}", _by_set("clip"))
     parser.add_argument("--clip_id", dest="clip", help=text)
 
 
+def _by_set(member: str) -> dict[str, str]:
+    """Gives a member, or several, of each set."""
+    own = {name: several(getattr(models, member)) for name, models in MODEL_SETS.items()}
+    return {name: " ".join(map(shown, members)) for name, members in own.items()}
+
+
 def setting_help(text: str, name: str) -> str:
-    """Writes a flag's help with the value that each set has for it, in place of the default None."""
+    """Writes a flag's help with its default for each editor that has the setting, and for mini's."""
     own = {kind: one.knobs.get(name, getattr(one, name, None)) for kind, one in EDITORS.items()}
+    own["mini"] = MODEL_SETS["mini"].settings.get(name)
     own = {kind: value for kind, value in own.items() if value is not None}
-    first = next(iter(own.values()))
-    others = [f"{kind} {value}" for kind, value in own.items() if value != first]
-    values = {key: models.settings.get(name, first) for key, models in MODEL_SETS.items()}
-    values["full"] = f"{first} ({', '.join(others)})" if others else first
-    only = f", {' and '.join(own)} only" if len(own) < len(EDITORS) else ""
-    return f"{text}{only} (default: {', '.join(f'{key}: {value}' for key, value in values.items())})"
-
-
-def _of_each_set(member: str) -> str:
-    """Writes a member, or several, as each set has it."""
-    own = {name: getattr(models, member) for name, models in MODEL_SETS.items()}
-    own = {name: [value] if isinstance(value, str) else value for name, value in own.items()}
-    return ", ".join(f"{name}: {' '.join(map(shown, values))}" for name, values in own.items())
+    return defaults_help(text, own, EDITORS)
