@@ -10,9 +10,9 @@ import torch
 import defend
 import edit
 import experiment
-from models.config import MINI, MODEL_SETS, ModelConfig, ModelSettings, resolve, setting_help
-from models.editors import EDITORS, InstructPix2Pix, StableDiffusion
-from models.loading import ROOT, recorded, shown
+from models.config import MINI, MODEL_SETS, ModelConfig, ModelSettings, resolve
+from models.editors import EDITORS
+from models.loading import recorded
 from protection import Protector
 from utils import UserError
 
@@ -40,8 +40,6 @@ FULL = ModelConfig(
     judges=("casia-webface", "dlib"),
     perceptual="vgg",
     clip="openai/clip-vit-base-patch32",
-    only_size=None,
-    portraits="photos",
     **CPU,
 )
 MINIS = ModelConfig(
@@ -58,8 +56,6 @@ MINIS = ModelConfig(
     recognizers=(str(MINI / "recognizer"),),
     judges=(str(MINI / "judge"), "dlib"),
     **{name: str(MINI / name) for name in ("perceptual", "clip")},
-    only_size=128,
-    portraits="mini",
     **CPU,
 )
 
@@ -68,25 +64,6 @@ MINIS = ModelConfig(
 @pytest.mark.parametrize("expected", [FULL, MINIS], ids=["full", "mini"])
 def test_without_flags_the_set_is_as_it_stands(expected, script):
     assert config(f"--models {expected.models}", script) == expected
-
-
-def test_full_has_stable_diffusion_too():
-    expected = dataclasses.replace(
-        FULL,
-        kind="stable-diffusion",
-        model_id="stable-diffusion-v1-5/stable-diffusion-v1-5",
-        settings={
-            "num_inference_steps": 100,
-            "guidance_scale": 7.5,
-            "strength": 0.5,
-            "resolution": 512,
-            "scheduler": "EulerAncestralDiscreteScheduler",
-        },
-    )
-    for flag in ("--model", "--target_model"):
-        assert config(f"{flag} stable-diffusion") == expected
-        assert config(f"{flag} stable-diffusion", defend) == expected
-    assert (FULL.editor, expected.editor) == (InstructPix2Pix, StableDiffusion)
 
 
 ALL = {  # kind -> id, steps, guidance, long side or side of the area
@@ -99,7 +76,7 @@ ALL = {  # kind -> id, steps, guidance, long side or side of the area
 }
 
 
-@pytest.mark.parametrize("kind", EDITORS)
+@pytest.mark.parametrize("kind", ALL)
 def test_full_has_every_editor_with_its_own_settings(kind):
     found = config(f"--model {kind}")
     named = [found.settings[name] for name in ("num_inference_steps", "guidance_scale", "resolution")]
@@ -108,12 +85,6 @@ def test_full_has_every_editor_with_its_own_settings(kind):
     # those of Stable Diffusion's own solver; the others come with the one they were trained for
     first = kind in ("instruct-pix2pix", "stable-diffusion")
     assert found.settings["scheduler"] == ("EulerAncestralDiscreteScheduler" if first else None)
-
-
-def test_mini_set_is_bundled():
-    assert MINI == ROOT / "assets" / "mini" and MINI.is_absolute()
-    assert all((MINI / name).is_dir() for name in ("editor", "recognizer", "judge", "perceptual", "clip"))
-    assert shown(MINIS.judges[0]) == "assets/mini/judge"
 
 
 def test_flags_replace_members_and_values():
@@ -195,13 +166,17 @@ def test_an_editor_that_can_not_be_had_is_known_without_loading_it():
         config("--model_id /no/such").check_editor()
 
 
-def test_help_shows_each_sets_value():
-    others = "flux-kontext 28, flux2-klein 4, qwen-image-edit 50"
-    steps = setting_help("steps", "num_inference_steps")
-    assert steps == f"steps (default: full: 100 ({others}), mini: 20)"
-    assert setting_help("px", "resolution").startswith("px (default: full: 512 (sdxl-instruct-pix2pix 768, ")
-    only = "share, stable-diffusion only (default: full: 0.5, mini: 0.5)"
-    assert setting_help("share", "strength") == only
+def test_help_shows_the_default_of_each_editor_and_set(capsys):
+    with pytest.raises(SystemExit):
+        edit.parse_args(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    for part in (
+        "denoising steps (default: 100; flux-kontext: 28; flux2-klein: 4; qwen-image-edit: 50; mini: 20)",
+        "img2img runs (stable-diffusion only; default: 0.5)",
+        "qwen-image-edit: 1024; mini: 128)",
+        "flux-kontext of mini: assets/mini/kontext)",
+    ):
+        assert part in text
 
 
 def test_warning_for_what_a_set_was_not_made_for(capsys):

@@ -22,15 +22,12 @@ from safetensors.torch import load_file
 
 import defend
 import edit
-import loops
 import main_defend
 import main_edit
-import models.perceptual
 import protection
 import utils
 from images import linf, load_image
 from methods import METHODS
-from models.loading import read_state
 from protection import Protector
 
 pytestmark = pytest.mark.usefixtures("whole_images")
@@ -122,48 +119,20 @@ def test_help_answers_without_torch(script):
     assert "default: None" not in text and "==SUPPRESS==" not in text
 
 
-def test_the_four_scripts_have_help():
-    assert {"edit.py", "defend.py", "main_edit.py", "main_defend.py"} <= set(SCRIPTS)
+DEFAULTS = [
+    (defend, "--input_path=a --defend_method=facelock", {"num_iters": 100, "model": "instruct-pix2pix"}),
+    (main_defend, "--image_dir=a --output_dir=b --defend_method=cw", {"models": "full", "batch_size": 1}),
+    (edit, "--input_path=a --prompt=b", {"seed": -1, "strength": None, "models": "full"}),
+    (main_edit, "--src_dir=a --edit_dir=b", {"seed": -1, "prompts": None, "overwrite": False}),
+]
 
 
-@pytest.mark.parametrize(
-    ("script", "line", "defaults"),
-    [
-        (
-            defend,
-            "--input_path=a --defend_method=facelock",
-            {
-                "budget": 0.03,
-                "step_size": 0.01,
-                "num_iters": 100,
-                "seed": 0,
-                "model": "instruct-pix2pix",
-            },
-        ),
-        (
-            main_defend,
-            "--image_dir=a --output_dir=b --defend_method=cw",
-            {
-                "budget": 0.03,
-                "step_size": 0.01,
-                "num_iters": 100,
-                "seed": 0,
-                "models": "full",
-                "batch_size": 1,
-            },
-        ),
-        (edit, "--input_path=a --prompt=b", {"seed": -1, "strength": None, "models": "full"}),
-        (
-            main_edit,
-            "--src_dir=a --edit_dir=b",
-            {"seed": -1, "strength": None, "prompts": None, "overwrite": False},
-        ),
-    ],
-)
+@pytest.mark.parametrize(("script", "line", "defaults"), DEFAULTS)
 def test_defaults_are_the_releases(script, line, defaults):
     given = vars(args := script.parse_args(line.split()))
     if script in (defend, main_defend):
         given = given | vars(Protector(defend.settings_of(args)).run)
+        defaults = defaults | {"budget": 0.03, "step_size": 0.01, "num_iters": 100, "seed": 0}
     assert {name: given[name] for name in defaults} == defaults
 
 
@@ -282,20 +251,17 @@ def sixteen_bit(path: Path) -> None:
     Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)).save(path)
 
 
+def with_alpha(path: Path) -> None:
+    alpha = np.arange(4096).reshape(64, 64) % 256
+    Image.fromarray(np.dstack([tiny.portrait(), alpha]).astype(np.uint8)).save(path)
+
+
 KINDS = {  # name -> (writes it, upright size (W, H))
     "rotated.jpg": (exif_rotated, (45, 70)),
     "palette.png": (lambda path: Image.fromarray(tiny.portrait((45, 70))).quantize(16).save(path), (70, 45)),
     "deep.png": (sixteen_bit, (64, 48)),
-    "alpha.png": (
-        lambda path: Image.fromarray(
-            np.dstack([tiny.portrait(), np.arange(4096).reshape(64, 64) % 256]).astype("u1")
-        ).save(path),
-        (64, 64),
-    ),
-    "large.webp": (
-        lambda path: Image.fromarray(tiny.portrait((97, 131))).save(path, lossless=True),
-        (131, 97),
-    ),
+    "alpha.png": (with_alpha, (64, 64)),
+    "large.webp": (lambda p: Image.fromarray(tiny.portrait((97, 131))).save(p, lossless=True), (131, 97)),
 }
 
 
@@ -316,27 +282,12 @@ def test_any_image_keeps_its_size_orientation_and_alpha(call, tmp_path, name):
     assert 1 <= round(linf(load_image(output).pixels, clean.pixels) * 255 / 2) <= 3
 
 
-def test_the_alpha_and_the_depth_of_the_inputs_are_what_the_tests_think(tmp_path):
-    for name, (write, _) in KINDS.items():
-        write(tmp_path / name)
-    with Image.open(tmp_path / "deep.png") as image:
-        assert image.mode.startswith("I")
-    assert np.ptp(load_image(tmp_path / "deep.png").pixels) == 255
-    assert np.ptp(load_image(tmp_path / "alpha.png").alpha) == 255
-
-
 def test_img2img_edits_too(call, face, tiny_models):
-    kind = f"--model stable-diffusion --model_id {tiny_models.img2img} --num_inference_steps 4"
-    outputs = []
-    for strength in (0.25, 1.0):
-        outputs.append(face.with_name(f"{strength}.png"))
-        done = call(
-            edit,
-            f"{kind} --input_path {face} --prompt hat --seed 0 --strength {strength}",
-            "--output_path",
-            outputs[-1],
-        )
-        assert done.status == 0
+    line = f"--input_path {face} --prompt hat --seed 0 --num_inference_steps 4"
+    line += f" --model stable-diffusion --model_id {tiny_models.img2img}"
+    outputs = [face.with_name(f"{strength}.png") for strength in (0.25, 1.0)]
+    for output in outputs:
+        assert call(edit, f"{line} --strength {output.stem} --output_path {output}").status == 0
     assert levels(*outputs) > 0
 
 
@@ -355,26 +306,15 @@ def test_warning_about_what_mini_models_were_not_made_for(call, face, tmp_path):
 # seeds
 
 
-@pytest.mark.parametrize("method", ["noise", "encoder", "cw"])
-def test_a_defence_is_the_same_for_a_seed_and_another_for_another(call, face, method):
-    outputs = []
-    for number, seed in enumerate((0, 0, 1)):
-        outputs.append(face.with_name(f"out{number}.png"))
-        call(
-            defend,
-            f"--input_path {face} --defend_method {method} --seed {seed}",
-            "--output_path",
-            outputs[-1],
-        )
-    first, again, other = (path.read_bytes() for path in outputs)
-    assert first == again != other
+DRAWN = [(defend, f"--defend_method {name}") for name in ("noise", "encoder", "cw")]
+DRAWN += [(edit, "--prompt hat")]
 
 
-def test_an_edit_is_the_same_for_a_seed_and_another_for_another(call, face):
-    outputs = []
-    for number, seed in enumerate((0, 0, 1)):
-        outputs.append(face.with_name(f"out{number}.png"))
-        call(edit, f"--input_path {face} --prompt hat --seed {seed} --output_path", outputs[-1])
+@pytest.mark.parametrize(("script", "line"), DRAWN)
+def test_a_result_is_the_same_for_a_seed_and_another_for_another(call, face, script, line):
+    outputs = [face.with_name(f"out{number}.png") for number in range(3)]
+    for output, seed in zip(outputs, (0, 0, 1), strict=True):
+        assert call(script, f"--input_path {face} {line} --seed {seed} --output_path {output}").status == 0
     first, again, other = (path.read_bytes() for path in outputs)
     assert first == again != other
 
@@ -391,36 +331,19 @@ def test_a_drawn_seed_is_printed_and_repeats_the_edit(call, face):
 
 
 def test_the_start_depends_on_seed_and_name_alone(call, folder, tmp_path):
-    def protected(script, line: str, result: Path) -> np.ndarray:
-        assert call(script, line).status == 0
-        return pixels(result)
-
     alone = tmp_path / "elsewhere" / "face1.png"
     alone.parent.mkdir()
     alone.write_bytes((folder / "face1.png").read_bytes())
-    noise = "--defend_method noise"
-    expected = protected(
-        main_defend,
-        f"{noise} --image_dir {folder} --output_dir {tmp_path}/a",
-        tmp_path / "a/budget_0.03/face1.png",
-    )
-    for found in (
-        protected(
-            main_defend,
-            f"{noise} --image_dir {folder} --output_dir {tmp_path}/b --batch_size 3",
-            tmp_path / "b/budget_0.03/face1.png",
-        ),
-        protected(
-            main_defend,
-            f"{noise} --image_dir {alone.parent} --output_dir {tmp_path}/c",
-            tmp_path / "c/budget_0.03/face1.png",
-        ),
-        protected(defend, f"{noise} --input_path {alone}", alone.with_name("protected_face1.png")),
-    ):
-        assert np.array_equal(found, expected)
-    renamed = alone.rename(alone.with_name("other.png"))
-    other = protected(defend, f"{noise} --input_path {renamed}", alone.with_name("protected_other.png"))
-    assert not np.array_equal(other, expected)
+    for number, flags in enumerate((f"{folder}", f"{folder} --batch_size 3", f"{alone.parent}")):
+        line = f"--defend_method noise --output_dir {tmp_path}/{number} --image_dir {flags}"
+        assert call(main_defend, line).status == 0
+    made = [tmp_path / f"{number}/budget_0.03/face1.png" for number in range(3)]
+    renamed = shutil.copy(alone, alone.with_name("other.png"))
+    for path in (alone, renamed):
+        assert call(defend, f"--defend_method noise --input_path {path}").status == 0
+    single, other = (path.with_name(f"protected_{path.name}") for path in (alone, renamed))
+    assert all(np.array_equal(pixels(path), pixels(single)) for path in made)
+    assert not np.array_equal(pixels(other), pixels(single))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -432,14 +355,9 @@ def test_main_defend_gives_what_defend_gives(call, folder, tmp_path, method):
     done = call(main_defend, f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method {method}")
     made = tmp_path / "out" / "budget_0.03"
     assert done.status == 0 and "3 written, 0 there already, 0 failed" in done.out
-    found = sorted(path.name for path in made.iterdir())
-    beside = [".facelock.jsonl", ".lock", "manifest.jsonl", "report.csv", "run.json"]
-    assert found == sorted([*beside, "face0.png", "face1.png", "face2.png"])
     for name in ("face0", "face2"):
-        call(
-            defend,
-            f"--input_path {folder}/{name}.png --output_path {tmp_path}/{name}.png --defend_method {method}",
-        )
+        line = f"--input_path {folder}/{name}.png --output_path {tmp_path}/{name}.png"
+        call(defend, f"{line} --defend_method {method}")
         assert np.array_equal(pixels(tmp_path / f"{name}.png"), pixels(made / f"{name}.png"))
     record = json.loads((made / "run.json").read_text())
     assert record["seed"] == 0 and record["arguments"]["defend_method"] == method
@@ -449,13 +367,9 @@ def test_main_edit_gives_what_edit_gives(call, folder, tmp_path):
     done = call(main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompts 0,3")
     made = tmp_path / "out" / "seed5"
     assert done.status == 0 and "6 written" in done.out
-    files = {f"prompt{i}/face{n}.png" for i in (0, 3) for n in range(3)}
-    assert set(tree(made)) == files | {".lock", "manifest.jsonl", "run.json", "prompt0", "prompt3"}
-    call(
-        edit,
-        f"--input_path {folder}/face1.png --output_path {tmp_path}/single.png --seed 5 --prompt",
-        utils.edit_prompts[3],
-    )
+    assert len([*made.glob("prompt[03]/face[012].png")]) == 6
+    line = f"--input_path {folder}/face1.png --output_path {tmp_path}/single.png --seed 5 --prompt"
+    call(edit, line, utils.edit_prompts[3])
     assert (tmp_path / "single.png").read_bytes() == (made / "prompt3/face1.png").read_bytes()
     record = json.loads((made / "run.json").read_text())
     assert record["prompts"] == {str(i): utils.edit_prompts[i] for i in (0, 3)}
@@ -470,18 +384,13 @@ def test_own_instructions(call, folder, tmp_path):
     made = tmp_path / "out/seed5"
     assert sorted(path.name for path in made.glob("prompt*")) == ["prompt0", "prompt2"]
     assert json.loads((made / "run.json").read_text())["prompts"] == {"0": "wear a hat", "2": "be blue"}
-    done = call(
-        main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompts 0"
-    )  # another text
+    line = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompts 0"
+    done = call(main_edit, line)  # another text
     assert done.status == 1 and "wear a hat" in done.errors[0] and len(done.errors) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
 # resume
-
-
-def times(directory: Path) -> dict[str, int]:
-    return {path.name: path.stat().st_mtime_ns for path in directory.glob("*.png")}
 
 
 @pytest.fixture
@@ -490,45 +399,39 @@ def finished(call, folder, tmp_path) -> SimpleNamespace:
     line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method encoder --batch_size 2"
     assert call(main_defend, line).status == 0
     made = tmp_path / "out" / "budget_0.03"
-    return SimpleNamespace(line=line, made=made, files=tree(made), times=times(made))
+    return SimpleNamespace(line=line, made=made, files=tree(made))
 
 
-def test_a_second_run_skips(call, finished):
+def test_a_second_run_skips_and_a_resumed_one_makes_the_same_file(call, finished):
     done = call(main_defend, finished.line, "--batch_size", 3)  # which may differ
     assert done.status == 0 and "0 written, 3 there already" in done.out
-    assert times(finished.made) == finished.times
-
-
-def test_a_resumed_run_makes_the_same_file(call, finished):
     (finished.made / "face1.png").unlink()
     done = call(main_defend, finished.line)
     assert "1 written, 2 there already" in done.out
     after = tree(finished.made)
     assert all(after[f"face{n}.png"] == finished.files[f"face{n}.png"] for n in range(3))
-    assert {name for name, time in times(finished.made).items() if time != finished.times[name]} == {
-        "face1.png"
-    }
 
 
 def test_a_changed_argument_is_refused_and_listed(call, finished):
     done = call(main_defend, finished.line, "--step_size", 0.003)
     assert done.status == 1 and len(done.errors) == 1
     assert "step_size: 0.01 there, 0.003 now" in done.errors[0] and str(finished.made) in done.errors[0]
-    assert tree(finished.made) == finished.files and times(finished.made) == finished.times
+    assert tree(finished.made) == finished.files
     done = call(main_defend, finished.line, "--step_size", 0.003, "--overwrite")
     assert done.status == 0 and "3 written" in done.out
-    assert all(time > finished.times[name] for name, time in times(finished.made).items())
 
 
-def test_a_replaced_source_is_refused_and_made_again_alone(call, folder, finished):
-    Image.fromarray(tiny.portrait(64, seed=9)).save(folder / "face1.png")
+def test_a_folder_from_before_vae_was_named_so_is_known(call, finished, tiny_models):
+    """Its run.json calls the flag vae_ids; what was attacked through several editors is another result."""
+    path = finished.made / "run.json"
+    record = json.loads(path.read_text())
+    del record["arguments"]["vae"]
+    path.write_text(json.dumps(record))
+    assert "0 written, 3 there already" in call(main_defend, finished.line).out
+    record["arguments"]["vae_ids"] = [f"instruct-pix2pix={tiny_models.editor}, 64 px"]
+    path.write_text(json.dumps(record))
     done = call(main_defend, finished.line)
-    assert done.status == 1 and len(done.errors) == 1
-    assert "not the results of this run: face1.png: its source has changed" in done.errors[0]
-    assert tree(finished.made) == finished.files
-    done = call(main_defend, finished.line, "--overwrite")
-    assert done.status == 0 and "1 written, 2 there already" in done.out
-    assert levels(folder / "face1.png", finished.made / "face1.png") <= 3
+    assert done.status == 1 and "vae_ids" in done.errors[0]
 
 
 def test_another_version_of_a_method_is_another_setting(call, finished, monkeypatch):
@@ -565,34 +468,15 @@ def test_an_edit_of_what_was_protected_otherwise_since_is_refused(call, folder, 
     assert "0 written, 6 there already" in call(main_edit, edits, "--verify").out
 
 
-def test_a_directory_of_an_older_version_is_one_line(call, finished):
-    """It recorded hashes of source text in the place of the method's version."""
-    record = json.loads((finished.made / "run.json").read_text())
-    del record["arguments"]["method_version"]
-    record["arguments"] |= {"code": "3435dbe8465e2a89", "networks_code": "0123456789abcdef"}
-    (finished.made / "run.json").write_text(json.dumps(record))
-    done = call(main_defend, finished.line)
-    assert done.status == 1 and len(done.errors) == 1
-    assert "by an older FaceLock, which recorded no method_version" in done.errors[0]
-    done = call(main_defend, finished.line, "--overwrite")
-    assert done.status == 0 and "3 written" in done.out
-
-
 def test_budget_folders_are_named_as_the_releases(call, folder, tmp_path):
-    budget = 8 / 255
-    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method noise --attack_budget {budget}"
-    assert call(main_defend, line).status == 0
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget_0.03137254901960784"]
-    (tmp_path / "out/budget_0.03137254901960784").rename(tmp_path / "out/budget_0.0313725")
-    done = call(main_defend, line)  # as this project called them before
+    budget, out = 8 / 255, tmp_path / "out"
+    line = f"--image_dir {folder} --output_dir {out} --defend_method noise --attack_budget"
+    assert call(main_defend, f"{line} {budget}").status == 0
+    (out / "budget_0.03137254901960784").rename(out / "budget_0.0313725")
+    done = call(main_defend, f"{line} {budget}")  # as this project called them before
     assert "0 written, 3 there already" in done.out
-    assert [path.name for path in (tmp_path / "out").iterdir()] == ["budget_0.0313725"]
-    near = line.replace(str(budget), "0.03137250000001")  # another one of the same short name
-    assert call(main_defend, near).status == 0
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "budget_0.0313725",
-        "budget_0.03137250000001",
-    ]
+    assert call(main_defend, f"{line} 0.03137250000001").status == 0  # another of the same short name
+    assert {path.name for path in out.iterdir()} == {"budget_0.0313725", "budget_0.03137250000001"}
 
 
 @pytest.mark.parametrize(
@@ -625,9 +509,7 @@ def test_main_defend_draws_a_seed_only_for_a_new_directory(call, folder, tmp_pat
 def test_main_edit_starts_a_new_folder_for_each_drawn_seed(call, folder, tmp_path):
     line = f"--src_dir {folder} --edit_dir {tmp_path}/out --prompts 0"
     seeds = [re.search(r"^seed: (\d+)$", call(main_edit, line).out, re.MULTILINE)[1] for _ in range(2)]
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(
-        f"seed{seed}" for seed in seeds
-    )
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"seed{seed}" for seed in seeds}
 
 
 def test_a_drawn_seed_is_not_one_that_has_a_folder(tmp_path, monkeypatch):
@@ -641,23 +523,15 @@ def test_a_bad_file_among_good_ones(call, folder, tmp_path):
     (folder / "face1.png").write_text("no image")
     (folder / "small.png").write_bytes(b"")
     Image.new("RGB", (64, 8)).save(folder / "thin.png")
-    for script, line, made in (
-        (
-            main_defend,
-            f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method encoder",
-            "budget_0.03",
-        ),
-        (main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 1 --prompts 2", "seed1/prompt2"),
-    ):
+    protect = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method encoder"
+    edits = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 1 --prompts 2"
+    for script, line, made in ((main_defend, protect, "budget_0.03"), (main_edit, edits, "seed1/prompt2")):
         done = call(script, f"{line} --batch_size 4")
         assert done.status == 1 and "2 written, 0 there already, 3 failed" in done.out
         listed = re.findall(r"^  failed: (.*)$", done.err, re.MULTILINE)
         assert [Path(line.split(":")[0]).name for line in listed] == ["face1.png", "small.png", "thin.png"]
         assert "too small" in listed[2] and "Traceback" not in done.err
-        assert sorted(path.name for path in (tmp_path / "out" / made).glob("*.png")) == [
-            "face0.png",
-            "face2.png",
-        ]
+        assert {path.name for path in (tmp_path / "out" / made).glob("*.png")} == {"face0.png", "face2.png"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -666,7 +540,7 @@ def test_a_bad_file_among_good_ones(call, folder, tmp_path):
 
 @pytest.fixture
 def bad(tmp_path) -> Path:
-    """A directory with something wrong of every kind."""
+    """A directory with everything that can be wrong."""
     root = tmp_path / "bad"
     tiny.write_portraits(root / "good", 2)
     Image.new("RGB", (64, 64), "grey").save(root / "grey.png")
@@ -690,39 +564,23 @@ def bad(tmp_path) -> Path:
 
 ONE, MANY = "--input_path {bad}/good/face0.png", "--image_dir {bad}/good --output_dir {bad}/out"
 EDIT, EDITS = f"{ONE} --prompt x --seed 0", "--src_dir {bad}/good --edit_dir {bad}/out --seed 0 --prompts 0"
-BAD_INPUTS = [
-    # what, script, command, exit status, what the line says
+BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("missing", defend, "--input_path {bad}/none.png", 1, "bad/none.png: no such file"),
     ("missing", edit, "--input_path {bad}/none.png --prompt x", 1, "bad/none.png: no such file"),
     ("directory", defend, "--input_path {bad}/good", 1, "bad/good: not a file"),
     ("text", defend, "--input_path {bad}/text.png", 1, "bad/text.png: not a readable image"),
-    ("text", edit, "--input_path {bad}/text.png --prompt x", 1, "bad/text.png: not a readable image"),
     ("truncated", defend, "--input_path {bad}/cut.jpg", 1, "bad/cut.jpg: not a readable image"),
-    ("truncated", edit, "--input_path {bad}/cut.jpg --prompt x", 1, "bad/cut.jpg: not a readable image"),
     ("empty", main_defend, "--image_dir {bad}/empty --output_dir {bad}/out", 1, "bad/empty: no image files"),
     ("empty", main_edit, "--src_dir {bad}/empty --edit_dir {bad}/out", 1, "bad/empty: no image files"),
-    (
-        "no-images",
-        main_defend,
-        "--image_dir {bad}/texts --output_dir {bad}/out",
-        1,
-        "bad/texts: no image files",
-    ),
-    ("no-images", main_edit, "--src_dir {bad}/texts --edit_dir {bad}/out", 1, "bad/texts: no image files"),
-    (
-        "no-directory",
-        main_defend,
-        "--image_dir {bad}/none --output_dir {bad}/out",
-        1,
-        "none: no such directory",
-    ),
+    ("no-images", main_defend, "--image_dir {bad}/texts --output_dir {bad}/out",
+        1, "bad/texts: no image files"),
+    ("no-directory", main_defend, "--image_dir {bad}/none --output_dir {bad}/out",
+        1, "none: no such directory"),
     ("no-directory", main_edit, "--src_dir {bad}/file --edit_dir {bad}/out", 1, "file: not a directory"),
     ("twins", main_defend, "--image_dir {bad}/twins --output_dir {bad}/out", 1, "face0.jpg=face0.png"),
     ("method", defend, f"{ONE} --defend_method magic", 2, "invalid choice: 'magic'"),
-    ("method", main_defend, f"{MANY} --defend_method magic", 2, "invalid choice: 'magic'"),
     ("negative", defend, f"{ONE} --attack_budget -0.03", 2, "--attack_budget"),
     ("low", defend, f"{ONE} --attack_budget 0.005", 2, "0.005 is below 2/255"),
-    ("low", main_defend, f"{MANY} --attack_budget 0.005", 2, "0.005 is below 2/255"),
     ("nan", defend, f"{ONE} --attack_budget nan", 2, "--attack_budget"),
     ("above", defend, f"{ONE} --attack_budget 8", 2, "8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
     ("above", main_defend, f"{MANY} --attack_budget 257", 2, "257 is above 2, the whole range"),
@@ -734,19 +592,13 @@ BAD_INPUTS = [
     ("iterations", defend, f"{ONE} --num_iters -1", 2, "--num_iters: '-1' is not a whole number of at least"),
     ("empty-path", defend, "--input_path=", 2, "--input_path: an empty path"),
     ("empty-path", main_defend, "--image_dir= --output_dir {bad}/out", 2, "--image_dir: an empty path"),
-    ("empty-path", main_edit, "--src_dir {bad}/good --edit_dir=", 2, "--edit_dir: an empty path"),
     ("no-device", defend, f"{ONE} --device mps", 1, "--device mps can't be used"),
     ("no-id", defend, f"{ONE} --model_id=", 1, "--model_id: an empty name"),
     ("no-id", edit, f"{EDIT} --model_id=", 1, "--model_id: an empty name"),
     ("unwritable", defend, f"{ONE} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
     ("unwritable", edit, f"{EDIT} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
-    (
-        "unwritable",
-        main_defend,
-        "--image_dir {bad}/good --output_dir {bad}/file",
-        1,
-        "bad/file: is not a directory",
-    ),
+    ("unwritable", main_defend, "--image_dir {bad}/good --output_dir {bad}/file",
+        1, "bad/file: is not a directory"),
     ("unwritable", main_edit, f"{EDITS} --edit_dir {{bad}}/file", 1, "bad/file: is not a directory"),
     ("model", defend, f"{ONE} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
     ("model", edit, f"{EDIT} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
@@ -755,20 +607,10 @@ BAD_INPUTS = [
     ("recognizer", defend, f"{ONE} --recognizer {{bad}}/none", 1, "face recogniser"),
     ("lpips", defend, f"{ONE} --lpips {{bad}}/none", 1, "LPIPS"),
     ("device", edit, f"{EDIT} --device warp9", 1, "--device warp9 can't be used"),
-    (
-        "jpg",
-        defend,
-        f"{ONE} --output_path {{bad}}/out.jpg",
-        1,
-        "out.jpg: JPEG and its like would destroy the perturbation; ask for a .png",
-    ),
-    (
-        "jpg",
-        edit,
-        f"{EDIT} --output_path {{bad}}/out.jpg",
-        1,
-        "out.jpg: an edit is measured pixel by pixel, which JPEG and its like would change; ask for a .png",
-    ),
+    ("jpg", defend, f"{ONE} --output_path {{bad}}/out.jpg",
+        1, "out.jpg: JPEG and its like would destroy the perturbation; ask for a .png"),
+    ("jpg", edit, f"{EDIT} --output_path {{bad}}/out.jpg",
+        1, "out.jpg: an edit is measured pixel by pixel, which JPEG and its like would change"),
     ("device", defend, f"{ONE} --output_path /dev/null", 1, "/dev/null"),
     ("device", edit, f"{EDIT} --output_path {{bad}}/null.png", 1, "null.png: is not a regular file"),
     ("budgets", main_edit, "--src_dir {bad}/protected --edit_dir {bad}/out", 1, "it holds budget_{B}"),
@@ -781,27 +623,17 @@ BAD_INPUTS = [
     ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae looks at no face"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "bad/grey.png: no face found"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "--face_box"),
-    (
-        "box-outside",
-        defend,
-        f"{ONE} --face_box 64,0,80,20",
-        1,
-        "face0.png: the face box (64, 0, 80, 20) is outside",
-    ),
+    ("box-outside", defend, f"{ONE} --face_box 64,0,80,20",
+        1, "face0.png: the face box (64, 0, 80, 20) is outside"),
     ("box-empty", defend, f"{ONE} --face_box 9,9,5,5", 2, "not a box"),
     ("tiny", defend, "--input_path {bad}/good/face0.png --resolution 31", 1, "face0.png"),
     ("tiny", edit, f"{EDIT} --resolution 31", 1, "too small"),
     ("strength", edit, f"{EDIT} --strength 1.5", 2, "--strength: '1.5' is not a number above 0 and up to 1"),
     ("steps", edit, f"{EDIT} --model stable-diffusion --strength 0.1", 1, "2 steps at strength 0.1 are less"),
     ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: only 0 to 24"),
-    (
-        "prompt-file",
-        main_edit,
-        f"{EDITS} --prompt_file {{bad}}/none.txt",
-        1,
-        "bad/none.txt: not a readable text",
-    ),
-]
+    ("prompt-file", main_edit, f"{EDITS} --prompt_file {{bad}}/none.txt",
+        1, "bad/none.txt: not a readable text"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -826,24 +658,11 @@ def test_a_face_box_makes_up_for_a_face_that_is_not_found(call, bad):
     assert done.status == 0 and (bad / "protected_grey.png").exists()
 
 
-def test_debug_raises(call, bad):
-    with pytest.raises(utils.UserError, match="no such file"):
-        call(defend, "--input_path {bad}/none.png --debug", bad=bad)
-
-
 def test_an_unforeseen_error_is_one_line_too(call, face, monkeypatch):
     monkeypatch.setattr(protection.Protector, "pixels", lambda *_: 1 / 0)
     done = call(defend, f"--input_path {face} --defend_method noise")
     assert done.status == 1 and len(done.errors) == 1
     assert "ZeroDivisionError at test_scripts.py:" in done.errors[0] and "--debug" in done.errors[0]
-
-
-def test_a_missing_judge_ends_nothing(call, folder, tmp_path):
-    line = f"--image_dir {folder} --output_dir {tmp_path}/out --judge {tmp_path}/judge"
-    done = call(main_defend, line)
-    assert done.status == 0 and "3 written" in done.out
-    assert len(re.findall(r"recognizer -?[\d.]+ -> -?[\d.]+, judge not measured", done.out)) == 3
-    assert done.err.count("judge not measured: the face recogniser") == 1  # the reason is said once
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -863,13 +682,6 @@ def test_defend_as_a_command_from_another_directory(face, defend_flags, call, tm
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr  # of the libraries'
 
 
-@pytest.mark.slow
-def test_bad_input_as_a_command(tmp_path, edit_flags):
-    done = run("edit.py", edit_flags, "--input_path", tmp_path / "none.png", "--prompt", "x")
-    assert done.returncode == 1
-    assert done.stderr == f"error: {tmp_path}/none.png: no such file\n" and done.stdout == ""
-
-
 @pytest.mark.parametrize(
     ("method", "dtype", "runs_in", "told"),
     [
@@ -880,7 +692,7 @@ def test_bad_input_as_a_command(tmp_path, edit_flags):
 )
 def test_cw_runs_in_float32(protector, capsys, method, dtype, runs_in, told):
     tool = protector(f"--defend_method {method} --dtype {dtype}")
-    assert (tool.config.dtype, tool.vae.vae.dtype) == (runs_in, runs_in)
+    assert (tool.config.dtype, tool.config.load_vae().vae.dtype) == (runs_in, runs_in)
     assert ("cw runs in fp32" in capsys.readouterr().err) is told
 
 
@@ -902,26 +714,18 @@ def test_compile_compiles_the_networks(tmp_path, defend_flags, fresh_loaders, mo
 # old command lines, and what is ignored with a warning
 
 
-@pytest.mark.parametrize(
-    ("script", "line", "told"),
-    [
-        (defend, f"{ONE} --defend_method cw --num_iters 2 --clamp_min=0", "change nothing"),
-        (defend, f"{ONE} --defend_method vae --clamp_min=-1 --clamp_max=1", "change nothing"),
-        (defend, f"{ONE} --targeted", "--targeted is ignored: facelock has no such knob (encoder, cw, "),
-        (defend, f"{ONE} --defend_method vae --untargeted", "--untargeted is ignored: vae has no such knob"),
-        (defend, f"{ONE} --defend_method encoder --c 0.1", "--c is ignored: encoder has no such knob (cw"),
-        (main_defend, f"{MANY} --defend_method noise --lr 0.1", "--lr is ignored: noise has no such knob"),
-        (edit, f"{EDIT} --strength 0.5", "--strength is ignored: instruct-pix2pix has no such knob"),
-        (main_edit, f"{EDITS} --strength 0.5", "--strength is ignored: instruct-pix2pix has no such knob"),
-        (
-            edit,
-            f"{EDIT} --model stable-diffusion --model_id {{img2img}} --image_guidance_scale 1.5",
-            "--image_guidance_scale is ignored: stable-diffusion has no such knob",
-        ),
-    ],
-)
-def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, tiny_models, script, line, told):
-    done = call(script, line, bad=bad, img2img=tiny_models.img2img)
+IGNORED = [
+    (defend, f"{ONE} --defend_method cw --num_iters 2 --clamp_min=0", "change nothing"),
+    (defend, f"{ONE} --defend_method vae --clamp_min=-1 --clamp_max=1", "change nothing"),
+    (defend, f"{ONE} --targeted", "--targeted is ignored: facelock has no such knob, unlike encoder, cw, "),
+    (main_defend, f"{MANY} --defend_method noise --lr 0.1", "--lr is ignored: noise has no such knob"),
+    (main_edit, f"{EDITS} --strength 0.5", "--strength is ignored: instruct-pix2pix has no such knob"),
+]
+
+
+@pytest.mark.parametrize(("script", "line", "told"), IGNORED)
+def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, script, line, told):
+    done = call(script, line, bad=bad)
     assert done.status == 0 and done.errors == []
     assert sum(told in warning for warning in done.warnings) == 1
     for path in bad.rglob("run.json"):
@@ -929,48 +733,8 @@ def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, tiny_model
         assert not {"strength", "lr", "c", "targeted", "clamp_min", "clamp_max"} & record.keys()
 
 
-@pytest.mark.parametrize("method", ["encoder", "cw", "facelock"])
-def test_no_iterations_give_the_random_start(call, face, method):
-    outputs = {}
-    for name in (method, "noise"):
-        outputs[name] = face.with_name(f"{name}.png")
-        line = f"--input_path {face} --output_path {outputs[name]} --defend_method {name} --num_iters=0"
-        assert call(defend, line).status == 0
-    assert levels(*outputs.values()) <= (1 if method == "cw" else 0)  # tanh(atanh(x')) rounds
-    assert levels(face, outputs[method]) == 3
-
-
-def test_a_large_budget_is_warned_of(call, face):
-    line = f"--input_path {face} --defend_method noise --attack_budget"
-    (told,) = [text for text in call(defend, f"{line} 0.5").warnings if "attack_budget" in text]
-    assert told == "--attack_budget 0.5 is a lot. 0.5 in [-1, 1] is 63.75/255; for 0.5/255 give 0.00392"
-    assert "attack_budget" not in call(defend, f"{line} 0.3").err
-
-
-def test_the_knobs_that_a_method_reads_are_recorded(call, folder, tmp_path):
-    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method cw --num_iters 2 --lr 0.1"
-    assert call(main_defend, line).status == 0
-    record = json.loads((tmp_path / "out/budget_0.03/run.json").read_text())["arguments"]
-    assert (record["lr"], record["c"], record["targeted"], record["num_iters"]) == (0.1, 0.03, False, 2)
-    assert "step_size" not in record and "recognizer" not in record
-
-
 # ---------------------------------------------------------------------------------------------------------
 # reports and messages
-
-
-def test_what_is_not_finite_names_its_dtype(protector, monkeypatch):
-    """And the way out, where there is one."""
-
-    def fail(*_):
-        raise loops.GradientError("the gradient is NaN or infinite within the first 10 iterations")
-
-    monkeypatch.setitem(METHODS, "encoder", METHODS["encoder"]._replace(loop=fail))
-    x = torch.zeros(1, 3, 64, 64)
-    for dtype, hint in (("fp32", "float32"), ("bf16", "bfloat16; try --dtype fp32")):
-        with pytest.raises(utils.UserError) as caught:
-            protector(f"--defend_method encoder --dtype {dtype}").perturb(x, [[]], [0])
-        assert str(caught.value).endswith(f"10 iterations, with the networks in {hint}")
 
 
 def test_a_long_prompt_is_warned_of_once(call, folder, tmp_path):
@@ -1091,23 +855,3 @@ def test_an_editor_is_loaded_in_any_of_its_forms_and_quietly(call, face, tiny_mo
         logger.removeHandler(handler)
     assert done.status == 0 and told == []
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
-
-
-class Evil:
-    def __reduce__(self):
-        return open, ("ran", "w")
-
-
-@pytest.mark.parametrize("flag", ["--recognizer", "--lpips"])
-def test_a_refused_pickle_is_told_without_advice_to_read_it(call, face, tmp_path, flag, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    torch.save({"conv2d_1a.conv.weight": Evil()}, tmp_path / "net.pt")
-    if flag == "--lpips":
-        (tmp_path / "net").mkdir()
-        (tmp_path / "net/config.json").write_text('{"net": "squeeze", "lpips": false}')
-        monkeypatch.setattr(models.perceptual, "read_state", lambda _: read_state(tmp_path / "net.pt"))
-    given = tmp_path / ("net" if flag == "--lpips" else "net.pt")
-    done = call(defend, f"--input_path {face} {flag} {given}")
-    assert done.status == 1 and len(done.errors) == 1 and not (tmp_path / "ran").exists()
-    assert f"'{given}' can't be loaded (it holds more than tensors)" in done.errors[0]
-    assert "weights_only" not in done.err and "trust" not in done.err

@@ -3,8 +3,6 @@
 import argparse
 import os
 import re
-import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -107,13 +105,6 @@ def test_help_shows_defaults_but_no_none():
 # prompts
 
 
-def test_edit_prompts():
-    assert list(utils.edit_prompts) == list(range(25))
-    assert utils.edit_prompts[0] == "Turn the person's hair pink"
-    assert utils.edit_prompts[12] == "Let the person wear a helmet"
-    assert utils.edit_prompts[24] == "Let the person stand under the moon"
-
-
 def test_choose_prompts(tmp_path):
     assert utils.choose_prompts(None, None) == utils.edit_prompts
     assert list(utils.choose_prompts([7, 0, 3, 3], None).items()) == [
@@ -212,20 +203,6 @@ def test_failed_write_leaves_nothing(call, error, shown, tmp_path, monkeypatch):
     assert shown is not UserError or str(caught.value) == f"{out}: can't be written (No space left on device)"
 
 
-def test_write_is_aside_and_then_renamed(tmp_path, monkeypatch):
-    """At the rename the data is whole in another file of the same directory."""
-    seen = []
-    replace = os.replace
-    monkeypatch.setattr(
-        os, "replace", lambda a, b: (seen.append((Path(a), Path(a).read_bytes(), Path(b))), replace(a, b))
-    )
-    out = tmp_path / "out.png"
-    utils.write_file(out, b"data")
-    ((aside, data, target),) = seen
-    assert aside.parent == tmp_path and aside != out and data == b"data" and target == out
-    assert os.listdir(tmp_path) == ["out.png"]
-
-
 def test_write_below_a_file(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="can't be written"):
@@ -280,14 +257,6 @@ def test_a_name_may_be_as_long_as_names_may_be(length, tmp_path):
         utils.write_file(tmp_path / ("x" * 256), b"data")
 
 
-def test_temporary_names_are_known_as_such(tmp_path):
-    found = utils.temporary_name(tmp_path / "a.png")
-    assert found.parent == tmp_path
-    assert re.fullmatch(rf"\.facelock-[0-9a-f]{{12}}-{os.getpid()}\.tmp", found.name)
-    assert found != utils.temporary_name(tmp_path / "b.png")
-    utils.temporary_name(Path(os.fsdecode(b"latin\xe9.png")))
-
-
 def test_check_directory(tmp_path):
     utils.check_directory(tmp_path / "new" / "deeper")
     assert os.listdir(tmp_path) == []
@@ -297,12 +266,6 @@ def test_check_directory(tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------
 # scripts
-
-
-def test_utils_imports_nothing_heavy():
-    code = "import sys, utils; print(sorted({'torch', 'numpy', 'PIL', 'diffusers'} & set(sys.modules)))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout == "[]\n"
 
 
 @pytest.mark.parametrize(
@@ -346,7 +309,3 @@ def test_control_characters_are_shown_as_escapes(capsys):
 def test_a_name_is_no_formula():
     names = ["=1+1", "+x", "-dash", "@x", "\tx", "a=b", "007", "ü", ""]
     assert [utils.csv_name(name) for name in names] == [*(f"'{name}" for name in names[:5]), *names[5:]]
-
-
-def test_run_command_passes_the_status_on():
-    assert utils.run_command(lambda args: args.status, argparse.Namespace(debug=False, status=0)) == 0
