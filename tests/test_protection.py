@@ -166,18 +166,12 @@ def test_settings_differ_where_pixels_do(flags, protector, portrait, members, un
         assert torch.equal(protected(other, portrait), unchanged[method]) == (not changed), method
 
 
-def test_the_model_set_is_no_setting(protector, tiny_models):
-    """--models full and mini with the same members and resolution make the same files."""
+@pytest.mark.parametrize("flag", ["--models full", "--compile"])
+def test_what_makes_the_same_files_is_no_setting(flag, protector):
+    """Another set with the same members and resolution, and networks that give the same up to rounding."""
     for method in METHODS:
-        full, mini = (protector(f"--defend_method {method} --models {name}") for name in ("full", "mini"))
-        assert full.settings() == mini.settings()
-
-
-def test_compile_is_no_setting(protector):
-    """Its results are the same up to rounding."""
-    for method in METHODS:
-        line = f"--defend_method {method}"
-        assert protector(f"{line} --compile").settings() == protector(line).settings()
+        plain, other = (protector(f"--defend_method {method} {more}") for more in ("", flag))
+        assert other.settings() == plain.settings()
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -476,8 +470,7 @@ def test_a_report_in_words_and_as_facts():
     facts = {"method": "facelock", "budget": 0.03, "linf": 0.0235294, "psnr": 41.25}
     assert report.facts() == facts
     report.similarity = {"recognizer": (0.934, 0.206), "judge": None}
-    second = "\n  face similarity after a VAE round trip, source -> protected: recognizer 0.93 -> 0.21, "
-    assert str(report) == f"{first}{second}judge not measured"
+    assert "source -> protected: recognizer 0.93 -> 0.21, judge not measured" in str(report)
     assert report.facts() == {**facts, "recognizer_before": 0.934, "recognizer_after": 0.206}
     report.similarity, report.faceless = dict.fromkeys(("recognizer", "judge")), True
     assert str(report).endswith("recognizer not measured (no face found), judge not measured (no face found)")

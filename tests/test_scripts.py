@@ -189,15 +189,6 @@ def test_who_looks_at_no_face_looks_for_none(tmp_path, protector):
     assert tool.load(path).boxes == []
 
 
-def test_a_method_loads_only_what_it_needs(call, face, tiny_models):
-    (face.parent / "models").mkdir()
-    (face.parent / "models" / "vae").symlink_to(tiny_models.editor / "vae")
-    nothing = "--recognizer /none --judge /nobody --lpips /none"
-    line = f"--input_path {face} --defend_method encoder {nothing} --model_id {face.parent}/models"
-    assert call(defend, line).status == 0
-    assert call(defend, f"--input_path {face} --defend_method noise {nothing} --model_id /none").status == 0
-
-
 def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
     line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /some/judge"
     done = call(defend, line)
@@ -206,39 +197,12 @@ def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
     assert (face.parent / f"protected_{face.name}").exists()
 
 
-def test_check_reports_similarity_for_any_method(call, face):
-    done = call(defend, f"--input_path {face} --defend_method vae --check")
-    assert re.search(r"recognizer -?[\d.]+ -> -?[\d.]+, judge -?[\d.]+ -> ", done.out)
-
-
 def test_default_outputs_are_beside_the_input(call, folder):
     call(defend, f"--input_path {folder}/face0.png --defend_method noise")
     done = call(edit, f"--input_path {folder}/face1.png --prompt hat --seed 3")
     names = ["edit_face1.png", "face0.png", "face1.png", "face2.png", "protected_face0.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
     assert done.out == f"{folder}/edit_face1.png: 'hat', seed 3\n"
-
-
-def test_an_earlier_default_output_is_kept(call, folder):
-    """Of another prompt, of a.jpg after a.png."""
-    Image.open(folder / "face0.png").save(folder / "face0.webp", lossless=True)
-    made: dict[str, bytes] = {}
-    for script, line, prefix in (
-        (edit, "--input_path {}/face0.png --prompt hat --seed 0", "edit_face0"),
-        (edit, "--input_path {}/face0.png --prompt beard --seed 0", "edit_face0_2"),
-        (edit, "--input_path {}/face0.png --prompt ears --seed 0", "edit_face0_3"),
-        (defend, "--input_path {}/face0.png --defend_method noise", "protected_face0"),
-        (defend, "--input_path {}/face0.webp --defend_method encoder", "protected_face0_2"),
-    ):
-        done = call(script, line.format(folder))
-        made[f"{prefix}.png"] = (folder / f"{prefix}.png").read_bytes()
-        assert done.status == 0 and ("the next free name" in done.out) is (prefix.count("_") == 2)
-    assert len(set(made.values())) == 5
-    assert {name: (folder / name).read_bytes() for name in made} == made
-    given = f"--input_path {folder}/face0.png --output_path {folder}/edit_face0.png --prompt x --seed 0"
-    assert call(edit, given).status == 0  # with a name, it is replaced
-    assert (folder / "edit_face0.png").read_bytes() != made["edit_face0.png"]
-    assert not (folder / "edit_face0_4.png").exists()
 
 
 def exif_rotated(path: Path) -> None:
@@ -289,17 +253,6 @@ def test_img2img_edits_too(call, face, tiny_models):
     for output in outputs:
         assert call(edit, f"{line} --strength {output.stem} --output_path {output}").status == 0
     assert levels(*outputs) > 0
-
-
-def test_warning_about_what_mini_models_were_not_made_for(call, face, tmp_path):
-    for script, line in (
-        (defend, f"--input_path {face} --defend_method noise"),
-        (edit, f"--input_path {face} --prompt x --seed 0"),
-    ):
-        err = call(script, line).err
-        assert "warning: the mini models were made for 128x128" in err and "64x64" in err
-    (right,) = tiny.write_portraits(tmp_path / "right", 1, 128)
-    assert "warning" not in call(defend, f"--input_path {right} --defend_method noise").err
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -477,23 +430,6 @@ def test_budget_folders_are_named_as_the_releases(call, folder, tmp_path):
     assert "0 written, 3 there already" in done.out
     assert call(main_defend, f"{line} 0.03137250000001").status == 0  # another of the same short name
     assert {path.name for path in out.iterdir()} == {"budget_0.0313725", "budget_0.03137250000001"}
-
-
-@pytest.mark.parametrize(
-    ("method", "first", "then"),
-    [
-        ("encoder", "", "--faces all --checkpointing --recognizer x --judge y --lpips z --lr 1 --c 1"),
-        ("cw", "--num_iters 2", "--num_iters 2 --step_size 0.003"),
-        ("noise", "", "--num_iters 7 --step_size 0.003 --targeted --clamp_min 0 --clamp_max 1 --lr 0.1"),
-        ("facelock", "", "--untargeted --c 0.1 --verify --batch_size 3"),
-    ],
-)
-def test_flags_that_the_method_does_not_read_may_differ(call, folder, tmp_path, method, first, then):
-    line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method {method}"
-    assert call(main_defend, f"{line} {first}").status == 0
-    done = call(main_defend, f"{line} {then}")
-    assert done.status == 0 and "0 written, 3 there already" in done.out
-    assert call(main_defend, f"{line} {then} --seed 1").status == 1
 
 
 def test_main_defend_draws_a_seed_only_for_a_new_directory(call, folder, tmp_path):
