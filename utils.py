@@ -198,7 +198,7 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # after quotes of its own, too, so that one more can be undone
 
 
 def csv_name(name: str) -> str:
