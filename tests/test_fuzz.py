@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import json
 import os
@@ -13,9 +12,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
+import eval_psnr
 import figure
 import outputs
 import pandas as pd
@@ -26,9 +28,10 @@ from test_reliability import ENVIRONMENT, at_most, files, mutated
 
 import defend
 import edit
+import experiment
 import main_defend
+import main_edit
 import runs
-import utils
 
 ROOT = Path(runs.__file__).resolve().parent
 SECONDS, MEMORY = 60, 3 * 2**20  # KiB
@@ -48,77 +51,97 @@ def changed(data: bytes, draw: random.Random) -> bytes:
 
 
 class Bench:
-    """What is mutated: a file below `root`, and the command that reads it."""
+    """Folders as a user has them, and the commands that read their files."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
         (root / "in").mkdir()
         Image.open(PORTRAIT).resize((64, 64)).save(root / "in/a.png")
         (root / "precious").write_text("precious")
+        (root / "prompts.txt").write_text("Let it be snowy\n\nAdd ears\n")
         shutil.copytree(ROOT / "assets/mini/editor", root / "editor")
         shutil.copytree(ROOT / "assets/mini/recognizer", root / "recognizer")
         self.quick = ["--models=mini", "--device=cpu", "--resolution=64"]
         self.noise = [*self.quick, "--defend_method=noise", f"--image_dir={root}/in"]
         self.noise.append(f"--output_dir={root}/out")
-        assert main_defend.main(self.noise) == 0
+        self.edits = [*self.quick, f"--src_dir={root}/in", "--seed=0", "--num_inference_steps=1"]
+        self.all = [*self.quick, f"--image_dir={root}/in", f"--output_dir={root}/all", "--methods=noise"]
+        self.all += ["--prompts=0", "--num_inference_steps=1"]
+        assert main_defend.main(self.noise) == 0 == experiment.main(self.all)
+        shutil.copytree(root / "all/edits", root / "edits")
         edits = {"seed": 0, "prompt": [0, 1] * 3, "name": list("aabbcc"), "psnr": [20.5, 21, 22, 23, 24, 25]}
         edits = pd.concat([pd.DataFrame({"method": row, **edits}) for row in ("clean", "noise/budget_0.03")])
         outputs.write_csv(root / "per_image.csv", edits)
         means = pd.DataFrame({"method": ["clean", "noise/budget_0.03"], "psnr": 135.5 / 6})
         outputs.write_csv(root / "all_metric.csv", means.assign(psnr_low=20, psnr_high=24.5, psnr_n=3))
-        (root / "prompts.txt").write_text("Let it be snowy\n\nAdd ears\n")
-        self.result = (root / "out/budget_0.03/a.png").read_bytes()
+        self.sound = self.files()
 
-    def commands(self) -> dict[str, list]:
-        """Names the files that are mutated -> who reads them."""
+    def files(self) -> dict[str, bytes]:
+        """Reads all files but those of this command's own making."""
+        found = [path for path in self.root.rglob("*") if path.is_file() and path.name[:4] != ".loc"]
+        return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in found}
+
+    def restore(self) -> None:
+        """Makes the folders what they were."""
+        for name, data in self.files().items():
+            if name not in self.sound:
+                (self.root / name).unlink()
+            elif data != self.sound[name]:
+                (self.root / name).write_bytes(self.sound[name])
+
+    def commands(self) -> list[tuple[str, Any, list[str]]]:
+        """Names the file that is mutated, who reads it, and how."""
         root, vae = self.root, ["--defend_method=encoder", "--num_iters=1", f"--model_id={self.root}/editor"]
-        one = [*self.quick, f"--input_path={root}/in/a.png", f"--output_path={root}/o.png"]
-        page = [f"--experiment_dir={root}", f"--output={root}/r.html"]
-        plot = ["plot", f"--tables={root}/all_metric.csv", "--metric=psnr", f"--output={root}/p.png"]
+        one = [*self.quick, f"--input_path={root}/in/a.png", f"--output_path={root}/new/o.png"]
+        page = [f"--experiment_dir={root}", f"--output={root}/new/r.html"]
+        plot = ["plot", f"--tables={root}/all_metric.csv", "--metric=psnr", f"--output={root}/new/p.png"]
         face = ["--defend_method=facelock", "--num_iters=1", f"--recognizer={root}/recognizer"]
         again = [edit, [*one, f"--model_id={root}/editor", "--prompt=x", "--num_inference_steps=1"]]
-        return {
-            "in/a.png": [defend, [*one, "--defend_method=noise"]],
-            "out/budget_0.03/run.json": [main_defend, self.noise],
-            "out/budget_0.03/manifest.jsonl": [main_defend, self.noise],
-            "out/budget_0.03/report.csv": [main_defend, self.noise],
-            "per_image.csv": [report, page],
-            "all_metric.csv": [figure, plot],
-            "prompts.txt": [Prompts, [str(root / "prompts.txt")]],
-            "editor/vae/config.json": [defend, [*one, *vae]],
-            "editor/vae/diffusion_pytorch_model.safetensors": [defend, [*one, *vae]],
-            "editor/unet/config.json": again,
-            "editor/scheduler/scheduler_config.json": again,
-            "editor/model_index.json": again,
-            "recognizer/preprocessor_config.json": [defend, [*one, *face, "--face_box=8,8,50,50"]],
-        }
+        score = ["--seed=0", f"--clean_edit_dir={root}/edits/clean", f"--output={root}/new/psnr.csv"]
+        score.append(f"--defend_edit_dirs={root}/edits/noise/budget_0.03")
+        places = ["run.json", "manifest.jsonl"]
+        cheap = [
+            ("in/a.png", defend, [*one, "--defend_method=noise"]),
+            *((f"out/budget_0.03/{name}", main_defend, self.noise) for name in [*places, "report.csv"]),
+            ("per_image.csv", report, page),
+            ("all_metric.csv", figure, plot),
+            *((f"edits/clean/seed0/{name}", eval_psnr, score) for name in [*places, "prompt0/a.png"]),
+        ]
+        costly = [
+            *(("editor/vae/" + name, defend, [*one, *vae]) for name in ("config.json", WEIGHTS)),
+            ("editor/unet/config.json", *again),
+            ("editor/scheduler/scheduler_config.json", *again),
+            ("editor/model_index.json", *again),
+            ("recognizer/preprocessor_config.json", defend, [*one, *face, "--face_box=8,8,50,50"]),
+            ("in/a.png", main_edit, [*self.edits, f"--edit_dir={root}/new", "--prompts=0"]),
+            ("prompts.txt", main_edit, [*self.edits, f"--edit_dir={root}/new", *self.own_prompts]),
+            *((f"all/edits/clean/seed0/{name}", experiment, self.all) for name in [*places, "prompt0/a.png"]),
+            *((f"all/{name}", experiment, self.all) for name in ("all_metric.csv", ".facelock.jsonl")),
+            ("in/a.png", experiment, [*self.all, f"--output_dir={root}/new"]),
+        ]
+        return cheap * 6 + costly
+
+    @property
+    def own_prompts(self) -> list[str]:
+        return [f"--prompt_file={self.root}/prompts.txt"]
 
 
-class Prompts:
-    """Reads a prompt file as the scripts do."""
-
-    @staticmethod
-    def main(argv: list[str]) -> int:
-        def run(args: argparse.Namespace) -> int:
-            utils.choose_prompts(None, Path(argv[0]))
-            return 0
-
-        return utils.run_command(run, argparse.Namespace(debug=False))
+WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [int(os.environ.get("MUTATIONS", "10000"))])
 def test_mutations_end_in_a_result_or_one_line(tmp_path, capfd, count, fresh_loaders):
-    """Of images, JSON, CSV, safetensors, prompts and names: no internal message, no hang, no 3 GB."""
-    bench, draw, told = Bench(tmp_path), random.Random(count), []
-    sound = {name: (tmp_path / name).read_bytes() for name in bench.commands()}
-    costly = [name for name in sound if name.startswith(("editor", "recognizer"))]
-    names = [name for name in sound if name not in costly] * 6 + costly
-    for number, name in zip(range(count), itertools.cycle(names), strict=False):
-        script, flags = bench.commands()[name]
+    """Of images, JSON, CSV, safetensors, prompts and names: no internal message, no hang, no 3 GB.
+
+    Nothing changes but what was mutated, tables and records of the command's own, and new files.
+    """
+    bench, draw, told = Bench(tmp_path), random.Random(int(os.environ.get("SEED", count))), []
+    for number, (name, script, flags) in zip(range(count), itertools.cycle(bench.commands()), strict=False):
         path = tmp_path / name
-        path.write_bytes(data := changed(sound[name], draw))
-        forget()
+        path.write_bytes(data := changed(bench.sound[name], draw))
+        if name.startswith(("editor", "recognizer")):
+            forget()
         capfd.readouterr()
         with at_most(SECONDS):
             try:
@@ -130,17 +153,13 @@ def test_mutations_end_in_a_result_or_one_line(tmp_path, capfd, count, fresh_loa
         bad = status not in (0, 1) or (status and len(lines) != 1 and "failed: " not in err)
         if bad or re.search(r"\w at \w+\.py:\d|Traceback", out + err):
             told.append(f"{number} {name}: {status} {lines or err[-300:]}")
-            (tmp_path / f"bad{number}").write_bytes(data)
-        assert (tmp_path / "precious").read_text() == "precious"
-        for other, content in sound.items():  # what was not mutated is as it was; results are made again
-            if other != name and not (other.startswith("out/") and name.startswith("out/")):
-                assert (tmp_path / other).read_bytes() == content, (number, name, other)
-        if name.startswith("out/"):
-            shutil.rmtree(tmp_path / "out")
-            main_defend.main(bench.noise)
-        else:
-            path.write_bytes(sound[name])
-        assert (tmp_path / "out/budget_0.03/a.png").read_bytes() == bench.result
+            (Path(tempfile.gettempdir()) / f"bad{number}").write_bytes(data)
+        place = name.split("/")[0] + "/" if name.startswith(("out/", "all/")) else "new/"
+        for other, content in bench.files().items():
+            own = other.startswith((place, "new/")) and not other.endswith("a.png")
+            if other != name and not own and other in bench.sound:
+                assert content == bench.sound[other], (number, name, other)
+        bench.restore()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not told, "\n".join(told)
     assert peak < MEMORY, peak
@@ -152,7 +171,6 @@ def forget() -> None:
 
     for loader in (vaes.load_vae, editors._load_pipeline, recognizers.load_recognizer, loading.recorded):
         loader.cache_clear()
-    runs._digest.cache_clear()
 
 
 @pytest.mark.slow
