@@ -78,7 +78,7 @@ class Bench:
 
     def files(self) -> dict[str, bytes]:
         """Reads all files but those of this command's own making."""
-        found = [path for path in self.root.rglob("*") if path.is_file() and path.name[:4] != ".loc"]
+        found = [path for path in self.root.rglob("*") if path.is_file() and path.suffix != ".lock"]
         return {path.relative_to(self.root).as_posix(): path.read_bytes() for path in found}
 
     def restore(self) -> None:

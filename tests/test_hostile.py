@@ -60,8 +60,6 @@ MARKED = b"\x89PNG\r\n\x1a\n of Matplotlib"  # as a figure of somebody else's be
         ("protected/encoder/budget_0.03/run.json", b'{"arguments": {"lr": 0.1}}'),
         ("protected/encoder/budget_0.03/manifest.jsonl", b'{"audio": "a.wav"}\n'),
         ("protected/encoder/budget_0.03/manifest.7 on box.jsonl", b'{"audio": "a.wav"}\n'),
-        ("protected/encoder/budget_0.03/.lock", b"1234\n"),
-        ("protected/encoder/budget_0.03/.lock.1", b"1234\n"),
         ("edits/clean/seed0/run.json", b'{"arguments": {}, "versions": {"python": "3"}}'),
         ("all_metric.csv", TABLE),
         ("all_metric.md", b"4 images, 1 prompts, seed 0: my notes\n"),
@@ -84,7 +82,7 @@ def test_files_of_others_are_refused_before_the_work(tmp_path, defend_flags, cap
     assert [one for one in (tmp_path / "out").rglob("*") if one.is_file()] == [path]
 
 
-@pytest.mark.parametrize("name", ["manifest.train.jsonl", ".lock.train", "manifest.1.jsonl"])
+@pytest.mark.parametrize("name", ["manifest.train.jsonl", ".lock", "manifest.1.jsonl"])
 def test_files_of_others_with_like_names_stay(tmp_path, defend_flags, name):
     tiny.write_portraits(tmp_path / "in", 1)
     path = tmp_path / "out/budget_0.03" / name
@@ -119,7 +117,11 @@ def test_an_index_that_is_a_link_is_not_followed(tmp_path):
 
 def test_run_json_of_an_earlier_version_is_still_ours(tmp_path):
     record = {"arguments": {}, "versions": {"python": "3.11", "diffusers": "0.30", "facenet-pytorch": "2.6"}}
-    assert runs.is_ours(json.loads(json.dumps(record))) and not runs.is_ours(record | {"versions": []})
+    (tmp_path / "run.json").write_text(json.dumps(record))
+    runs.check_ours(tmp_path)
+    (tmp_path / "run.json").write_text(json.dumps(record | {"versions": {"python": "3.11"}}))
+    with pytest.raises(UserError, match="run.json: exists and was not made by this script"):
+        runs.check_ours(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -282,7 +282,8 @@ def knobs_and_members() -> set[str]:
 
 
 ORDER = [
-    "utils", "images", "transforms", "loops", "methods", "models", "masks", "protection", "runs",
+    "utils", "images", "transforms", "loops", "methods", "models", "masks", "protection", "provenance",
+    "runs",
     "evaluation",
 ]  # fmt: skip
 

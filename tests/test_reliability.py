@@ -81,7 +81,7 @@ def test_a_killed_run_goes_on_where_it_was(tmp_path):
     assert status == 0 and ", 0 failed" in out and " 0 there already" not in out, err
     assert files(place) == whole and set(runs.read_manifest(place)) == set(whole)
     assert sorted(path.name for path in place.iterdir() if path.suffix != ".png") == [
-        ".facelock.jsonl", ".lock", "manifest.jsonl", "report.csv", "run.json"
+        ".facelock.0.lock", ".facelock.jsonl", "manifest.jsonl", "report.csv", "run.json"
     ]  # fmt: skip
 
 
@@ -349,7 +349,7 @@ def test_a_full_disk(tmp_path, defend_flags, monkeypatch, capsys):
     assert main_defend.main([*defend_flags, *flags.split()]) == 1
     assert "face1.png: can't be written (No space left on device)" in capsys.readouterr().err
     made = sorted(path.name for path in (tmp_path / "out/budget_0.03").iterdir())
-    beside = [".facelock.jsonl", ".lock", "manifest.jsonl", "report.csv", "run.json"]
+    beside = [".facelock.0.lock", ".facelock.jsonl", "manifest.jsonl", "report.csv", "run.json"]
     assert made == sorted(["face0.png", "face2.png", *beside])
     monkeypatch.undo()
     assert main_defend.main([*defend_flags, *flags.split()]) == 0

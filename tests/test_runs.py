@@ -17,6 +17,7 @@ from PIL import Image
 
 import experiment
 import images
+import provenance
 import runs
 from utils import UserError, temporary_name
 
@@ -100,7 +101,7 @@ def copies(tmp_path) -> Copies:
 
 def test_images_are_found_and_what_is_not_read_is_counted(tmp_path, capsys):
     touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "inner/d.png", "dir.png/x.txt")
-    touch(tmp_path, "run.json", "manifest.jsonl", "report.csv", ".lock")  # what the scripts write beside them
+    touch(tmp_path, "run.json", "manifest.jsonl", "report.csv", ".facelock.0.lock")  # what the scripts write beside them
     assert [path.name for path in runs.find_images(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: sub-directories are not searched: dir.png, inner\n"
@@ -154,14 +155,15 @@ def test_all_is_made_and_recorded(copies, capsys, monkeypatch):
     assert copies.computed == ["AB", "C"] and copies.prepared == 1
     assert copies.files == {"a": "A", "b": "B", "c": "C"}
     assert capsys.readouterr().out == f"{copies.directory}: 3 written, 0 there already, 0 failed\n"
-    made = [".lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"]
+    made = [".facelock.0.lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"]
     assert sorted(os.listdir(copies.directory)) == made
     assert copies.record == {
         "seed": 0,
         "arguments": {"how": "upper"},
         "sources": str(copies.root / "in"),
         "command": ["main_defend.py", "--seed=0"],
-        "versions": runs.versions(),
+        "versions": provenance.versions(),
+        "later_versions": [],
         "prompts": {"3": "beard"},
     }
     entries = runs.read_manifest(copies.directory)
@@ -311,10 +313,10 @@ def test_a_damaged_record_is_one_line(copies, text):
 def test_another_commit_or_package_is_one_line_and_the_run_goes_on(copies, capsys):
     """Once for each, however often the run is repeated; nothing of what an older record doesn't know."""
     copies("a")
-    less = {name: version for name, version in runs.versions().items() if name != "commit"}
+    less = {name: version for name, version in provenance.versions().items() if name != "commit"}
     (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": less}))
     assert copies("a") == 0 and "versions" not in capsys.readouterr().err
-    before = runs.versions()
+    before = provenance.versions()
     old = {**before, "torch": "2.0", "commit": "0123456789ab"}
     changed = {"versions": old, "later_versions": []}
     (copies.directory / "run.json").write_text(json.dumps(copies.record | changed))
@@ -330,9 +332,9 @@ def test_another_commit_or_package_is_one_line_and_the_run_goes_on(copies, capsy
 
 def test_the_commit_is_recorded_where_there_is_one(tmp_path):
     """With -dirty for what is not committed; not at all in a copy without a history."""
-    for name in ("runs.py", "images.py", "utils.py"):
+    for name in ("provenance.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
-    say = [sys.executable, "-c", "import runs; print(runs.versions().get('commit'))"]
+    say = [sys.executable, "-c", "import provenance; print(provenance.versions().get('commit'))"]
     git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
 
     def commit() -> str:
@@ -341,11 +343,11 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path):
 
     assert commit() == "None"
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "add", "runs.py"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "provenance.py"], cwd=tmp_path, check=True)
     subprocess.run([*git, "commit", "-qm", "x"], cwd=tmp_path, check=True)
     head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True)
     assert commit() == head[:12]
-    (tmp_path / "runs.py").write_text((tmp_path / "runs.py").read_text() + "\n")
+    (tmp_path / "provenance.py").write_text((tmp_path / "provenance.py").read_text() + "\n")
     assert commit() == f"{head[:12]}-dirty"
 
 
@@ -430,14 +432,13 @@ def test_only_files_that_a_run_can_have_left_are_removed(copies, tmp_path):
         ".notes.2024.tmp",
         "facelock-0123456789ab-123.tmp",
         ".facelock-0123456789ab-x.tmp",
-        ".facelock-mine.tmp",
     ]
     touch(copies.directory, *names)
     (copies.directory / ".facelock-ba9876543210-1.tmp").mkdir()
     (tmp_path / "precious").write_text("precious")
     (copies.directory / ".facelock-000000000000-1.tmp").symlink_to(tmp_path / "precious")
     assert copies("a") == 0
-    made = [".lock", "a.png", "manifest.jsonl", "run.json", "prompt0"]
+    made = [".facelock.0.lock", "a.png", "manifest.jsonl", "run.json", "prompt0"]
     kept = [*names[2:], ".facelock-ba9876543210-1.tmp"]
     assert sorted(os.listdir(copies.directory)) == sorted([*kept, *made])
     assert os.listdir(copies.directory / "prompt0") == []
@@ -574,8 +575,8 @@ def test_a_second_run_is_kept_out_while_the_first_lives(copies, tmp_path):
 def test_a_lock_that_is_no_plain_file_is_refused(copies, tmp_path, kind):
     (tmp_path / "precious").write_text("precious")
     copies.directory.mkdir()
-    lock = copies.directory / ".lock"
+    lock = copies.directory / ".facelock.0.lock"
     lock.symlink_to(tmp_path / "precious") if kind == "link" else lock.mkdir()
-    with pytest.raises(UserError, match=".lock: can't be locked"):
+    with pytest.raises(UserError, match="facelock.0.lock: can't be locked"):
         copies("a")
     assert (tmp_path / "precious").read_text() == "precious"
