@@ -10,6 +10,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from transforms import in_coefficients, keeping_spectrum, smooth
@@ -32,12 +33,13 @@ class Run:
     num_iters: int = 100
     lr: float = 0.03  # of Adam
     smoothing: float = 0.0  # of `ti_pgd`: its Gaussian's sigma, as a share of the long side
-    start: Tensor | None = None  # where x' begins; default: `random_start` with seed 0
+    # where x' begins, or what makes it, which needs no copy; default: `random_start` with seed 0
+    start: Tensor | Callable[[], Tensor] | None = None
     callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
 
 
 def pgd(
-    x: Tensor, objective: Objective, run: Run, way: Callable[[Tensor], Tensor] = lambda g: g.sign()
+    x: Tensor, objective: Objective, run: Run, way: Callable[[Tensor], Tensor] = lambda g: g.sign_()
 ) -> Tensor:
     """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
 
@@ -58,9 +60,9 @@ def pgd(
         (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
         step = run.step_size * (1 - 0.99 * i / run.num_iters)
         _watch(gradient, peaks, i, run)
-        moved = way(gradient).mul_(step).add_(x_adv.detach())  # in place: of 24 megapixels, each is 0.3 GB
+        x_adv = x_adv.detach().add_(way(gradient).mul_(step))  # in place: of 24 megapixels, each is 0.3 GB
         del gradient
-        x_adv = _project_(moved, x, run.budget)
+        _project_(x_adv, x, run.budget)
         if run.callback:
             run.callback(i, values.detach())
     return x_adv
@@ -91,8 +93,8 @@ def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
     """
     import torch
 
-    x, x_adv = _begin(x, run)
-    w = torch.atanh(x_adv.clamp(2e-6 - 1, 1 - 2e-6)).requires_grad_(True)
+    x, w = _begin(x, run)
+    w = w.clamp_(2e-6 - 1, 1 - 2e-6).atanh_().requires_grad_(True)  # in place, as in `pgd`
     optimizer = torch.optim.Adam([w], lr=run.lr)
     peaks: list[Tensor] = []
     for i in range(run.num_iters):
@@ -102,7 +104,8 @@ def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
         _watch(w.grad, peaks, i, run)
         if run.callback:
             run.callback(i, values.detach())
-    return project(w.detach().tanh(), x, run.budget)
+    del optimizer
+    return _project_(w.detach().tanh(), x, run.budget)
 
 
 def climb(
@@ -141,10 +144,13 @@ def dct_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     Theirs has no budget in pixels. Start and steps are the same share of 1 as of the budget. x, the result
     and errors as in `pgd`.
     """
+    import torch
+
     x, start = _begin(x, run)
     moved = in_coefficients(x, quality=95)
-    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=(start - x) / run.budget)
-    return through(lambda v: project(moved(v), x, run.budget), 0 * x, objective, run_v, pgd)
+    first = start.sub_(x).div_(run.budget)
+    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=lambda: first)
+    return through(lambda v: project(moved(v), x, run.budget), torch.zeros_like(x), objective, run_v, pgd)
 
 
 def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
@@ -162,15 +168,15 @@ def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
     _check(x, budget)
     if len(seeds) != len(x):
         raise ValueError(f"{len(seeds)} seeds for {len(x)} images")
-    draws = [torch.rand(x.shape[1:], generator=torch.Generator().manual_seed(seed)) for seed in seeds]
-    start = torch.stack(draws).to(x)
-    del draws
-    return _project_(start.mul_(2).sub_(1).mul_(budget).add_(x), x, budget)
+    start = torch.empty(x.shape)
+    for one, seed in zip(start, seeds, strict=True):
+        torch.rand(one.shape, generator=torch.Generator().manual_seed(seed), out=one)
+    return _project_(start.to(x).mul_(2).sub_(1).mul_(budget).add_(x), x, budget)
 
 
 def project(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
     """Gives the nearest point to x_adv with |x_adv - x| <= budget, up to the dtype's rounding, in [-1, 1]."""
-    return x_adv.clamp(x - budget, x + budget).clamp(-1, 1)
+    return x_adv.clamp((x - budget).clamp_(min=-1), (x + budget).clamp_(max=1))
 
 
 def _project_(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
@@ -190,7 +196,8 @@ def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
     """Notes each image's largest gradient, and reads what was noted every CHECK_EVERY iterations."""
     import torch
 
-    peaks.append(gradient.abs().flatten(1).amax(dim=1))  # (B,); NaN and infinity survive a maximum
+    low, high = gradient.flatten(1).aminmax(dim=1)  # NaN and infinity survive
+    peaks.append(torch.maximum(-low, high))  # (B,)
     if len(peaks) < CHECK_EVERY and i < run.num_iters - 1:
         return
     seen = torch.stack(peaks)
@@ -205,10 +212,11 @@ def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
 def _begin(x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
     """(x, x'): the image in float32 at least, and where its optimisation starts, within the budget."""
     x = _image(x, run.budget)
-    start = random_start(x, run.budget, [0] * len(x)) if run.start is None else run.start.detach().to(x)
+    make = partial(random_start, x, run.budget, [0] * len(x)) if run.start is None else run.start
+    start = make().to(x) if callable(make) else make.detach().to(x, copy=True)
     if start.shape != x.shape:
         raise ValueError(f"start is {tuple(start.shape)}, the image {tuple(x.shape)}")
-    return x, _project_(start.clone(), x, run.budget)
+    return x, _project_(start, x, run.budget)
 
 
 def _image(x: Tensor, budget: float) -> Tensor:

@@ -302,7 +302,8 @@ class Protector:
             parts = [objective_on(x, one) for one in self.attacked]
             return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
 
-        run = replace(self.run, start=random_start(images, self.run.budget, seeds), callback=callback)
+        start = partial(random_start, images, self.run.budget, seeds)
+        run = replace(self.run, start=start, callback=callback)
         mask = masks.budget_mask(images, faces_at(size), self.mask)
         try:
             return self.method._replace(objective=objective).protect(images, run, mask), mask

@@ -184,9 +184,8 @@ def compress(images: Tensor, quality: Tensor) -> Tensor:
     import torch.nn.functional as F
 
     def coded(planes: Tensor, tables: Tensor) -> Tensor:
-        tables = tables.repeat(1, 1, planes.shape[-2] // 8, planes.shape[-1] // 8)
-        levels = dct(planes) / tables
-        return dct((levels + (levels.round() - levels).detach()) * tables, inverse=True)
+        levels = per_block(torch.div, dct(planes), tables)
+        return dct(per_block(torch.mul, levels + (levels.round() - levels).detach(), tables), inverse=True)
 
     height, width = images.shape[-2:]
     planes = to_ycc(F.pad(images, (0, -width % 16, 0, -height % 16), mode="replicate"))
@@ -251,8 +250,20 @@ def dct(planes: Tensor, inverse: bool = False) -> Tensor:
     basis = (math.pi / 8 * (n + 0.5) * n[:, None]).cos() / 2  # (frequency, place)
     basis[0] /= 2**0.5
     basis = basis.T if inverse else basis
-    blocks = planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))  # (B, C, h, 8, w, 8)
-    return torch.einsum("ui,bchiwj,vj->bchuwv", basis, blocks, basis).flatten(4, 5).flatten(2, 3)
+    return _from_blocks(torch.einsum("ui,bchiwj,vj->bchuwv", basis, _blocks(planes), basis))
+
+
+def per_block(operation: Callable[[Tensor, Tensor], Tensor], planes: Tensor, tables: Tensor) -> Tensor:
+    """Multiplies or divides each 8x8 block of planes (B, C, H, W) by its table of (B or 1, C, 8, 8)."""
+    return _from_blocks(operation(_blocks(planes), tables[:, :, None, :, None]))
+
+
+def _blocks(planes: Tensor) -> Tensor:
+    return planes.unflatten(3, (-1, 8)).unflatten(2, (-1, 8))  # (B, C, h, 8, w, 8)
+
+
+def _from_blocks(blocks: Tensor) -> Tensor:
+    return blocks.flatten(4, 5).flatten(2, 3)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -265,14 +276,19 @@ def in_coefficients(x: Tensor, quality: int) -> Callable[[Tensor], Tensor]:
     v is like x, so that of blocks that go beyond it some coefficients stay. Colours keep their resolution,
     and x is not rounded to whole steps: v = 0 gives x.
     """
+    import torch
     import torch.nn.functional as F
 
     height, width = x.shape[-2:]
     beyond = (0, -width % 8, 0, -height % 8)
     planes = dct(to_ycc(F.pad(x, beyond, mode="replicate")))
     steps = quantisation(x.new_full((1,), quality))
-    steps = steps.repeat(1, 1, planes.shape[-2] // 8, planes.shape[-1] // 8)
-    return lambda v: from_ycc(dct(planes + F.pad(v, beyond) * steps, inverse=True))[..., :height, :width]
+
+    def moved(v: Tensor) -> Tensor:
+        changed = per_block(torch.mul, F.pad(v, beyond), steps) + planes
+        return from_ycc(dct(changed, inverse=True))[..., :height, :width]
+
+    return moved
 
 
 SIGMAS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 4.0)  # px
@@ -303,7 +319,7 @@ def radial_spectrum(image: Tensor) -> Tensor:
     """Measures log10 of the power of an image (3, H, W) in rings of whole cycles -> (rings,)"""
     import torch
 
-    power = torch.fft.fft2(image / 2 + 0.5).abs().square().sum(dim=0)  # (H, W)
+    power = sum(torch.fft.fft2(plane / 2 + 0.5).abs().square_() for plane in image)  # (H, W)
     down, right = (torch.fft.fftfreq(side, 1 / side, device=image.device) for side in power.shape)
     ring = (down[:, None] ** 2 + right**2).sqrt().round().long()
     sums = power.new_zeros(int(ring.max()) + 1).index_add(0, ring.flatten(), power.flatten())
