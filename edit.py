@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import utils
-from images import Portrait, choose_output, load_portrait, save_png, to_tensor, to_uint8
+from images import Portrait, choose_output, load_image, save_png, to_tensor, to_uint8
 from models.config import ModelSettings, add_edit_arguments, resolve
 from models.editors import Editor
 
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     why_png = "an edit is measured pixel by pixel, which JPEG and its like would change"
     output = choose_output(args.output_path, args.input_path, "edit", why_png)
     config = resolve(ModelSettings.of(args))
-    portrait = load_portrait(args.input_path, config.resolution)
+    portrait = load_image(args.input_path, config.resolution)
     args.seed = utils.draw_seed(args.seed)
     editor = config.load_editor(progress=True)
     config.warn_of([portrait.size], [args.prompt])

@@ -9,29 +9,22 @@ from __future__ import annotations
 import io
 import math
 import os
-import re
 import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import util
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import ExifTags, Image, ImageCms, ImageOps
+from PIL import ExifTags, Image, ImageOps
 
+from decoding import check_depth, eight_bit, open_image, readable_suffixes, to_srgb
 from utils import LEVEL, UserError, allowed_levels, check_directory, first_line, one_line, write_file
 
 if TYPE_CHECKING:
     import torch
 
-FORMATS = {  # suffix -> Pillow's name; nothing else is opened, so that a .png can't start Ghostscript
-    ".avif": "AVIF", ".bmp": "BMP", ".gif": "GIF", ".jfif": "JPEG", ".jp2": "JPEG2000", ".jpeg": "JPEG",
-    ".jpg": "JPEG", ".pbm": "PPM", ".pgm": "PPM", ".png": "PNG", ".ppm": "PPM", ".tga": "TGA",
-    ".tif": "TIFF", ".tiff": "TIFF", ".webp": "WEBP",
-}  # fmt: skip
-HEIF = (".heic", ".heif")  # with pillow-heif, if it is installed
 MOST_PIXELS = 24_500_000  # 6000x4000 and a little; what memory that takes: docs/scale.md
 STRIP = 256  # px, the height of what is converted at once
 MIN_WORKING_SIDE = 32  # px; below this nothing that an editor or a recogniser could use is left
@@ -51,33 +44,33 @@ class Portrait:
         return self.pixels.shape[0], self.pixels.shape[1]
 
 
-def load_image(path: str | os.PathLike, resolution: int | None = None) -> Portrait:
+def load_image(
+    path: str | os.PathLike, resolution: int | None = None, most_pixels: int = MOST_PIXELS
+) -> Portrait:
     """Reads an image file of a kind in FORMATS, whatever its suffix; the first frame of an animated one.
 
     Any pixels become 8-bit sRGB, upright; 16-bit grey ones are scaled, alpha is kept beside. Raises UserError
-    naming the file if that can't be done, as for 16-bit colour, or if it is too small for a `resolution`.
+    naming the file if that can't be done, as for 16-bit colour, or if it is too large, or too small to be
+    worked on at a `resolution`.
     """
     path = Path(path)
     try:
         if not path.is_file():
             raise UserError("not a file" if path.exists() else "no such file")
         with warnings.catch_warnings(action="ignore"):  # Pillow warns of what it reads all the same
-            with _open(path) as opened:
-                if opened.width * opened.height > MOST_PIXELS:
-                    most = f"the {MOST_PIXELS / 1e6:.1f} megapixels that are read; scale it down"
-                    raise UserError(f"{opened.width}x{opened.height} is more than {most}")
-                _check_depth(opened)
+            with open_image(path) as opened:
+                check_size(opened.size[::-1], None, most_pixels)
+                check_depth(opened)
                 opened.load()
                 image = ImageOps.exif_transpose(opened)
             profile, alpha = image.info.get("icc_profile"), None
-            image = _eight_bit(image)
+            image = eight_bit(image)
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 alpha = np.array(image.getchannel("A"))
                 image = image.convert("RGB")
-            portrait = Portrait(path, np.array(_to_srgb(image, profile)), alpha)
-        if resolution:
-            working_size(portrait.size, resolution)
+            portrait = Portrait(path, np.array(to_srgb(image, profile)), alpha)
+        check_size(portrait.size, resolution, most_pixels)
         return portrait
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
@@ -87,39 +80,39 @@ def load_image(path: str | os.PathLike, resolution: int | None = None) -> Portra
         raise UserError(f"{path}: not a readable image ({first_line(error)})") from None
 
 
-def load_portrait(path: str | os.PathLike, resolution: int) -> Portrait:
-    """Reads an image as `load_image` does and refuses one too small to be worked on. Raises UserError."""
-    return load_image(path, resolution)
-
-
-def as_portrait(image: str | os.PathLike | Image.Image | np.ndarray, resolution: int) -> Portrait:
-    """Takes a path as `load_portrait` does, or a PIL image, or (H, W, 3) uint8. Raises UserError."""
+def as_portrait(
+    image: str | os.PathLike | Image.Image | np.ndarray, resolution: int, most_pixels: int = MOST_PIXELS
+) -> Portrait:
+    """Takes a path as `load_image` does, or a PIL image, or (H, W, 3) uint8. Raises UserError."""
     if isinstance(image, str | os.PathLike):
-        return load_portrait(image, resolution)
+        return load_image(image, resolution, most_pixels)
     if isinstance(image, Image.Image):  # as diffusers' load_image has it
         image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"an image is (H, W, 3) uint8, not {image.dtype} {image.shape}")
-    working_size(image.shape[:2], resolution)
+    check_size(image.shape[:2], resolution, most_pixels)
     return Portrait(Path("image"), image, None)
+
+
+def check_size(size: Sequence[int], resolution: int | None, most_pixels: int) -> None:
+    """Refuses (H, W) that is too large for memory, or too small at a `resolution`. Raises UserError."""
+    if size[0] * size[1] > most_pixels:
+        most = f"the {most_pixels / 1e6:.1f} megapixels that are read"
+        raise UserError(f"{size[1]}x{size[0]} is more than {most}; scale it down")
+    if resolution:
+        working_size(size, resolution)
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
     """Reads (H, W) that `load_image` will give from the file's header alone; None if that can't be read."""
     try:
-        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
+        with warnings.catch_warnings(action="ignore"), open_image(Path(path)) as image:
+            width, height = image.size
+            if width * height > MOST_PIXELS:  # for PNG, Pillow looks for the orientation behind the pixels
+                return height, width
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             # Pillow gives a TIFF's size upright already
-            return image.size if turned and image.format != "TIFF" else image.size[::-1]
-    except Exception:  # as in load_image, which will say what is wrong
-        return None
-
-
-def stored_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Reads (H, W) of the stored, maybe turned, pixels without decoding any; None if that can't be read."""
-    try:  # not image_size: for PNG, Pillow looks for the orientation behind the pixels
-        with warnings.catch_warnings(action="ignore"), _open(Path(path)) as image:
-            return image.size[::-1]
+            return (width, height) if turned and image.format != "TIFF" else (height, width)
     except Exception:  # as in load_image, which will say what is wrong
         return None
 
@@ -142,64 +135,6 @@ def images_by_stem(directory: Path) -> dict[str, Path]:
     if twins := ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]:
         raise UserError(f"{directory}: files with the same stem: {', '.join(twins)}")
     return {stem: path for stem, (path,) in files.items()}
-
-
-def readable_suffixes() -> tuple[str, ...]:
-    """Lists the suffixes of the files that are read here."""
-    return (*FORMATS, *(HEIF if util.find_spec("pillow_heif") else ()))
-
-
-def _open(path: Path) -> Image.Image:
-    """Image.open for the formats that are read, and no other."""
-    formats = sorted(set(FORMATS.values()))
-    if util.find_spec("pillow_heif"):
-        import pillow_heif
-
-        pillow_heif.register_heif_opener()
-        formats.append("HEIF")
-    elif path.suffix.lower() in HEIF:
-        raise UserError("HEIC is read once pillow-heif is installed (pip install pillow-heif)")
-    return Image.open(path, formats=formats)
-
-
-def _check_depth(image: Image.Image) -> None:
-    """Refuses what Pillow would cut to 8 bits or misread: more than that in anything but plain greyscale."""
-    tags = getattr(image, "tag_v2", {})  # of a TIFF: BitsPerSample and PhotometricInterpretation
-    depth, is_inverted = max(tags.get(258, (0,))), tags.get(262) == 0
-    if depth <= 8 and not any(re.search(";16[BLN]", str(part.args)) for part in getattr(image, "tile", ())):
-        return
-    if image.mode[0] not in "IF" or "transparency" in image.info or depth == 12 or is_inverted:
-        raise UserError("16 bits a channel are read in plain greyscale only; save it with 8 bits")
-
-
-def _eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float pixels (modes I;16, I, F) -> L; Pillow's own conversion would clip them."""
-    if image.mode[0] not in "IF":
-        return image
-    values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
-    low, high = values.min(), values.max()
-    if not (0 <= low and high <= top):
-        raise ValueError(f"pixels from {low:g} to {high:g}, only 0 to {top} has a known meaning")
-    return Image.fromarray(np.round(values / top * 255).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Any mode -> RGB; by an ICC profile, unless that moves no colour by over 2 levels, as sRGB's own."""
-    if not profile:
-        return image.convert("RGB")
-    if image.mode == "P":  # the profile is for the palette's colours
-        image = image.convert("RGB")
-    try:
-        source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        if "srgb" in ImageCms.getProfileDescription(source).lower():  # so is a linear one called
-            levels = np.linspace(0, 255, 9).round().astype(np.uint8)
-            cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)  # (81, 9, 3)
-            there = ImageCms.profileToProfile(Image.fromarray(cube), source, target)
-            if np.abs(np.asarray(there).astype(int) - cube).max() <= 2:
-                return image.convert("RGB")
-        return ImageCms.profileToProfile(image, source, target, outputMode="RGB")
-    except (ImageCms.PyCMSError, OSError):  # a broken profile, or one for other channels
-        return image.convert("RGB")
 
 
 def to_tensor(pixels: np.ndarray) -> torch.Tensor:
@@ -273,11 +208,9 @@ def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -
     Called before any work. Raises UserError for a file that is no PNG (why_png) or would overwrite the input.
     """
     try:
-        path, place = given or source.with_name(f"{prefix}_{source.stem}.png"), 1
-        while not given and (path.exists() or path.is_symlink()):
-            place += 1
-            path = source.with_name(f"{prefix}_{source.stem}_{place}.png")
-        if place > 1:
+        names = (f"{prefix}_{source.stem}{end}.png" for end in ("", *(f"_{n}" for n in range(2, 10_000))))
+        path = given or next(p for p in map(source.with_name, names) if not os.path.lexists(p))
+        if not given and path.stem != f"{prefix}_{source.stem}":
             print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
         if path.suffix.lower() != ".png":
             raise UserError(f"{path}: {why_png}; ask for a .png")

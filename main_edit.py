@@ -22,7 +22,7 @@ from pathlib import Path
 import runs
 import utils
 from edit import add_seed_argument, edit_portraits
-from images import Portrait, image_size, load_portrait, save_png
+from images import Portrait, image_size, load_image, save_png
 from models.config import ModelConfig, ModelSettings, add_edit_arguments, resolve
 
 
@@ -84,7 +84,7 @@ def edit_directory(
     editor = functools.cache(config.load_editor)  # so that it warns once
 
     def load(item: runs.Item) -> Portrait:
-        return load_portrait(item.source, config.resolution)
+        return load_image(item.source, config.resolution)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], wanted: list[bool]) -> runs.Facts:
         edited = edit_portraits(portraits, [item.prompt for item in batch], editor(), seed)

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from images import HEIF, images_by_stem, readable_suffixes
+from decoding import HEIF, readable_suffixes
+from images import images_by_stem
 from provenance import (
     MANIFEST,
     check_ours,

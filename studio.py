@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edit import edit_portraits
-from images import MOST_PIXELS, image_size, load_image, load_portrait, png_bytes, stored_size, to_tensor
+from images import image_size, load_image, png_bytes, to_tensor
 from models.config import TRAINED_HERE, identity
 from models.faces import Box, clip_box
 from protection import Protector, Report, Settings
@@ -86,11 +86,7 @@ class Studio:
 
     def look(self, picture: Picture) -> None:
         """Finds the faces in a picture."""
-        path = picture.source
-        if (size := stored_size(path)) and size[0] * size[1] > MOST_PIXELS:
-            most = f"the {MOST_PIXELS / 1e6:.1f} megapixels that are read"
-            raise UserError(f"{path}: {size[1]}x{size[0]} is more than {most}; scale it down")
-        picture.boxes = self.detector(load_portrait(path, self.config.resolution).pixels)
+        picture.boxes = self.detector(load_image(picture.source, self.config.resolution).pixels)
 
     def point(self, visit: Visit, box: Box) -> Picture:
         """Takes a face given by hand instead of those that were found."""

@@ -308,7 +308,7 @@ def test_faces_are_chosen_by_their_numbers(studio, visits):
 
 def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
     (tmp_path / "large.png").write_bytes(huge_png(12_000, 12_000))
-    monkeypatch.setattr("studio.load_portrait", None)
+    monkeypatch.setattr("PIL.Image.Image.load", None)
     with pytest.raises(UserError, match="12000x12000 is more than the 24.5 megapixels"):
         studio.look(Picture(tmp_path / "large.png"))
 

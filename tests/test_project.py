@@ -282,9 +282,8 @@ def knobs_and_members() -> set[str]:
 
 
 ORDER = [
-    "utils", "images", "transforms", "loops", "methods", "models", "masks", "protection", "provenance",
-    "runs",
-    "evaluation",
+    "utils", "decoding", "images", "transforms", "loops", "methods", "models", "masks", "protection",
+    "provenance", "runs", "evaluation",
 ]  # fmt: skip
 
 

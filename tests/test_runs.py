@@ -101,7 +101,7 @@ def copies(tmp_path) -> Copies:
 
 def test_images_are_found_and_what_is_not_read_is_counted(tmp_path, capsys):
     touch(tmp_path, "b.JPG", "a.png", "c.webp", ".hidden.png", "inner/d.png", "dir.png/x.txt")
-    touch(tmp_path, "run.json", "manifest.jsonl", "report.csv", ".facelock.0.lock")  # what the scripts write beside them
+    touch(tmp_path, "run.json", "manifest.jsonl", "report.csv", ".facelock.0.lock")
     assert [path.name for path in runs.find_images(tmp_path)] == ["a.png", "b.JPG", "c.webp"]
     assert capsys.readouterr().err == (
         f"warning: {tmp_path}: sub-directories are not searched: dir.png, inner\n"
