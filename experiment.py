@@ -21,10 +21,11 @@ import argparse
 import dataclasses
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
 
@@ -63,44 +64,25 @@ PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tabl
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
 OF_TABLE = ("all_metric.csv", "all_metric.md", "all_metric_protected.csv", "per_image.csv", "figure.png")
 OF_ALL = ("purified.csv", "purified.md", "purified.png", "transfer.csv", "transfer.md", "report.html")
-SLOW = 0.002  # s a unit of work; a part that took less was there already and says nothing of the rest
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
-    parser.add_argument("--output_dir", type=utils.path, required=True, help="where everything goes")
-    parser.add_argument(
-        "--methods",
-        nargs="+",
-        type=method_at,
-        metavar="METHOD[@B]",
-        help=f"all, or some of {', '.join(METHODS)}; @B: at a budget of its own (default: {' '.join(PAPER)})",
-    )
-    parser.add_argument(
-        "--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP
-    )
-    parser.add_argument(
-        "--prompts", type=utils.number_list, metavar="I,J,...", help="numbers of instructions (default: all)"
-    )
-    parser.add_argument("--prompt_file", type=utils.path, help="one's own instructions, as in main_edit.py")
-    parser.add_argument(
-        "--purify",
-        nargs="+",
-        type=purifier,
-        default=[],
-        metavar="STEPS",
-        help="what is done to the pictures before they are edited, as in evaluation/purify.py",
-    )
-    parser.add_argument(
-        "--seed",
-        nargs="+",
-        type=utils.known_seed,
-        default=[0],
-        help="of the editor's noise, one or more; the first is the random start's, too",
-    )
+    add = parser.add_argument
+    add("--image_dir", type=utils.path, required=True, help="directory of portraits")
+    add("--output_dir", type=utils.path, required=True, help="where everything goes")
+    text = f"all, or some of {', '.join(METHODS)}; @B: at a budget of its own (default: {' '.join(PAPER)})"
+    add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
+    add("--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP)
+    text = "numbers of instructions (default: all)"
+    add("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
+    add("--prompt_file", type=utils.path, help="your own instructions, as in main_edit.py")
+    text = "what is done to the pictures before they are edited, as in evaluation/purify.py"
+    add("--purify", nargs="+", type=purifier, default=[], metavar="STEPS", help=text)
+    text = "of the editor's noise, one or more; the first is also the random start's"
+    add("--seed", nargs="+", type=utils.known_seed, default=[0], help=text)
     text = f"who edits what is protected against --model; several show what carries over: {NAME_HELP}"
-    parser.add_argument("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
+    add("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -128,68 +110,172 @@ def main(argv: Sequence[str] | None = None) -> int:
     return utils.run_command(run, parse_args(argv))
 
 
-@dataclass
-class Parts:
-    """The parts of an experiment in order, with what each will probably cost."""
-
-    parts: list[tuple[str, float, Callable[[], int]]] = field(default_factory=list)
-
-    def add(self, name: str, weight: float, work: Callable[[], int]) -> None:
-        """Adds a part. weight: its passes through a network, so that only ratios count."""
-        self.parts.append((name, weight, work))
-
-    def run(self) -> int:
-        """Goes through all parts and says how long it will still take -> the worst exit status."""
-        status, spent, done = 0, 0.0, 0.0
-        for place, (name, weight, work) in enumerate(self.parts):
-            left = sum(part[1] for part in self.parts[place:]) * spent / done / 60 if done else 0
-            about = f" (about {left:.0f} minutes left)" if left >= 1 else ""
-            print(f"[{place + 1}/{len(self.parts)}] {name}{about}", flush=True)
-            began = time.perf_counter()
-            status = max(status, work())
-            took = time.perf_counter() - began
-            if status > 128:  # stopped by a signal
-                return status
-            if took > SLOW * weight:
-                spent, done = spent + took, done + weight
-        return status
+Part = tuple[str, Callable[[], int]]  # its name, and what makes it -> exit status
 
 
 @dataclass(frozen=True)
-class Rows:
-    """The rows of one table: where their pictures and edits are, and how they come about."""
+class Table:
+    """One table: where it goes, what is edited in each row (`clean`, METHOD/budget_{B}), and by whom."""
 
-    root: Path  # of the table
-    pictures: dict[str, Path]  # by row: `clean`, METHOD/budget_{B}; what is edited
+    root: Path
+    pictures: dict[str, Path]
+    editor: ModelConfig
+
+    @property
+    def edits(self) -> dict[str, Path]:
+        """The directory of each row's edits."""
+        return {row: self.root / "edits" / row for row in self.pictures}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """What the flags ask for."""
+
     image_dir: Path
+    output_dir: Path
     prompts: dict[int, str]
     prompt_file: Path | None
+    shown: Sequence[int]  # the numbers of the prompts in the pictures
     seeds: Sequence[int]
+    protectors: dict[str, Protector]  # by row
+    config: ModelConfig  # of the first editor
+    others: Sequence[ModelConfig]
+    purifiers: Sequence[tuple[str, list[purify.Step]]]
+    options: runs.Options
 
-    def edits(self, row: str) -> Path:
-        """Gives the directory of a row's edits."""
-        return self.root / "edits" / row
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Experiment:
+        """Reads the flags, and loads the models. Raises UserError."""
+        prompts = utils.choose_prompts(args.prompts, args.prompt_file)
+        runs.find_images(args.image_dir)
+        utils.check_directory(args.output_dir)
+        wanted = ModelSettings.of(args)
+        named = [resolve_editor(wanted, name) for name in args.edit_models]
+        config, *others = named or [resolve(wanted)]
+        if len({name_of(editor) for editor in named}) < len(named):
+            raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
+        if not config.judges:
+            raise UserError("the attack sees all the judges: name others with --judge")
+        protectors = protectors_of(args)
+        for protector in protectors.values():
+            protector.preload()
+        config.load_editor()
+        for editor in others:
+            editor.check_editor()
+        shown = [number for number in SOME_PROMPTS if number in prompts] or list(prompts)[:6]
+        shown = list(prompts) if args.prompts else shown
+        asked = args.image_dir, args.output_dir, prompts, args.prompt_file, shown, args.seed
+        return cls(*asked, protectors, config, others, args.purify, runs.Options.of(args))
 
-    def found(self) -> Edits:
-        """Pairs the edits; what failed in one row is left out of all. Raises UserError."""
-        rows = [self.edits(row) for row in self.pictures if row != "clean"]
-        return find_edits(
-            rows,
-            self.seeds,
-            clean_edit_dir=self.edits("clean"),
-            src_dir=self.image_dir,
-            prompts=list(self.prompts),
-            prompt_file=self.prompt_file,
-            common=True,
-        )
+    @property
+    def protected(self) -> dict[str, Path]:
+        """The directory of each row's protected portraits."""
+        return {row: self.output_dir / "protected" / row for row in self.protectors}
+
+    def tables(self) -> list[Table]:
+        """Lists the tables: the main one, one for each purifier, one for each further editor."""
+        pictures = {"clean": self.image_dir, **self.protected}
+        found = [Table(self.output_dir, pictures, self.config)]
+        for name, _ in self.purifiers:
+            root = self.output_dir / "purified" / name
+            found.append(Table(root, {row: root / "pictures" / row for row in pictures}, self.config))
+        for editor in self.others:
+            found.append(Table(self.output_dir / "editors" / name_of(editor), pictures, editor))
+        return found
+
+    def check(self) -> None:
+        """Refuses, before any work, to replace somebody else's files. Raises UserError."""
+        files = [self.output_dir / name for name in OF_ALL]
+        folders = [*self.protected.values()]
+        for table in self.tables():
+            files += [table.root / name for name in OF_TABLE]
+            folders += [path for path in table.pictures.values() if path != self.image_dir]
+            folders += [path / f"seed{seed}" for path in table.edits.values() for seed in self.seeds]
+        outputs.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
+        for folder in folders:
+            runs.check_ours(folder)
+            utils.check_own(folder / "report.csv")
+
+    def parts(self) -> list[Part]:
+        """Lists what is to be done, in order."""
+        found: list[Part] = []
+        for row, protector in self.protectors.items():
+            arguments = self.image_dir, self.protected[row], protector, self.options
+            found.append((f"protect {row}", partial(protect_directory, *arguments)))
+        main, *others = self.tables()
+        found += self.table_parts(main)
+        for (name, steps), table in zip(self.purifiers, others, strict=False):
+            for row, output in table.pictures.items():
+                arguments = main.pictures[row], output, steps, self.seeds[0], self.config, self.options
+                found.append((f"purify {row}: {name}", partial(purify.purify_directory, *arguments)))
+            found += self.table_parts(table)
+        for table in others[len(self.purifiers) :]:
+            found.append((f"make room for {name_of(table.editor)}", self.make_room))
+            found += self.table_parts(table)
+        return found
+
+    def table_parts(self, table: Table) -> list[Part]:
+        """Lists the parts of a table: the edits of its rows, its values, and the picture beside it."""
+        by = f" by {name_of(table.editor)}" if self.others else ""
+        found: list[Part] = []
+        for row, pictures in table.pictures.items():
+            for seed in self.seeds:
+                folder = table.edits[row] / f"seed{seed}"
+                arguments = pictures, folder, self.prompts, seed, table.editor, self.options
+                found.append((f"edit {row}{by}", partial(edit_directory, *arguments)))
+        return [*found, ("score", partial(self.score, table))]
+
+    def make_room(self) -> int:
+        """Forgets the editors that are loaded, whoever holds them -> exit status."""
+        for protector in self.protectors.values():
+            protector.denoisers.clear()
+        unload()
+        return 0
+
+    def pair(self, table: Table, seeds: Sequence[int], prompts: Sequence[int], **how: Any) -> Edits:
+        """Pairs the edits of a table's rows. Raises UserError."""
+        rows = table.edits
+        how |= {"clean_edit_dir": rows.pop("clean"), "src_dir": self.image_dir}
+        return find_edits([*rows.values()], seeds, prompts=prompts, prompt_file=self.prompt_file, **how)
+
+    def score(self, table: Table) -> int:
+        """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
+        edits = self.pair(table, self.seeds, list(self.prompts), common=True)  # without what failed in a row
+        judged = dataclasses.replace(self.config, dtype=utils.pick_dtype("fp32", self.config.device))
+        how = {"per_image": table.root / "per_image.csv"}
+        if table.root == self.output_dir:  # else they are purified, and in no budget
+            how["protected_dirs"] = list(self.protected.values())
+        status = eval_all.evaluate(edits, judged, table.root / "all_metric.csv", **how)
+        return max(status, beside(lambda: self.draw(table, edits.names)))
+
+    def draw(self, table: Table, names: Sequence[str]) -> None:
+        """Draws the picture beside a table. Raises UserError."""
+        rows = [row for row in table.pictures if row != "clean"]
+        is_alone = len(rows) == 1
+        shown = self.pair(table, self.seeds[:1], self.shown, names=names[: 2 if is_alone else 1])
+        pictures, titles = [table.pictures[row] for row in rows], [""] if is_alone else rows
+        figure.make_grid(shown, pictures, table.root / "figure.png", shown.names, titles, is_alone)
+
+    def sum_up(self, minutes: float) -> int:
+        """Writes what compares the tables, and the report -> exit status."""
+        main, *others = self.tables()
+        output, status = self.output_dir, 0
+        if self.others:
+            attacked = {row: one for row, one in self.protectors.items() if "vae" in one.needs}
+            names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
+            roots = {name_of(table.editor): table.root for table in [main, *others[len(self.purifiers) :]]}
+            print(summary.transfer(roots, names, output / "transfer.csv"))
+        if self.purifiers:
+            roots = {"none": output, **{name: output / "purified" / name for name, _ in self.purifiers}}
+            print(summary.purified(roots, output / "purified.csv"))
+            files = {name: root / "all_metric.csv" for name, root in roots.items()}
+            status = beside(lambda: figure.make_plot(files, output / "purified.png", "left"))
+        print(summary.verdict(output, self.config.models, minutes))
+        return max(status, beside(lambda: report.make_report(output, output / "report.html")))
 
 
-def run(args: argparse.Namespace) -> int:
-    """Makes what the flags ask for and isn't there yet, and says what came out -> exit status."""
-    began = time.perf_counter()
-    prompts = utils.choose_prompts(args.prompts, args.prompt_file)
-    n_images = len(runs.find_images(args.image_dir))
-    utils.check_directory(args.output_dir)
+def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
+    """Makes the protectors that the flags ask for, by row, the smallest budget first. Raises UserError."""
     wanted = dict.fromkeys(
         (method, budget)
         for name, own in args.methods or map(method_at, PAPER)
@@ -197,91 +283,35 @@ def run(args: argparse.Namespace) -> int:
         for budget in ([own] if own else args.budgets)
     )
     settings = settings_of(args)
-    protectors = {
+    return {
         f"{method}/budget_{budget}": Protector(settings, method=method, budget=budget, seed=args.seed[0])
         for method, budget in sorted(wanted, key=lambda pair: pair[1])
     }
-    for protector in protectors.values():
-        protector.preload()
-    wanted = ModelSettings.of(args)
-    named = [resolve_editor(wanted, name) for name in args.edit_models]
-    config, *others = named or [resolve(wanted)]
-    editors = {name_of(editor): editor for editor in [config, *others]}
-    if len(editors) <= len(others):
-        raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
-    if not config.judges:
-        raise UserError("the attack sees all the judges: name others with --judge")
-    config.load_editor()
-    for editor in others:
-        editor.check_editor()
-    judged = dataclasses.replace(config, dtype=utils.pick_dtype("fp32", config.device))
-    options = runs.Options.of(args)
-    some = list(prompts) if args.prompts else [i for i in SOME_PROMPTS if i in prompts] or list(prompts)[:6]
-    asked = {"image_dir": args.image_dir, "prompts": prompts, "prompt_file": args.prompt_file}
-    rows_of = partial(Rows, **asked, seeds=args.seed)
-    parts = Parts()
-    roots = [args.output_dir, *(args.output_dir / "purified" / name for name, _ in args.purify)]
-    roots += [args.output_dir / "editors" / name_of(editor) for editor in others]
-    files = [root / name for root in roots for name in OF_TABLE]
-    files += [args.output_dir / name for name in OF_ALL]
-    outputs.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
 
-    def add_rows(rows: Rows, editor: ModelConfig = config) -> None:
-        """Adds the edits of all rows, their table, and the picture beside it."""
-        edit_passes = n_images * len(prompts) * len(args.seed) * editor.settings["num_inference_steps"]
-        for row, pictures in rows.pictures.items():
-            for seed in args.seed:
-                where = rows.edits(row) / f"seed{seed}"
-                runs.check_ours(where)
-                parts.add(
-                    f"edit {row}" + (f" by {name_of(editor)}" if others else ""),
-                    edit_passes / len(args.seed),
-                    partial(edit_directory, pictures, where, prompts, seed, editor, options),
-                )
-        score = partial(make_table, rows, judged, some, is_protected=rows.root == args.output_dir)
-        parts.add("score", len(rows.pictures) * edit_passes / 20, score)
 
-    protected = {row: args.output_dir / "protected" / row for row in protectors}
-    for row, protector in protectors.items():
-        passes = n_images * (1 + 4 * protector.run.num_iters * bool(protector.method.reads))
-        runs.check_ours(protected[row])
-        utils.check_own(protected[row] / "report.csv")
-        work = partial(protect_directory, args.image_dir, protected[row], protector, options)
-        parts.add(f"protect {row}", passes, work)
-    add_rows(rows_of(args.output_dir, {"clean": args.image_dir, **protected}))
-    for name, steps in args.purify:
-        root = args.output_dir / "purified" / name
-        pictures = {}
-        for row, source in {"clean": args.image_dir, **protected}.items():
-            pictures[row] = root / "pictures" / row
-            runs.check_ours(pictures[row])
-            work = partial(
-                purify.purify_directory, source, pictures[row], steps, args.seed[0], config, options
-            )
-            parts.add(f"purify {row}: {name}", n_images, work)
-        add_rows(rows_of(root, pictures))
-    roots = {name_of(config): args.output_dir}
-    for editor in others:
-        roots[name_of(editor)] = root = args.output_dir / "editors" / name_of(editor)
-        parts.add(f"make room for {name_of(editor)}", 0, partial(make_room, protectors.values()))
-        add_rows(rows_of(root, {"clean": args.image_dir, **protected}), editor)
-    status = parts.run()
+def run(args: argparse.Namespace) -> int:
+    """Makes what the flags ask for and isn't there yet, and reports what came out -> exit status."""
+    began = time.perf_counter()
+    experiment = Experiment.of(args)
+    experiment.check()
+    status = go_through(experiment.parts())
     if status > 128:
         return status
-    if others:
-        attacked = {row: protector for row, protector in protectors.items() if "vae" in protector.needs}
-        names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
-        print(summary.transfer(roots, names, args.output_dir / "transfer.csv"))
-    plots: list[Callable[[], object]] = []
-    if args.purify:
-        roots = {name: args.output_dir / "purified" / name for name, _ in args.purify}
-        roots = {"none": args.output_dir, **roots}
-        print(summary.purified(roots, args.output_dir / "purified.csv"))
-        files = {name: root / "all_metric.csv" for name, root in roots.items()}
-        plots.append(partial(figure.make_plot, files, args.output_dir / "purified.png", "left"))
-    print(summary.verdict(args.output_dir, judged.models, (time.perf_counter() - began) / 60))
-    plots.append(partial(report.make_report, args.output_dir, args.output_dir / "report.html"))
-    return max(status, *map(beside, plots))
+    return max(status, experiment.sum_up((time.perf_counter() - began) / 60))
+
+
+def go_through(parts: Sequence[Part]) -> int:
+    """Makes all parts, or those until a signal comes -> the worst exit status."""
+    from tqdm import tqdm
+
+    status = 0
+    bar = tqdm(parts, unit="part")
+    for name, work in bar:
+        bar.set_description(name)
+        status = max(status, work())
+        if status > 128:  # stopped by a signal
+            break
+    return status
 
 
 def beside(draw: Callable[[], object]) -> int:
@@ -293,47 +323,6 @@ def beside(draw: Callable[[], object]) -> int:
         print(utils.one_line(f"error: not drawn: {name}{utils.first_line(error)}"), file=sys.stderr)
         return 1
     return 0
-
-
-def make_room(protectors: Iterable[Protector]) -> int:
-    """Forgets the editors that are loaded, whoever holds them -> exit status."""
-    for protector in protectors:
-        protector.denoisers.clear()
-    unload()
-    return 0
-
-
-def make_table(rows: Rows, judged: ModelConfig, prompts: Sequence[int], is_protected: bool) -> int:
-    """Scores all rows of a table and draws its picture -> exit status. Raises UserError.
-
-    prompts: of the picture; is_protected: whether the rows' pictures must be within their budgets.
-    """
-    edits = rows.found()
-    protected = [pictures for row, pictures in rows.pictures.items() if row != "clean"]
-    status = eval_all.evaluate(
-        edits,
-        judged,
-        rows.root / "all_metric.csv",
-        per_image=rows.root / "per_image.csv",
-        protected_dirs=protected if is_protected else (),
-    )
-    return max(status, beside(partial(draw_grid, rows, prompts, edits, protected)))
-
-
-def draw_grid(rows: Rows, prompts: Sequence[int], edits: Edits, protected: list[Path]) -> None:
-    """Draws the picture beside a table. Raises UserError."""
-    names = edits.names[: 2 if len(protected) == 1 else 1]
-    shown = find_edits(
-        [row.directory for row in edits.rows],
-        rows.seeds[:1],
-        clean_edit_dir=edits.clean.directory,
-        src_dir=rows.image_dir,
-        prompts=prompts,
-        prompt_file=rows.prompt_file,
-        names=names,
-    )
-    titles = ["" if len(protected) == 1 else row for row in rows.pictures if row != "clean"]
-    figure.make_grid(shown, protected, rows.root / "figure.png", names, titles, len(protected) == 1)
 
 
 def name_of(editor: ModelConfig) -> str:

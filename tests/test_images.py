@@ -14,17 +14,15 @@ import tifffile
 import torch
 from PIL import ExifTags, Image, ImageCms
 
-import images as images_module
+import decoding
+from decoding import FORMATS, readable_suffixes
 from images import (
-    FORMATS,
     choose_output,
     from_working,
     image_size,
     images_by_stem,
     linf,
     load_image,
-    load_portrait,
-    readable_suffixes,
     save_png,
     to_tensor,
     to_uint8,
@@ -499,7 +497,7 @@ def test_a_file_is_read_whatever_its_suffix(tmp_path):
 
 
 def test_heic_is_named_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(images_module.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(decoding.util, "find_spec", lambda name: None)
     (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
     with pytest.raises(UserError, match="a.heic: HEIC is read once pillow-heif is installed"):
         load_image(tmp_path / "a.heic")
@@ -516,7 +514,7 @@ def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
             registered.append(True)
             Image.register_open("HEIF", Image.OPEN["PNG"][0], lambda prefix: prefix.startswith(b"\x89PNG"))
 
-    monkeypatch.setattr(images_module.util, "find_spec", lambda name: name == "pillow_heif")
+    monkeypatch.setattr(decoding.util, "find_spec", lambda name: name == "pillow_heif")
     monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
     pixels = random_pixels()
     file = shutil.move(save(pixels, tmp_path / "a.png"), tmp_path / "a.heic")
@@ -548,8 +546,8 @@ def test_a_directory_that_cant_be_read(call, tmp_path, monkeypatch):
 def test_a_small_image_is_named(tmp_path):
     file = save(random_pixels(20, 64), tmp_path / "a.png")
     with pytest.raises(UserError, match="a.png: a 64x20 image .* too small"):
-        load_portrait(file, 64)
-    assert load_portrait(save(random_pixels(40, 64), file), 64).size == (40, 64)
+        load_image(file, 64)
+    assert load_image(save(random_pixels(40, 64), file), 64).size == (40, 64)
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -116,12 +116,13 @@ def test_a_method_may_have_a_budget_of_its_own(parsed):
 
 
 def test_an_experiment_goes_on_after_a_part_that_failed_and_stops_at_a_signal():
-    parts, done = experiment.Parts(), []
-    for name, status in (("a", 0), ("b", 1), ("c", 0), ("d", 130), ("e", 0)):
-        parts.add(name, 1, lambda name=name, status=status: done.append(name) or status)
-    assert parts.run() == 130 and done == ["a", "b", "c", "d"]
-    parts.parts = parts.parts[:3]
-    assert parts.run() == 1
+    done = []
+    parts = [
+        (name, lambda name=name, status=status: done.append(name) or status)
+        for name, status in (("a", 0), ("b", 1), ("c", 0), ("d", 130), ("e", 0))
+    ]
+    assert experiment.go_through(parts) == 130 and done == ["a", "b", "c", "d"]
+    assert experiment.go_through(parts[:3]) == 1
 
 
 @pytest.mark.slow
@@ -256,7 +257,7 @@ FOREIGN = """--include --exclude --local-dir --index-url
     --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --multi_gpu
     --nproc_per_node --nnodes --node_rank --standalone --rdzv_endpoint --rdzv_backend --shutdown_timeout
     --nodes --ntasks --gpus --ntasks-per-node --gpus-per-node
-    --against-release"""
+    --against-release --size"""
 
 
 def test_flags_that_the_documents_name_exist():

@@ -22,6 +22,7 @@ import pytest
 import tiny
 from PIL import Image, ImageCms
 
+import decoding
 import images
 import main_defend
 import protection
@@ -188,7 +189,7 @@ def originals() -> dict[str, bytes]:
     found = {}
     for name, (image, options) in forms.items():
         buffer = io.BytesIO()
-        image.save(buffer, format=images.FORMATS[Path(name).suffix], **options)
+        image.save(buffer, format=decoding.FORMATS[Path(name).suffix], **options)
         found[name] = buffer.getvalue()
     return found
 
@@ -316,11 +317,11 @@ def test_odd_names_and_bad_files_in_one_directory(tmp_path, defend_flags, capsys
 def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, defend_flags, monkeypatch, capsys):
     paths = tiny.write_portraits(tmp_path / "in", 4)
 
-    def load(path, resolution, load=images.load_portrait):
+    def load(path, *more, load=images.load_image):
         if path == paths[0]:
             paths[1].unlink()
             Image.fromarray(tiny.portrait(72)).save(paths[2])  # of another size than its batch
-        return load(path, resolution)
+        return load(path, *more)
 
     monkeypatch.setattr(protection, "as_portrait", load)
     flags = f"--image_dir {tmp_path}/in --output_dir {tmp_path}/out --defend_method encoder --batch_size 2"

@@ -15,6 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
+import decoding
 import experiment
 import images
 import provenance
@@ -114,7 +115,7 @@ def test_images_are_found_and_what_is_not_read_is_counted(tmp_path, capsys):
 
 @pytest.mark.parametrize("installed", [False, True])
 def test_heic_is_named_with_the_way_out(tmp_path, capsys, monkeypatch, installed):
-    monkeypatch.setattr(images.util, "find_spec", lambda name: installed or None)
+    monkeypatch.setattr(decoding.util, "find_spec", lambda name: installed or None)
     touch(tmp_path, "a.png", "b.HEIC")
     found = [path.name for path in runs.find_images(tmp_path)]
     err = capsys.readouterr().err
@@ -514,10 +515,8 @@ def test_a_signal_in_the_last_batch_stops_what_comes_after_it(copies, capsys, nu
         return Copies.work(copies, items, loaded, wanted)
 
     copies.work, done = work, []
-    parts = experiment.Parts()
-    parts.add("protect", 1, lambda: copies("a b", batch_size=2))
-    parts.add("edit", 1, lambda: done.append("edit") or 0)
-    assert parts.run() == status and done == [] and set(copies.files) == set("ab")
+    parts = [("protect", lambda: copies("a b", batch_size=2)), ("edit", lambda: done.append("edit") or 0)]
+    assert experiment.go_through(parts) == status and done == [] and set(copies.files) == set("ab")
     assert "2 written, 0 there already, 0 failed; stopped" in capsys.readouterr().out
 
 
