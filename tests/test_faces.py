@@ -20,7 +20,7 @@ from tiny import noise
 from transformers import AutoModel
 
 import models.faces
-from benchmarks import strangers
+from calibration import strangers
 from images import load_image, to_tensor, to_uint8
 from models import recognizers
 from models.dlib import dlib_network

@@ -49,6 +49,11 @@ def grey(values):
     return np.stack([values] * 3, axis=-1)
 
 
+def save(image, path, **options):
+    (Image.fromarray(image) if isinstance(image, np.ndarray) else image).save(path, **options)
+    return path
+
+
 # ---------------------------------------------------------------------------------------------------------
 # tensors and 8 bits
 
@@ -95,44 +100,14 @@ def test_saved_png_is_within_the_budget(budget, reach, tmp_path):
 def test_linf():
     a, b = np.full((4, 4, 3), 250, np.uint8), np.full((4, 4, 3), 250, np.uint8)
     b[1, 2, 0] = 5
-    assert linf(a, b) == linf(b, a) == pytest.approx(245 * 2 / 255)
-    assert linf(a, a) == 0
+    assert linf(a, b) == linf(b, a) == pytest.approx(245 * 2 / 255) and linf(a, a) == 0
 
 
 # ---------------------------------------------------------------------------------------------------------
 # reading image files
 
 
-def save(image, path, **options):
-    if isinstance(image, np.ndarray):
-        image = Image.fromarray(image)
-    image.save(path, **options)
-    return path
-
-
-def binary(path):
-    values = random_pixels(channels=()) > 127
-    return save(Image.fromarray(values), path("png")), grey(values * np.uint8(255)), None
-
-
-def luminance(path):
-    values = random_pixels(channels=())
-    return save(values, path("png")), grey(values), None
-
-
-def palette(path):
-    image, colours = _paletted()
-    return save(image, path("png")), colours[np.array(image)], None
-
-
-def palette_with_transparency(path):
-    image, colours = _paletted()
-    indices = np.array(image)
-    alpha = np.where(indices == 0, 0, 255).astype(np.uint8)
-    return save(image, path("png"), transparency=0), colours[indices], alpha
-
-
-def _paletted():
+def paletted():
     """An image of four colours, and these: (4, 3)."""
     colours = random_pixels(4, 1, seed=3)[:, 0]
     image = Image.fromarray(random_pixels(channels=()) % 4).convert("P")
@@ -140,46 +115,39 @@ def _paletted():
     return image, colours
 
 
-def luminance_alpha(path):
-    values = random_pixels(channels=(2,))
-    return save(Image.fromarray(values), path("png")), grey(values[..., 0]), values[..., 1]
+def in_a_palette(path):
+    image, colours = paletted()
+    indices = np.array(image)
+    alpha = np.where(indices == 0, 0, 255).astype(np.uint8)
+    return save(image, path("png"), transparency=0), colours[indices], alpha
 
 
-def rgba(path):
-    values = random_pixels(channels=(4,))
-    values[0, :, 3] = 0  # the colours under full transparency count, too
-    return save(values, path("png")), values[..., :3], values[..., 3]
+def with_alpha(mode):
+    def write(path):
+        values = random_pixels(channels=(len(mode),))
+        values[0, :, -1] = 0  # the colours under full transparency count, too
+        colours = values[..., :3] if mode == "RGBA" else grey(values[..., 0])
+        return save(values, path("png")), colours, values[..., -1]
+
+    return write
 
 
-def rgb_colour_key(path):
+def colour_key(path):
     values = random_pixels()
     values[3, 4:9] = key = (10, 20, 30)
     alpha = np.where((values == key).all(axis=2), 0, 255).astype(np.uint8)
     return save(values, path("png"), transparency=key), values, alpha
 
 
-def cmyk_jpeg(path):
-    values = smooth_pixels()
-    return save(Image.fromarray(values).convert("CMYK"), path("jpg"), quality=95), values, None
+def in_grey(suffix, of_levels):
+    """Writes levels of grey as other numbers: bits, 16 bits, floats."""
 
-
-def sixteen_bit(suffix):
     def write(path):
-        values = np.linspace(0, 65535, 13 * 21).round().astype(np.uint16).reshape(13, 21)
-        values[0, :4] = 0, 65535, 32768, 257
-        return save(values, path(suffix)), grey(np.floor(values / 257 + 0.5).astype(np.uint8)), None
+        levels = (np.arange(13 * 21) % 256).reshape(13, 21).astype(np.uint8)
+        levels = levels // 128 * np.uint8(255) if of_levels(levels).dtype == bool else levels
+        return save(of_levels(levels), path(suffix)), grey(levels), None
 
     return write
-
-
-def integer_tiff(path):
-    values = np.linspace(0, 65535, 13 * 21).astype(np.int32).reshape(13, 21)
-    return save(values, path("tif")), grey(np.floor(values / 257 + 0.5).astype(np.uint8)), None
-
-
-def float_tiff(path):
-    levels = (np.arange(13 * 21) % 256).reshape(13, 21).astype(np.uint8)
-    return save((levels / 255).astype(np.float32), path("tif")), grey(levels), None
 
 
 def animated(suffix, **options):
@@ -192,18 +160,16 @@ def animated(suffix, **options):
 
 
 KINDS = {
-    "1-bit": binary,
-    "L": luminance,
-    "P": palette,
-    "P-transparency": palette_with_transparency,
-    "LA": luminance_alpha,
-    "RGBA": rgba,
-    "RGB-tRNS": rgb_colour_key,
-    "CMYK-jpeg": cmyk_jpeg,
-    "16-bit-png": sixteen_bit("png"),
-    "16-bit-tiff": sixteen_bit("tif"),
-    "32-bit-tiff": integer_tiff,
-    "float-tiff": float_tiff,
+    "1-bit": in_grey("png", lambda levels: levels > 127),
+    "L": in_grey("png", lambda levels: levels),
+    "16-bit-png": in_grey("png", lambda levels: levels * np.uint16(257)),
+    "16-bit-tiff": in_grey("tif", lambda levels: levels * np.uint16(257)),
+    "32-bit-tiff": in_grey("tif", lambda levels: levels * np.int32(257)),
+    "float-tiff": in_grey("tif", lambda levels: (levels / 255).astype(np.float32)),
+    "P": in_a_palette,
+    "LA": with_alpha("LA"),
+    "RGBA": with_alpha("RGBA"),
+    "RGB-tRNS": colour_key,
     "animated-gif": animated("gif"),
     "animated-webp": animated("webp", lossless=True),
 }
@@ -211,26 +177,23 @@ KINDS = {
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_load_image(kind, tmp_path):
+    """And what is written of it is read back as the same."""
     file, pixels, alpha = KINDS[kind](lambda suffix: tmp_path / f"image.{suffix}")
     portrait = load_image(file)
-    assert portrait.path == file and portrait.pixels.dtype == np.uint8
-    assert portrait.size == image_size(file) == pixels.shape[:2]
-    if kind == "CMYK-jpeg":
-        assert np.abs(portrait.pixels.astype(int) - pixels).mean() < 4
-    else:
-        assert np.array_equal(portrait.pixels, pixels)
-    assert (portrait.alpha is None) == (alpha is None)
-
+    assert portrait.path == file and portrait.size == image_size(file) == pixels.shape[:2]
     save_png(tmp_path / "out.png", portrait.pixels, portrait.alpha)
-    again = load_image(tmp_path / "out.png")
-    assert np.array_equal(again.pixels, portrait.pixels)
-    assert alpha is None or np.array_equal(again.alpha, alpha)
-    assert (again.alpha is None) == (alpha is None)
+    for one in (portrait, load_image(tmp_path / "out.png")):
+        assert one.pixels.dtype == np.uint8 and np.array_equal(one.pixels, pixels)
+        assert one.alpha is None if alpha is None else np.array_equal(one.alpha, alpha)
 
 
-def test_sixteen_bits_are_scaled(tmp_path):
-    file, _, _ = sixteen_bit("png")(lambda suffix: tmp_path / f"image.{suffix}")
-    assert load_image(file).pixels[0, :4, 0].tolist() == [0, 255, 128, 1]
+@pytest.mark.parametrize(("mode", "options"), [("CMYK", {}), ("RGB", {"format": "MPO", "save_all": True})])
+def test_jpegs_of_printers_and_phones_are_read(mode, options, tmp_path):
+    """Of a phone's double picture (MPO) the first."""
+    pixels = smooth_pixels()
+    more = {"append_images": [Image.new("RGB", (40, 48))]} if options else {}
+    file = save(Image.fromarray(pixels).convert(mode), tmp_path / "a.jpg", quality=95, **options, **more)
+    assert np.abs(load_image(file).pixels.astype(int) - pixels).mean() < 4
 
 
 UPRIGHT = {  # EXIF orientation -> what makes the stored pixels upright
@@ -272,7 +235,7 @@ def icc_profile(swapped, name="sRGB"):
 
 @pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
 def test_icc_profile_is_converted(mode, tmp_path):
-    image, colours = _paletted()
+    image, colours = paletted()
     expected = colours[np.array(image)][..., [1, 0, 2]]
     file = save(image.convert(mode), tmp_path / "a.png", icc_profile=icc_profile(True, "wild"))
     assert np.abs(load_image(file).pixels.astype(int) - expected).max() <= 2
@@ -302,78 +265,33 @@ def test_srgb_or_broken_icc_profile_changes_nothing(profile, tmp_path):
     assert np.array_equal(load_image(file).pixels, pixels)
 
 
-def write_missing(path):
-    return path / "missing.png"
+def cut_off(path, data):
+    path.write_bytes(data)
+    return path
 
 
-def write_directory(path):
-    (path / "folder.png").mkdir()
-    return path / "folder.png"
+UNREADABLE = {
+    "missing.png": lambda path: path,
+    f"{'x' * 300}.png": lambda path: path,
+    "folder.png": lambda path: path.mkdir() or path,
+    "text.png": lambda path: cut_off(path, b"This is\nno image.\n"),
+    "empty.png": lambda path: cut_off(path, b""),
+    "cut.jpg": lambda path: cut_off(path, save(random_pixels(64, 64), path).read_bytes()[:1500]),
+    "cut.png": lambda path: cut_off(path, save(random_pixels(64, 64), path).read_bytes()[:1000]),
+    "bright.tif": lambda path: save(np.full((8, 8), 300.0, np.float32), path),
+    "nan.tif": lambda path: save(np.full((8, 8), np.nan, np.float32), path),
+    "deep.tif": lambda path: save(np.full((8, 8), 70000, np.int32), path),
+}
 
 
-def write_text(path):
-    (path / "text.png").write_text("This is\nno image.\n")
-    return path / "text.png"
-
-
-def write_empty(path):
-    (path / "empty.png").touch()
-    return path / "empty.png"
-
-
-def write_truncated_jpeg(path):
-    file = save(random_pixels(64, 64), path / "cut.jpg")
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-    return file
-
-
-def write_truncated_png(path):
-    file = save(random_pixels(64, 64), path / "cut.png")
-    file.write_bytes(file.read_bytes()[:1000])
-    return file
-
-
-def write_bright_float(path):
-    return save(np.full((8, 8), 300.0, np.float32), path / "bright.tif")
-
-
-def write_long_name(path):
-    return path / ("x" * 300 + ".png")
-
-
-def write_nan_float(path):
-    return save(np.full((8, 8), np.nan, np.float32), path / "nan.tif")
-
-
-def write_deep(path):
-    return save(np.full((8, 8), 70000, np.int32), path / "deep.tif")
-
-
-@pytest.mark.parametrize(
-    "write",
-    [
-        write_missing,
-        write_directory,
-        write_text,
-        write_empty,
-        write_truncated_jpeg,
-        write_truncated_png,
-        write_bright_float,
-        write_nan_float,
-        write_deep,
-        write_long_name,
-    ],
-)
-def test_unreadable_file(write, tmp_path):
-    file = write(tmp_path)
+@pytest.mark.parametrize("name", UNREADABLE, ids=lambda name: name[-10:])
+def test_an_unreadable_file_is_one_line(name, tmp_path):
+    file = UNREADABLE[name](tmp_path / name)
     with pytest.raises(UserError) as caught:
         load_image(file)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize("write", [write_missing, write_directory, write_text, write_empty])
-def test_size_of_an_unreadable_file(write, tmp_path):
-    assert image_size(write(tmp_path)) is None
+    is_headless = name in [*UNREADABLE][:5]
+    assert is_headless == (image_size(file) is None)
 
 
 def write_png16(path, values, transparent=None):
@@ -463,14 +381,6 @@ def test_a_sixteen_elsewhere_in_the_header_is_no_depth(tmp_path):
     assert load_image(tmp_path / "b.bmp").size == (5, 5)
 
 
-def test_a_phones_double_picture_is_read(tmp_path):
-    """MPO: its first picture, under the name of a JPEG."""
-    first = smooth_pixels()
-    more = [Image.new("RGB", (40, 48))]
-    file = save(first, tmp_path / "a.jpg", format="MPO", save_all=True, append_images=more, quality=95)
-    assert np.abs(load_image(file).pixels.astype(int) - first).mean() < 3
-
-
 def test_a_postscript_file_starts_nothing(tmp_path, monkeypatch):
     """Pillow would hand it to Ghostscript, whatever its suffix."""
     (tmp_path / "a.png").write_text(
@@ -496,50 +406,38 @@ def test_a_file_is_read_whatever_its_suffix(tmp_path):
         assert np.array_equal(load_image(file).pixels, pixels)
 
 
-def test_heic_is_named_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(decoding.util, "find_spec", lambda name: None)
-    (tmp_path / "a.heic").write_bytes(b"\0\0\0\x18ftypheic")
-    with pytest.raises(UserError, match="a.heic: HEIC is read once pillow-heif is installed"):
-        load_image(tmp_path / "a.heic")
-    assert ".heic" not in readable_suffixes() and set(FORMATS) == set(readable_suffixes())
-
-
-def test_heic_is_read_with_its_plugin(tmp_path, monkeypatch):
-    """The plugin itself is not installed here: it registers an opener, and its suffixes are read."""
-    registered = []
+def test_heic_is_read_with_its_plugin_and_named_without(tmp_path, monkeypatch):
+    """The plugin itself is not installed here: one that registers an opener stands in."""
 
     class plugin:
         @staticmethod
         def register_heif_opener():
-            registered.append(True)
             Image.register_open("HEIF", Image.OPEN["PNG"][0], lambda prefix: prefix.startswith(b"\x89PNG"))
 
-    monkeypatch.setattr(decoding.util, "find_spec", lambda name: name == "pillow_heif")
-    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
     pixels = random_pixels()
     file = shutil.move(save(pixels, tmp_path / "a.png"), tmp_path / "a.heic")
-    assert np.array_equal(load_image(file).pixels, pixels) and registered
+    monkeypatch.setattr(decoding.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="a.heic: HEIC is read once pillow-heif is installed"):
+        load_image(file)
+    assert ".heic" not in readable_suffixes() and set(FORMATS) == set(readable_suffixes())
+    monkeypatch.setattr(decoding.util, "find_spec", lambda name: name == "pillow_heif")
+    monkeypatch.setitem(sys.modules, "pillow_heif", plugin)
+    assert np.array_equal(load_image(file).pixels, pixels)
     assert {".heic", ".heif"} < set(readable_suffixes())
     Image.OPEN.pop("HEIF")
     Image.ID.remove("HEIF")
 
 
-@pytest.mark.parametrize("call", ["stat", "listdir"])
-def test_a_directory_that_cant_be_read(call, tmp_path, monkeypatch):
+def test_a_directory_that_cant_be_read(tmp_path, monkeypatch):
     """As root may read everything, the system's refusal is played."""
-    save(random_pixels(), tmp_path / "a.png")
 
-    def refuse(path, *_, **__):
-        if call == "listdir" or Path(path).suffix:
-            raise PermissionError(13, "Permission denied")
-        return stat(path, *_, **__)
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
 
-    stat = os.stat
-    monkeypatch.setattr(os, call, refuse)
-    monkeypatch.setattr(os, "scandir", refuse if call == "listdir" else os.scandir)
+    monkeypatch.setattr(os, "listdir", refuse)
+    monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError) as caught:
         images_by_stem(tmp_path)
-    monkeypatch.undo()
     assert str(caught.value) == f"{tmp_path}: can't be listed (Permission denied)"
 
 
@@ -568,13 +466,6 @@ def test_metadata_is_dropped(tmp_path):
         image.load()
         assert image.info == {} and not image.getexif()
     assert b"Secret" not in out.read_bytes()
-
-
-def test_save_png_makes_directories(tmp_path):
-    pixels = random_pixels()
-    save_png(tmp_path / "a" / "b" / "out.png", pixels)
-    assert np.array_equal(load_image(tmp_path / "a" / "b" / "out.png").pixels, pixels)
-    assert os.listdir(tmp_path / "a" / "b") == ["out.png"]
 
 
 def choose(given, source):
@@ -606,14 +497,6 @@ def test_choose_output_refuses(name, reason, tmp_path):
     with pytest.raises(UserError, match=reason) as caught:
         choose(tmp_path / name, source)
     assert str(caught.value).startswith(f"{tmp_path / name.removesuffix('/out.png')}: ")
-
-
-def test_choose_output_asks_for_permission(tmp_path, monkeypatch):
-    asked = []
-    monkeypatch.setattr(os, "access", lambda path, mode: asked.append((Path(path), mode)))
-    with pytest.raises(UserError, match="no permission"):
-        choose(tmp_path / "new" / "deep" / "out.png", tmp_path / "a.png")
-    assert asked == [(tmp_path, os.W_OK)]
 
 
 @pytest.mark.parametrize("name", ["out.png", "out.PNG", "new/out.png", "older.png"])
@@ -671,12 +554,6 @@ def test_too_small(size, resolution):
         to_working(torch.zeros(1, 3, *size), resolution)
 
 
-def test_nothing_happens_to_what_fits():
-    images = to_tensor(random_pixels(64, 40))
-    assert torch.equal(to_working(images, 64), images)
-    assert torch.equal(from_working(images, (64, 40), 64), images)
-
-
 def test_padding_is_a_reflection_at_the_end():
     images = to_tensor(random_pixels(37, 53))
     working = to_working(images, 128)
@@ -691,14 +568,6 @@ def test_resize_has_no_aliases():
     stripes[..., ::3] = -1  # mean 1/3, finer than the working size can show
     inner = to_working(stripes, 96)[..., 8:-8, 8:-8]
     assert (inner - 1 / 3).abs().max() < 0.15
-
-
-def test_round_trip_of_a_smooth_image():
-    images = to_tensor(smooth_pixels(60, 40)).repeat_interleave(3, dim=2).repeat_interleave(3, dim=3)
-    images = images[..., :131, :101]
-    restored = from_working(to_working(images, 96), (131, 101), 96)
-    assert restored.shape == images.shape
-    assert (restored - images)[..., 4:-4, 4:-4].abs().max() < 0.05
 
 
 @pytest.mark.parametrize("size", [(37, 53), (200, 131), (300, 300)])

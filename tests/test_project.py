@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import ast
-import graphlib
 import importlib
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -30,7 +28,7 @@ BUNDLED = sorted((ROOT / "assets/portraits/mini").glob("*.png"))
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SOURCES = [
     path
-    for folder in ("", "models", "evaluation", "benchmarks", "mini", "mini/drawing")
+    for folder in ("", "models", "evaluation", "calibration", "mini", "mini/drawing")
     for path in sorted((ROOT / folder).glob("*.py"))
 ]
 
@@ -63,10 +61,8 @@ def test_environment_installs_the_requirements():
 
 
 def test_every_requirement_has_a_range():
-    needed = requirements("requirements.txt")
-    assert needed["facenet-pytorch"] == "==2.5.3"
-    assert {"torch", "torchvision", "diffusers", "transformers", "lpips", "scikit-image"} <= needed.keys()
-    of_tests = requirements("requirements-dev.txt")
+    """And a package stands in one file only."""
+    needed, of_tests = requirements("requirements.txt"), requirements("requirements-dev.txt")
     assert all("<" in wanted or "==" in wanted for wanted in [*needed.values(), *of_tests.values()])
     assert not needed.keys() & of_tests.keys()
 
@@ -75,15 +71,6 @@ def dry_run(target: str, *more: str) -> str:
     """What make would do for a target, where everything is installed."""
     command = ["make", "-n", target, "RUN=python", *more]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-
-
-def test_ci_lints_and_tests(tmp_path):
-    """By make, of which a stand-in notes what is asked of it."""
-    (tmp_path / "make").write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n')
-    (tmp_path / "make").chmod(0o755)
-    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
-    subprocess.run([ROOT / ".ci/run"], env={**os.environ, "PATH": path}, check=True)
-    assert (tmp_path / "asked").read_text().split() == ["lint", "test"]
 
 
 @pytest.mark.parametrize("target", ["demo", "table", "experiment"])
@@ -200,7 +187,7 @@ def parsed(monkeypatch, capsys):
         raise Parsed(parse(self, *arguments, **more))
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", stop)
-    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    monkeypatch.syspath_prepend(ROOT / "calibration")
 
     def of(script: str, arguments: list[str]) -> argparse.Namespace:
         module = importlib.import_module(Path(script).stem)
@@ -279,64 +266,7 @@ def knobs_and_members() -> set[str]:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the house
-
-
-ORDER = [
-    "utils", "decoding", "images", "transforms", "loops", "methods", "models", "masks", "protection",
-    "provenance", "runs", "evaluation",
-]  # fmt: skip
-
-
-OF_THE_PAGE = ["studio", "server", "visits"]
-
-
-def level(path: Path) -> int:
-    """How high a file stands: in ORDER, above it the scripts and what the page is of, then the rest."""
-    if path.parent.name in ("mini", "drawing", "benchmarks"):
-        return len(ORDER) + 1
-    name = path.stem if path.parent == ROOT else path.parent.name
-    return len(ORDER) if is_script(path) or name in OF_THE_PAGE else ORDER.index(name)
-
-
-def imports() -> dict[Path, set[Path]]:
-    """File -> the project's own files that it imports, wherever in it."""
-    packages = {ROOT / "models": "models.", ROOT / "mini/drawing": "drawing."}
-    by_name = {packages.get(path.parent, "") + path.stem: path for path in SOURCES}
-    by_name["models"] = ROOT / "models/__init__.py"
-    found: dict[Path, set[Path]] = {}
-    for path in SOURCES:
-        names: set[str] = set()
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Import):
-                names |= {alias.name for alias in node.names}
-            elif isinstance(node, ast.ImportFrom):
-                names |= {node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)}
-        found[path] = {by_name[name] for name in names & by_name.keys()} - {path}
-    return found
-
-
-def test_nothing_imports_upwards():
-    graph = imports()
-    assert sum(map(len, graph.values())) > 80
-    upwards = [
-        f"{relative(path)} imports {relative(other)}"
-        for path, others in graph.items()
-        for other in others
-        if level(other) > level(path)
-    ]
-    assert upwards == []
-    graphlib.TopologicalSorter(graph).prepare()  # raises for a circle
-
-
-# ---------------------------------------------------------------------------------------------------------
 # the bundled portraits and models
-
-
-def test_there_are_twelve_bundled_portraits_and_two_photographs():
-    assert len(BUNDLED) == 12
-    for name, size in (("astronaut.png", (512, 512)), ("grace_hopper.jpg", (600, 512))):
-        assert load_image(ROOT / "assets/portraits" / name).size == size
 
 
 def test_the_bundled_models_are_small_and_no_pickles():
@@ -372,17 +302,6 @@ def test_facelock_moves_the_face_and_noise_does_not(tmp_path, capsys):
     assert after["noise"]["recognizer"] > 0.8 and after["noise"]["judge"] > 0.8
     assert after["facelock"]["recognizer"] < after["noise"]["recognizer"] - 0.2
     assert after["facelock"]["judge"] < after["noise"]["judge"] - 0.02
-
-
-def test_mini_says_what_a_photograph_is_worth(tmp_path, capsys):
-    """The main job runs on a real photograph, too, and says that it means nothing."""
-    arguments = (
-        f"--models mini --input_path {ROOT}/assets/portraits/grace_hopper.jpg "
-        f"--output_path {tmp_path}/out.png --num_iters 2 --device cpu"
-    )
-    assert defend.main(arguments.split()) == 0
-    assert "says nothing about how well a real photo is protected" in capsys.readouterr().err
-    assert load_image(tmp_path / "out.png").size == (600, 512)
 
 
 def test_mini_editing_is_the_same_in_batches():

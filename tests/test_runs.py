@@ -15,7 +15,6 @@ import pytest
 import torch
 from PIL import Image
 
-import decoding
 import experiment
 import images
 import provenance
@@ -113,16 +112,6 @@ def test_images_are_found_and_what_is_not_read_is_counted(tmp_path, capsys):
     assert capsys.readouterr().err.endswith(f"warning: {tmp_path}: {text}\n")
 
 
-@pytest.mark.parametrize("installed", [False, True])
-def test_heic_is_named_with_the_way_out(tmp_path, capsys, monkeypatch, installed):
-    monkeypatch.setattr(decoding.util, "find_spec", lambda name: installed or None)
-    touch(tmp_path, "a.png", "b.HEIC")
-    found = [path.name for path in runs.find_images(tmp_path)]
-    err = capsys.readouterr().err
-    assert found == ["a.png", "b.HEIC"][: 1 + installed]
-    assert ("1 files of other kinds" in err and "installed" in err) is not installed
-
-
 @pytest.mark.parametrize(
     ("files", "directory", "message"),
     [
@@ -158,15 +147,10 @@ def test_all_is_made_and_recorded(copies, capsys, monkeypatch):
     assert capsys.readouterr().out == f"{copies.directory}: 3 written, 0 there already, 0 failed\n"
     made = [".facelock.0.lock", "a.png", "b.png", "c.png", "manifest.jsonl", "run.json"]
     assert sorted(os.listdir(copies.directory)) == made
-    assert copies.record == {
-        "seed": 0,
-        "arguments": {"how": "upper"},
-        "sources": str(copies.root / "in"),
-        "command": ["main_defend.py", "--seed=0"],
-        "versions": provenance.versions(),
-        "later_versions": [],
-        "prompts": {"3": "beard"},
-    }
+    record = copies.record
+    assert (record["seed"], record["arguments"], record["prompts"]) == (0, {"how": "upper"}, {"3": "beard"})
+    assert record["command"] == ["main_defend.py", "--seed=0"]
+    assert record["versions"] == provenance.versions()
     entries = runs.read_manifest(copies.directory)
     assert set(entries) == {"a.png", "b.png", "c.png"}
     assert entries["a.png"] == {
@@ -194,12 +178,11 @@ def test_what_is_there_is_not_made_again(copies, capsys, tmp_path):
 
 def test_a_batch_with_a_missing_file_is_computed_whole_and_only_that_file_written(copies, capsys):
     copies("a b c d", batch_size=2)
-    times = {path.stem: path.stat().st_mtime_ns for path in copies.directory.glob("*.png")}
     (copies.directory / "a.png").unlink()
-    assert copies("a b c d", batch_size=2) == 0
-    assert copies.computed == ["AB"] and "1 written, 3 there already" in capsys.readouterr().out
-    after = {path.stem: path.stat().st_mtime_ns for path in copies.directory.glob("*.png")}
-    assert {name for name in "abcd" if after[name] != times[name]} == {"a"}
+    (copies.directory / "b.png").write_text("b")  # of the same size: it shows if it is written again
+    assert copies("a b c d", batch_size=2) == 0 and copies.computed == ["AB"]
+    assert copies.files["a"] == "A" and copies.files["b"] == "b"
+    assert "1 written, 3 there already" in capsys.readouterr().out
 
 
 def test_a_replaced_source_is_refused_and_made_again_alone(copies):
@@ -210,14 +193,6 @@ def test_a_replaced_source_is_refused_and_made_again_alone(copies):
     assert copies("a b c d", overwrite=True) == 0
     assert copies.computed == ["SOMEBODY ELSE", "D"]
     assert copies("a b c d") == 0 and copies.computed == []
-
-
-def test_the_first_five_and_a_count(copies):
-    names = "a b c d e f g h"
-    copies(names)
-    for name in names.split():
-        (copies.root / "in" / name).write_text("somebody else")
-    copies.refuses(names, "e.png: its source has changed and 3 more; --overwrite")
 
 
 def test_a_replaced_result_is_refused(copies):
@@ -297,38 +272,17 @@ def test_files_made_by_hand_are_taken_with_a_warning(copies, capsys):
     copies.refuses("a b c d e f g h i", "seed: 0 there, 1 now")
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        *("", "{", "[]", '{"seed": 1}', '{"arguments": 3}', "\xff"),
-        '{"arguments": {}, "prompts": {"x": ""}}',
-        '{"arguments": {}, "prompts": ["1"]}',
-    ],
-)
-def test_a_damaged_record_is_one_line(copies, text):
-    copies.directory.mkdir()
-    (copies.directory / "run.json").write_bytes(text.encode("latin-1"))
-    copies.refuses("a", "run.json: not a record of a run")
-
-
 def test_another_commit_or_package_is_one_line_and_the_run_goes_on(copies, capsys):
     """Once for each, however often the run is repeated; nothing of what an older record doesn't know."""
     copies("a")
-    less = {name: version for name, version in provenance.versions().items() if name != "commit"}
-    (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": less}))
-    assert copies("a") == 0 and "versions" not in capsys.readouterr().err
-    before = provenance.versions()
-    old = {**before, "torch": "2.0", "commit": "0123456789ab"}
-    changed = {"versions": old, "later_versions": []}
-    (copies.directory / "run.json").write_text(json.dumps(copies.record | changed))
+    now = provenance.versions()
+    old = {name: version for name, version in now.items() if name != "commit"} | {"torch": "2.0"}
+    (copies.directory / "run.json").write_text(json.dumps(copies.record | {"versions": old}))
     for _ in range(2):
         assert copies("a b") == 0
-    changed = f"torch 2.0, now {before['torch']}"
-    if "commit" in before:
-        changed += f"; commit 0123456789ab, now {before['commit']}"
-    text = f"warning: {copies.directory} was begun with other versions: {changed}\n"
+    text = f"warning: {copies.directory} was begun with other versions: torch 2.0, now {now['torch']}\n"
     assert capsys.readouterr().err.count(text) == 1
-    assert copies.record["versions"] == old and copies.record["later_versions"] == [before]
+    assert copies.record["versions"] == old and copies.record["later_versions"] == [now]
 
 
 def test_the_commit_is_recorded_where_there_is_one(tmp_path):
@@ -336,17 +290,16 @@ def test_the_commit_is_recorded_where_there_is_one(tmp_path):
     for name in ("provenance.py", "utils.py"):
         shutil.copy(ROOT / name, tmp_path)
     say = [sys.executable, "-c", "import provenance; print(provenance.versions().get('commit'))"]
-    git = ["git", "-c", "user.name=x", "-c", "user.email=x@example.org"]
+    git = ["git", "-C", tmp_path, "-c", "user.name=x", "-c", "user.email=x@example.org"]
 
     def commit() -> str:
         environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tmp_path.parent)}
         return subprocess.check_output(say, cwd=tmp_path, text=True, env=environment).strip()
 
     assert commit() == "None"
-    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
-    subprocess.run(["git", "add", "provenance.py"], cwd=tmp_path, check=True)
-    subprocess.run([*git, "commit", "-qm", "x"], cwd=tmp_path, check=True)
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=tmp_path, text=True)
+    for command in ("init -q", "add provenance.py", "commit -qm x"):
+        subprocess.run([*git, *command.split()], check=True)
+    head = subprocess.check_output([*git, "rev-parse", "HEAD"], text=True)
     assert commit() == head[:12]
     (tmp_path / "provenance.py").write_text((tmp_path / "provenance.py").read_text() + "\n")
     assert commit() == f"{head[:12]}-dirty"

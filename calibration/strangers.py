@@ -1,8 +1,8 @@
-"""Measures what a recogniser says of strangers: their mean cosine, and the one that 0.1 % of pairs exceed.
+"""Measures a recogniser on strangers: their mean cosine, and the one that 0.1 % of the pairs exceed.
 
     python mini/portraits.py --write people --first 150000 --count 300
-    python benchmarks/strangers.py --models=mini --recognizer dlib assets/mini/judge --image_dir people
-    python benchmarks/strangers.py --recognizer adaface.onnx --image_dir people
+    python calibration/strangers.py --models=mini --recognizer dlib assets/mini/judge --image_dir people
+    python calibration/strangers.py --recognizer adaface.onnx --image_dir people
 
 IMAGE_DIR holds a photo of each person, NAME.*, or several, NAME/*. The JSON of an ONNX file and the
 preprocessor_config.json of a directory take the numbers as they are printed; dlib's stand in

@@ -1,11 +1,11 @@
 """Finds the budget at which each method's protection is as visible as facelock's, and prints METHOD@BUDGET.
 
-    python benchmarks/equal_visibility.py --models=mini --image_dir=portraits --budget=0.06
+    python calibration/equal_visibility.py --models=mini --image_dir=portraits --budget=0.06
     python experiment.py --models=mini --image_dir=portraits --output_dir=equal --methods vae@0.0586 cw@0.31
 
-Visible is what LPIPS says of the protected picture against its source, the mean over the portraits. It goes
-about as the budget's square, from which each guess comes. Budgets are whole levels of 255; the nearest is
-taken, which may be a tenth off. What was tried is on stderr.
+Visibility is the LPIPS of a protected picture against its source, the mean over the portraits. It grows about
+with the square of the budget, which gives the next guess. Budgets are whole levels of 255; the nearest one is
+printed, whose LPIPS may be a tenth off. The guesses are printed to stderr.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the words, one a method -> exit status. Raises UserError."""
+    """Prints one METHOD@BUDGET per method -> exit status. Raises UserError."""
     settings, paths = settings_of(args), find_images(args.image_dir)
     aim = visibility(paths, settings, LIKE, args.budget)
     for method in args.methods or METHODS:
