@@ -102,6 +102,7 @@ def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
         (w.grad,) = torch.autograd.grad(-values.sum(), w)
         optimizer.step()
         _watch(w.grad, peaks, i, run)
+        w.grad = None  # room for the next one
         if run.callback:
             run.callback(i, values.detach())
     del optimizer
@@ -134,7 +135,8 @@ def blurred_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     theirs learns one for each region that SAM finds. x, the result and errors as in `pgd`.
     """
     x, start = _begin(x, run)
-    smooth = keeping_spectrum(x, start - x)
+    smooth = keeping_spectrum(x, start.sub_(x))
+    del start
     return through(lambda u: project(x + smooth(u - x), x, run.budget), x, objective, run, pgd)
 
 
@@ -144,13 +146,13 @@ def dct_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     Theirs has no budget in pixels. Start and steps are the same share of 1 as of the budget. x, the result
     and errors as in `pgd`.
     """
-    import torch
-
     x, start = _begin(x, run)
     moved = in_coefficients(x, quality=95)
-    first = start.sub_(x).div_(run.budget)
-    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=lambda: first)
-    return through(lambda v: project(moved(v), x, run.budget), torch.zeros_like(x), objective, run_v, pgd)
+    own = [start.sub_(x).div_(run.budget)]
+    del start  # and the loop takes it out of `own`, so that no copy stays
+    run_v = replace(run, budget=1.0, step_size=run.step_size / run.budget, start=own.pop)
+    zero = x.new_zeros(1, 1, 1, 1).expand_as(x)
+    return through(lambda v: project(moved(v), x, run.budget), zero, objective, run_v, pgd)
 
 
 def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:

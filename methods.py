@@ -76,7 +76,7 @@ def cw_l2_attack(x: Tensor, vae: Any, c: float = 0.03, targeted: bool = False) -
         return _norm(z) if targeted else -rows.flatten(1).sum(dim=1)
 
     def objective(x_adv: Tensor, t: float) -> Tensor:
-        change = ((x_adv - x) / 2).square().flatten(1).sum(dim=1)  # (B,)
+        change = (x_adv - x).square().flatten(1).sum(dim=1) / 4  # (B,)
         return -(change + c * f(_encode(vae, x_adv)))
 
     return objective

@@ -64,29 +64,6 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 @pytest.mark.slow
-def test_a_killed_run_goes_on_where_it_was(tmp_path):
-    """And ends with the files of an undisturbed one: none lost, none different, none half-written."""
-    (tmp_path / "in").mkdir()
-    for path in sorted((ROOT / "assets/portraits/mini").glob("*.png"))[:6]:
-        shutil.copy(path, tmp_path / "in")
-    flags = ("--defend_method", "encoder", "--num_iters", "6", "--batch_size", "2")
-    assert finish(start(tmp_path, "whole", 1, *flags))[0] == 0
-    whole, place = files(tmp_path / "whole/budget_0.03"), tmp_path / "killed/budget_0.03"
-    process = start(tmp_path, "killed", 1, *flags)
-    while len(files(place)) < 3:  # so that the first batch is finished
-        time.sleep(0.001)
-    process.kill()
-    process.communicate()
-    assert len(files(place)) < 6 and files(place).items() <= whole.items()
-    status, out, err = finish(start(tmp_path, "killed", 1, *flags, "--verify"))
-    assert status == 0 and ", 0 failed" in out and " 0 there already" not in out, err
-    assert files(place) == whole and set(runs.read_manifest(place)) == set(whole)
-    assert sorted(path.name for path in place.iterdir() if path.suffix != ".png") == [
-        ".facelock.0.lock", ".facelock.jsonl", "manifest.jsonl", "report.csv", "run.json"
-    ]  # fmt: skip
-
-
-@pytest.mark.slow
 def test_sixty_portraits_two_processes_ten_kills(tmp_path, capsys):
     """Killed with SIGKILL at ten random moments, launcher alone or with its workers, and resumed each time:
     the same files as those of an undisturbed single process. A moment is when so many more files are there,
