@@ -21,6 +21,7 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from images import MOST_PIXELS
 from loops import Objective, Run, adam, blurred_pgd, climb, dct_pgd, pgd, stay, ti_pgd
 from transforms import Draws, Window, chains, normal, uniform
 
@@ -270,6 +271,7 @@ class Method(NamedTuple):
     fp32: bool = False  # networks in float32 whatever --dtype says
     run: Run = Run()  # its own defaults; lr is that of all
     mask: str = "none"  # its own --budget_mask
+    most_pixels: int = MOST_PIXELS  # of an image, by the memory that the loop takes
     version: int = 1
 
     @property
@@ -290,7 +292,9 @@ METHODS: dict[str, Method] = {
     "noise": Method(noise, stay, reads=()),
     "encoder": Method(encoder_attack),
     "vae": Method(vae_attack),
-    "cw": Method(cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True),  # Adam sees a gradient's size
+    "cw": Method(  # Adam sees a gradient's size
+        cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True, most_pixels=MOST_PIXELS // 2
+    ),
     "facelock": Method(facelock),
     "facelock-dim": Method(facelock_dim, ti_pgd, TI, run=OURS, mask="face"),
     "facelock-ti": Method(facelock_dim, ti_pgd, TI, run=replace(OURS, smoothing=3 / 128), mask="face"),
@@ -301,6 +305,6 @@ METHODS: dict[str, Method] = {
     "pid": Method(pid),
     "editshield": Method(editshield),
     "diffusionguard": Method(diffusionguard),
-    "blurguard": Method(encoder_attack, blurred_pgd),
-    "dctshield": Method(encoder_attack, dct_pgd),
+    "blurguard": Method(encoder_attack, blurred_pgd, most_pixels=MOST_PIXELS // 2),
+    "dctshield": Method(encoder_attack, dct_pgd, most_pixels=MOST_PIXELS // 2),
 }

@@ -252,7 +252,7 @@ class Protector:
         boxes: faces given by hand, in the portrait's pixels. Raises UserError naming the file: not readable,
         too small, or no face where the method needs one.
         """
-        portrait = as_portrait(image, self.resolution)
+        portrait = as_portrait(image, self.resolution, self.method.most_pixels)
         if not self.looks_at_faces:
             return Subject(portrait, [])
         path, size = portrait.path, portrait.size
