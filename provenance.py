@@ -128,8 +128,8 @@ def write_record(directory: Path, settings: dict[str, Any], prompts: dict[int, s
 
 def check_ours(directory: Path) -> None:
     """Refuses a directory with somebody else's run.json, or a manifest without one. Raises UserError."""
-    record, versions = read_record(directory), {"python", "diffusers", "facenet-pytorch"}
-    if record is not None and not versions <= record.get("versions", {}).keys():  # nobody else records these
+    record, known = read_record(directory), {"python", "diffusers", "facenet-pytorch"}
+    if record is not None and not known <= record.get("versions", {}).keys():  # nobody else records these
         raise UserError(f"{directory / 'run.json'}: {NOT_OURS}")
     for path in manifests(directory) if record is None else ():
         if path.stat().st_size:
