@@ -15,6 +15,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
 
 Draws = Sequence["torch.Generator"]  # one an image
 Transform = Callable[..., "Tensor"]  # (images, generators, window) -> images
+STRIP = 512  # px, the side of what is blurred at once
 SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transformed
 
 
@@ -164,13 +165,17 @@ def blur(images: Tensor, side: int, sigma: float) -> Tensor:
 
 def smooth(images: Tensor, sigma: float) -> Tensor:
     """Blurs by a Gaussian of a sigma in px, 0 for none, as wide as it needs and the image allows."""
+    import torch
     from torchvision.transforms.functional import gaussian_blur
 
     if not sigma:
         return images
     side = min(2 * round(3 * sigma) + 1, 2 * ((min(images.shape[-2:]) - 1) // 2) + 1)
-    down = gaussian_blur(images, [1, side], [sigma, sigma])  # one way, then the other: a square kernel's
-    return gaussian_blur(down, [side, 1], [sigma, sigma])  # time goes with its area
+    # one way, then the other, since a square kernel's time goes with its area; in strips, for the memory
+    for kernel, across in (([1, side], -1), ([side, 1], -2)):
+        strips = images.split(STRIP, across)
+        images = torch.cat([gaussian_blur(strip, kernel, [sigma, sigma]) for strip in strips], across)
+    return images
 
 
 def jpeg(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:

@@ -290,8 +290,7 @@ def test_an_unreadable_file_is_one_line(name, tmp_path):
     with pytest.raises(UserError) as caught:
         load_image(file)
     assert str(caught.value).startswith(f"{file}: ") and "\n" not in str(caught.value)
-    is_headless = name in [*UNREADABLE][:5]
-    assert is_headless == (image_size(file) is None)
+    assert image_size(file) is None or file.suffix in (".jpg", ".tif")
 
 
 def write_png16(path, values, transparent=None):
