@@ -29,6 +29,7 @@ import main_defend
 import main_edit
 import runs
 import utils
+from methods import METHODS
 from models.loading import check_configs, loading
 from utils import UserError
 
@@ -317,12 +318,10 @@ def test_directories_without_rights_are_one_line(tmp_path):
 # ---------------------------------------------------------------------------------------------------------
 # memory and time
 
-HEAVY = ["cw", "blurguard", "dctshield"]  # methods that keep more than sign steps do
-
-
 @pytest.mark.parametrize(
     ("method", "size", "most"),
-    [("noise", (9000, 9000), "24.5"), *((method, (4096, 3072), "12.2") for method in HEAVY)],
+    [("noise", (9000, 9000), "24.5")]
+    + [(method, (4096, 3072), "12.2") for method in ("cw", "blurguard", "dctshield")],
 )
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(
     tmp_path, defend_flags, capsys, monkeypatch, method, size, most
@@ -336,6 +335,24 @@ def test_an_image_of_too_many_pixels_is_refused_by_its_header(
     only_error(capsys, f"large.png: {size[0]}x{size[1]} is more than the {most} megapixels that are read")
     assert images.image_size(path) == size[::-1] or size[0] < 9000
     assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "wait4"), reason="measures a process's memory")
+@pytest.mark.parametrize("mask", ["none", "face+texture"])
+@pytest.mark.parametrize("method", METHODS)
+def test_the_largest_image_takes_at_most_2_5_gb(tmp_path, method, mask):
+    """That a method reads, on the bundled models, two iterations."""
+    height = int((METHODS[method].most_pixels * 3 / 4) ** 0.5)
+    portrait = Image.open(ROOT / "assets/portraits/mini/portrait_1000000.png").convert("RGB")
+    portrait.resize((height * 4 // 3, height)).save(tmp_path / "large.jpg")
+    flags = ["--models=mini", "--device=cpu", f"--defend_method={method}", f"--budget_mask={mask}"]
+    flags += [f"--input_path={tmp_path}/large.jpg", f"--output_path={tmp_path}/o.png"]
+    flags += [] if method == "noise" else ["--num_iters=2"]
+    flags += ["--face_box=900,600,1900,1700"] if mask != "none" or "facelock" in method else []
+    process = subprocess.Popen([sys.executable, "defend.py", *flags], cwd=ROOT)
+    _, status, used = os.wait4(process.pid, 0)
+    assert status == 0 and used.ru_maxrss * (1 if sys.platform == "darwin" else 1024) <= 2.5e9
 
 
 def test_strips_are_the_whole(monkeypatch):

@@ -1,4 +1,4 @@
-"""The project's own files: environment, CI, make, documents and their commands, imports, what is bundled."""
+"""The project's own files: make, documents and their commands, what is bundled."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import yaml
 from PIL import Image
 
 import defend
 import experiment
 from images import load_image, to_tensor
-from models.config import EDIT_KNOBS, MINI, resolve
+from models.config import MINI, resolve
 
 ROOT = Path(__file__).resolve().parent.parent
 BUNDLED = sorted((ROOT / "assets/portraits/mini").glob("*.png"))
@@ -42,29 +41,7 @@ def is_script(path: Path) -> bool:
 
 
 # ---------------------------------------------------------------------------------------------------------
-# environment, CI, make
-
-
-def requirements(name: str) -> dict[str, str]:
-    """Package -> version range of a requirements file, without what it includes."""
-    lines = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines()]
-    found = [re.fullmatch(r"([\w-]+)(.*)", line) for line in lines if line and not line.startswith("-r")]
-    return {match[1]: match[2] for match in found}
-
-
-def test_environment_installs_the_requirements():
-    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
-    assert environment["name"] == "facelock"
-    (pip,) = [entry for entry in environment["dependencies"] if isinstance(entry, dict)]
-    assert pip == {"pip": ["-r requirements.txt"]}  # versions stand there, and only there
-    assert "python>=3.11,<3.14" in environment["dependencies"]
-
-
-def test_every_requirement_has_a_range():
-    """And a package stands in one file only."""
-    needed, of_tests = requirements("requirements.txt"), requirements("requirements-dev.txt")
-    assert all("<" in wanted or "==" in wanted for wanted in [*needed.values(), *of_tests.values()])
-    assert not needed.keys() & of_tests.keys()
+# make
 
 
 def dry_run(target: str, *more: str) -> str:
@@ -237,32 +214,6 @@ def test_commands_in_a_scripts_docstring_are_understood(script, parsed):
     assert shown or script.parent.name == "mini"
     for name, arguments in commands_in("\n".join(shown)):
         parsed(name, arguments)
-
-
-# Of hf and pip; of accelerate and torchrun; of SLURM; of bench.py at a commit that is named with it
-FOREIGN = """--include --exclude --local-dir --index-url
-    --num_processes --num_machines --machine_rank --main_process_ip --main_process_port --multi_gpu
-    --nproc_per_node --nnodes --node_rank --standalone --rdzv_endpoint --rdzv_backend --shutdown_timeout
-    --nodes --ntasks --gpus --ntasks-per-node --gpus-per-node
-    --against-release --size"""
-
-
-def test_flags_that_the_documents_name_exist():
-    """Also those in running text."""
-    known = {*FOREIGN.split(), *(f"--{name}" for name in knobs_and_members())}
-    for path in SOURCES:
-        nodes = ast.walk(ast.parse(path.read_text()))
-        texts = [str(node.value) for node in nodes if isinstance(node, ast.Constant)]
-        known |= {text for text in texts if re.fullmatch(r"--\w+", text)}
-    for document in DOCUMENTS:
-        named = set(re.findall(r"(?<![-\w])--[a-z][\w-]+", document.read_text()))
-        assert document.name == "extending.md" or named <= known, relative(document)
-
-
-def knobs_and_members() -> set[str]:
-    """Flags whose names the scripts put together."""
-    others = {"help", "recognizer", "judge", "clamp_min", "clamp_max", "targeted", "untargeted"}
-    return {*EDIT_KNOBS, *defend.KNOBS, *others}
 
 
 # ---------------------------------------------------------------------------------------------------------
