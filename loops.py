@@ -58,6 +58,7 @@ def pgd(
         x_adv.requires_grad_(True)
         values = objective(x_adv, i / run.num_iters)
         (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
+        gradient = gradient.contiguous()  # that of a sum is one number, seen everywhere
         step = run.step_size * (1 - 0.99 * i / run.num_iters)
         _watch(gradient, peaks, i, run)
         x_adv = x_adv.detach().add_(way(gradient).mul_(step))  # in place: of 24 megapixels, each is 0.3 GB
