@@ -42,8 +42,9 @@ import utils
 from images import load_image, to_tensor
 from methods import METHODS
 from models.config import add_model_arguments, resolve, setting_help
+from models.editors import EDITORS
 from models.loading import ROOT
-from protection import Protector, Settings
+from protection import Protector, Settings, methods_for
 
 if TYPE_CHECKING:
     import torch
@@ -52,7 +53,7 @@ METRICS = {  # job -> of eval_all.py, those that share networks together
     "psnr": ("psnr",), "ssim": ("ssim",), "lpips": ("lpips",),
     "clip": ("clip_s", "clip_i"), "faces": (),  # all of eval_facial.py's
 }  # fmt: skip
-JOBS = (*METHODS, "edit", *METRICS)
+JOBS = (*methods_for(EDITORS[Settings.model]), "edit", *METRICS)
 Loaded = tuple[Callable[[], Any], int, int]  # the work, how many iterations it does, and an image takes
 
 

@@ -57,6 +57,7 @@ KNOBS = {  # flag -> type and what it is; of the loops (NUMBERS) and of the obje
         utils.number(float, 0, 1, "a number from 0 to 1"),
         "sigma of the Gaussian that smooths each step, as a share of the long side",
     ),
+    "momentum": (utils.number(float, 0, 1, "a number from 0 to 1"), "share of the earlier gradients kept"),
     "c": (utils.positive_float, "weight of the latent term"),
     "unrolled": (utils.positive_int, "denoising steps that the gradient goes through"),
     "transforms": (
@@ -106,7 +107,7 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--faces", choices=("largest", "all"), default=Settings.faces, help=text)
     for flag, text in (
         ("--check", "measure face similarity after a VAE round trip for every method, not only facelock"),
-        ("--checkpointing", "save memory: compute the activations of VAE and denoiser twice"),
+        ("--checkpointing", "save memory: compute the activations of VAE, denoiser and transformer twice"),
         ("--compile", "torch.compile the networks, for GPUs; takes minutes at the start"),
     ):
         parser.add_argument(flag, action="store_true", help=text)

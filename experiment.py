@@ -56,8 +56,8 @@ from models.config import (
     resolve,
     resolve_editor,
 )
-from models.editors import unload
-from protection import Protector
+from models.editors import EDITORS, unload
+from protection import Protector, methods_for
 from utils import UserError
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
@@ -71,7 +71,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image_dir", type=utils.path, required=True, help="directory of portraits")
     add("--output_dir", type=utils.path, required=True, help="where everything goes")
-    text = f"all, or some of {', '.join(METHODS)}; @B: at a budget of its own (default: {' '.join(PAPER)})"
+    text = f"all that suit --model, or some of {', '.join(METHODS)}; @B: at a budget of its own"
+    text = f"{text} (default: {' '.join(PAPER)})"
     add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
     add("--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP)
     text = "numbers of instructions (default: all)"
@@ -279,7 +280,7 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
     wanted = dict.fromkeys(
         (method, budget)
         for name, own in args.methods or map(method_at, PAPER)
-        for method in (METHODS if name == "all" else [name])
+        for method in (methods_for(EDITORS[args.model]) if name == "all" else [name])
         for budget in ([own] if own else args.budgets)
     )
     settings = settings_of(args)

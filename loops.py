@@ -33,6 +33,7 @@ class Run:
     num_iters: int = 100
     lr: float = 0.03  # of Adam
     smoothing: float = 0.0  # of `ti_pgd`: its Gaussian's sigma, as a share of the long side
+    momentum: float = 0.9  # of `mi_pgd`: what is kept of the earlier gradients
     # where x' begins, or what makes it, which needs no copy; default: `random_start` with seed 0
     start: Tensor | Callable[[], Tensor] | None = None
     callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
@@ -85,6 +86,24 @@ def ti_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
         return (smoothed / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
 
     return pgd(x, objective, run, sized)
+
+
+def mi_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by `pgd` along the sign of what gathers of the gradients (MI-FGSM, Dong et al. 2018):
+
+        m <- momentum m + g / mean |g|
+
+    x, the result and errors as in `pgd`.
+    """
+    gathered: Tensor | None = None
+
+    def way(gradient: Tensor) -> Tensor:
+        nonlocal gathered
+        gradient.div_(gradient.abs().mean(dim=(1, 2, 3), keepdim=True).clamp(min=1e-30))
+        gathered = gradient.clone() if gathered is None else gathered.mul_(run.momentum).add_(gradient)
+        return gathered.sign()
+
+    return pgd(x, objective, run, way)
 
 
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:

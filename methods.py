@@ -22,7 +22,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from images import MOST_PIXELS
-from loops import Objective, Run, adam, blurred_pgd, climb, dct_pgd, pgd, stay, ti_pgd
+from loops import Objective, Run, adam, blurred_pgd, climb, dct_pgd, mi_pgd, pgd, stay, ti_pgd
 from transforms import Draws, Window, chains, normal, uniform
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
@@ -34,7 +34,6 @@ PERCEPTUAL_FROM = 0.25  # share of the iterations after which the LPIPS term is 
 FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
 MIX = "resize+mirror+light,rotate+shift,resize+mirror+blur"  # what facelock_dim's samples are seen through
-
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -222,6 +221,34 @@ def diffusionguard(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objec
     return _of_latent(vae, lambda z: _norm(editor.predict_noise(begin(z, normal(generators, z)), first, z)))
 
 
+def veto(x: Tensor, vae: Any, attention: Any, generators: Draws) -> Objective:
+    """Blurs what canvas, noised z, and image see in each other (VETO, Grebe et al. 2026):
+
+        mean over a schedule of 10 steps of H(canvas to image) + H(image to canvas),  H = -sum(A log A)
+
+    A is the attention of the first block, mean over heads. As in theirs the image's z is a constant.
+    """
+    def entropy(z: Tensor, sigma: float) -> Tensor:
+        z_k = attention.noised(z, sigma, normal(generators, z))
+        (block,) = attention.blocks(attention.double[:1], z_k, sigma, z.detach())
+        return block.entropy("canvas", "image") + block.entropy("image", "canvas")
+
+    return _of_latent(vae, lambda z: sum(entropy(z, sigma) for sigma in attention.schedule(z, 10)) / 10)
+
+
+def decontext(x: Tensor, vae: Any, attention: Any, generators: Draws) -> Objective:
+    """Turns a canvas, noise at 980 to 999 of 1000, from the image (DeContext, Shen et al. 2025): -mean over
+    early single blocks, heads and the canvas's tokens of the share of attention paid to the image"""
+    early = attention.single[: round(26 / 38 * len(attention.single))]  # theirs are 26 of 38
+
+    def turned(z: Tensor) -> Tensor:
+        sigma = uniform(generators, 980, 1000, z).floor() / 1000
+        blocks = attention.blocks(early, normal(generators, z), sigma, z)
+        return -sum(block.share("canvas", "image") for block in blocks) / len(early)
+
+    return _of_latent(vae, turned)
+
+
 def _of_latent(vae: Any, value: Callable[[Tensor], Tensor]) -> Objective:
     """Makes an objective of a function of z alone."""
     return lambda x_adv, t: value(_encode(vae, x_adv))
@@ -287,6 +314,7 @@ class Method(NamedTuple):
 
 NEED = inspect.Parameter.empty
 TI = ("step_size", "num_iters", "smoothing")  # what ti_pgd reads
+MI = ("step_size", "num_iters", "momentum")  # what mi_pgd reads
 OURS = Run(step_size=0.04, num_iters=16)
 METHODS: dict[str, Method] = {
     "noise": Method(noise, stay, reads=()),
@@ -307,4 +335,6 @@ METHODS: dict[str, Method] = {
     "diffusionguard": Method(diffusionguard),
     "blurguard": Method(encoder_attack, blurred_pgd, most_pixels=MOST_PIXELS // 2),
     "dctshield": Method(encoder_attack, dct_pgd, most_pixels=MOST_PIXELS // 2),
+    "veto": Method(veto, mi_pgd, MI, run=Run(8 / 255, 4 / 255), most_pixels=MOST_PIXELS // 2),
+    "decontext": Method(decontext, run=Run(0.1, 0.005, 800)),
 }

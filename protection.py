@@ -20,8 +20,10 @@ import masks
 from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
 from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
+from models.attention import FAMILIES, Attention, family_of
 from models.config import ModelConfig, ModelSettings, resolve, resolve_editor
-from models.denoiser import Denoiser
+from models.denoiser import PIPELINES, Denoiser
+from models.editors import Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
@@ -35,7 +37,7 @@ if TYPE_CHECKING:
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
-NUMBERS = ("step_size", "num_iters", "lr", "smoothing")  # of Run, which a loop reads, or an objective
+NUMBERS = ("step_size", "num_iters", "lr", "smoothing", "momentum")  # of Run; loops read them, or objectives
 
 
 def readers(name: str) -> dict[str, Any]:
@@ -45,6 +47,13 @@ def readers(name: str) -> dict[str, Any]:
         for key, method in METHODS.items()
     }
     return {key: values[name] for key, values in own.items() if name in values}
+
+
+def methods_for(editor: type[Editor]) -> list[str]:
+    """Lists the methods that work on a kind of editor."""
+    there = {"editor": PIPELINES, "attention": FAMILIES}  # need -> the pipelines that have it
+    lacking = {need for need, pipelines in there.items() if editor.pipeline_class not in pipelines}
+    return [name for name, method in METHODS.items() if lacking.isdisjoint(method.parameters)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,7 @@ class Settings(ModelSettings):
     num_iters: int | None = None
     lr: float | None = None
     smoothing: float | None = None
+    momentum: float | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)  # of the method's objective: {"c": 0.1}
     budget_mask: str | None = None  # one of BUDGET_MASKS
     faces: str = "largest"  # or all
@@ -150,7 +160,7 @@ class Protector:
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
         self.config = self.attacked[0]
         self.device, self.resolution = self.config.device, self.config.resolution
-        self.denoisers: dict[str, Denoiser] = {}
+        self.denoisers: dict[str, Denoiser | Attention] = {}  # which of them, the method's needs say
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
     def settings(self) -> dict[str, Any]:
@@ -190,11 +200,12 @@ class Protector:
     def loaders(self, one: ModelConfig) -> dict[str, Callable[[], Any]]:
         """Gives a function for each need of a method that loads its network, once; it raises UserError.
 
-        one: the editor whose VAE and denoiser these are.
+        one: the editor whose VAE, denoiser and attention these are.
         """
         config, compile = self.config, self.wanted.compile
         lpips = config.perceptual, config.device, config.dtype, compile
         return {
+            "attention": lambda: self.attention_of(one),  # first: it refuses editors before they are loaded
             "vae": lambda: one.load_vae(self.wanted.checkpointing, compile),
             "editor": lambda: self.editor_of(one),
             "face_similarity": lambda: [self.recognizer_of(member) for member in config.recognizers],
@@ -205,6 +216,13 @@ class Protector:
         """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
         if one.model_id not in self.denoisers:
             self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.wanted.checkpointing)
+        return self.denoisers[one.model_id]
+
+    def attention_of(self, one: ModelConfig) -> Attention:
+        """Loads an editor's attention, or takes it from an earlier call. Raises UserError."""
+        if one.model_id not in self.denoisers:
+            family = family_of(one.editor)
+            self.denoisers[one.model_id] = family(one.load_editor(), self.wanted.checkpointing)
         return self.denoisers[one.model_id]
 
     def recognizer_of(self, member: str) -> Recognizer:

@@ -28,8 +28,9 @@ from models.config import (
     add_model_arguments,
     add_perceptual_argument,
 )
+from models.editors import EDITORS
 from models.perceptual import load_perceptual
-from protection import Protector, Settings
+from protection import Protector, Settings, methods_for
 from runs import find_images
 from utils import LEVEL
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="directory of portraits")
     parser.add_argument("--budget", type=utils.budget_size, default=0.06, help=f"of {LIKE}")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, help="which (default: all)")
+    text = "which (default: all that suit --model)"
+    parser.add_argument("--methods", nargs="+", choices=METHODS, help=text)
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of the random starts")
     add_method_arguments(parser)
     add_editor_arguments(parser)
@@ -55,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     """Prints one METHOD@BUDGET per method -> exit status. Raises UserError."""
     settings, paths = settings_of(args), find_images(args.image_dir)
     aim = visibility(paths, settings, LIKE, args.budget)
-    for method in args.methods or METHODS:
+    for method in args.methods or methods_for(EDITORS[args.model]):
         tried: dict[int, float] = {}  # levels of 255 -> LPIPS over the aim
         levels = utils.allowed_levels(args.budget)
         while levels not in tried and len(tried) < GUESSES:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Of the image, at the noisiest timestep that counts. Stable Diffusion ends at .0047; where a schedule ends
 # at 0, the noise that is found there is z_k itself, whatever the network says.
 LEAST_SHARE = 0.004
+PIPELINES = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionImg2ImgPipeline")  # whose UNet it is
 CONVERSIONS = {  # prediction type -> the noise in z_k, from the network's output, with a = alphas_cumprod[k]
     "epsilon": lambda output, z_k, a: output,
     "v_prediction": lambda output, z_k, a: a.sqrt() * output + (1 - a).sqrt() * z_k,

@@ -10,8 +10,13 @@ import torch
 import defend
 import edit
 from images import load_image
-from methods import METHODS
+from models.config import MINI
+from models.editors import InstructPix2Pix
+from protection import methods_for
 from utils import allowed_levels
+
+TOKENS = f"--model flux-kontext --resolution 128 --model_id {MINI / 'kontext'}"
+ON_TOKENS = [f"{name} {TOKENS}" for name in ("veto", "decontext")]
 
 pytestmark = [
     pytest.mark.gpu,
@@ -37,7 +42,7 @@ def pixels(tmp_path, defend_flags, edit_flags):
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*methods_for(InstructPix2Pix), *ON_TOKENS])
 def test_every_method_stays_in_the_budget(pixels, method, dtype):
     made = pixels(defend, "cuda", f"--defend_method {method} --dtype {dtype} --attack_budget 0.03")
     assert 0 < np.abs(made - pixels(defend, None)).max() <= allowed_levels(0.03)

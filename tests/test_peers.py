@@ -19,6 +19,8 @@ from images import to_uint8_within
 from loops import Run, pgd, random_start
 from methods import METHODS, NEED, eot, facelock_dim
 from models.denoiser import Denoiser
+from models.editors import InstructPix2Pix
+from protection import methods_for
 
 torch.set_num_threads(1)
 
@@ -314,7 +316,7 @@ def test_eot_wraps_any_objective(vae):
     assert (seen(out) > seen(run.start)).all()
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", methods_for(InstructPix2Pix))
 def test_a_mask_is_each_pixels_share_of_the_budget(name, vae, editor):
     x = image()
     mask = torch.rand(2, 1, 32, 32, generator=torch.Generator().manual_seed(3)).double()
@@ -388,9 +390,10 @@ class WithAnySide:
         return self.vae.encode(images[..., :height, :width])
 
 
-def test_our_methods_alone_have_a_run_and_a_mask_of_their_own():
+def test_whose_run_and_mask_are_their_own():
+    """Ours, and those that bring their authors' setting."""
     ours = {"facelock-dim", "facelock-ti"}
-    assert {name for name, method in METHODS.items() if method.run != Run()} == ours
+    assert {name for name, method in METHODS.items() if method.run != Run()} == {*ours, "veto", "decontext"}
     assert {name for name, method in METHODS.items() if method.mask == "face"} == ours
     assert {METHODS[name].objective for name in ours} == {facelock_dim}
     assert [METHODS[name].run.smoothing for name in sorted(ours)] == [0, 3 / 128]

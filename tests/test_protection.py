@@ -19,9 +19,10 @@ import masks
 from images import linf, load_image, save_png, to_tensor
 from loops import random_start
 from methods import METHODS, MIX, NEED, Method, encoder_attack
+from models.editors import InstructPix2Pix
 from models.loading import recorded
 from models.recognizers import face_similarity_to
-from protection import Protector, Report, Settings, generator_of
+from protection import Protector, Report, Settings, generator_of, methods_for
 from utils import UserError, start_seed
 
 FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
@@ -96,7 +97,7 @@ def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkey
     assert found["vae"] == ["instruct-pix2pix=with weights, 64 px"]
 
 
-ALL = set(METHODS)
+ALL = set(methods_for(InstructPix2Pix))  # tests/test_attention.py has the others
 ITERATED = ALL - {"noise"}
 STEPPED = ITERATED - {"cw"}
 MOVED = {"noise", "encoder", "vae", "cw", "facelock", *TWO, "advdm"}  # whose pixels are looked at
@@ -114,6 +115,7 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--samples 3": TWO,
     "--transforms jpeg": TWO,
     "--smoothing 0.1": TWO,
+    "--momentum 0.5": set(),
     "--budget_mask none": TWO,
     "--budget_mask texture": ALL,
     "--faces all": FACELOCKS,
@@ -152,7 +154,7 @@ def unchanged() -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("flags", CHANGES)
 def test_settings_differ_where_pixels_do(flags, protector, portrait, members, unchanged):
     """Pixels of some methods, and of all that a flag is for."""
-    for method in METHODS:
+    for method in methods_for(InstructPix2Pix):
         first = protector(f"--defend_method {method}")
         other = protector(f"--defend_method {method} {flags.format(**members)}")
         changed = method in CHANGES[flags]
@@ -169,7 +171,7 @@ def test_settings_differ_where_pixels_do(flags, protector, portrait, members, un
 @pytest.mark.parametrize("flag", ["--models full", "--compile"])
 def test_what_makes_the_same_files_is_no_setting(flag, protector):
     """Another set with the same members and resolution, and networks that give the same up to rounding."""
-    for method in METHODS:
+    for method in methods_for(InstructPix2Pix):
         plain, other = (protector(f"--defend_method {method} {more}") for more in ("", flag))
         assert other.settings() == plain.settings()
 
@@ -193,7 +195,7 @@ def test_what_makes_the_same_files_is_no_setting(flag, protector):
 )
 def test_a_flag_that_a_method_does_not_read_is_ignored_with_a_warning(flags, readers, protector, capsys):
     flag = flags.split()[0]
-    for method in METHODS:
+    for method in methods_for(InstructPix2Pix):
         plain = protector(f"--defend_method {method}")
         assert capsys.readouterr().err == ""
         tool = protector(f"--defend_method {method} {flags}")
@@ -347,7 +349,7 @@ def test_preload_loads_what_the_method_needs(method, flags, missing, protector):
 def test_only_who_names_the_editor_loads_its_denoiser(protector, monkeypatch):
     loaded = []
     monkeypatch.setattr("protection.Denoiser", lambda *given: loaded.append(given))
-    for method in METHODS:
+    for method in methods_for(InstructPix2Pix):
         loaded.clear()
         protector(f"--defend_method {method} --checkpointing").preload()
         expected = [True] if "editor" in METHODS[method].parameters else []

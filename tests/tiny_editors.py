@@ -82,8 +82,8 @@ def write_sdxl(directory: Path) -> Path:
     return directory
 
 
-def write_kontext(directory: Path) -> Path:
-    """Writes a FluxKontextPipeline."""
+def write_kontext(directory: Path, blocks: tuple[int, int] = (1, 1)) -> Path:
+    """Writes a FluxKontextPipeline. blocks: how many, double and single."""
     torch.manual_seed(0)
     letters = [(chr(code), -1.0) for code in range(ord("!"), ord("~") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -105,8 +105,8 @@ def write_kontext(directory: Path) -> Path:
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             in_channels=64,
-            **BLOCKS,
-            num_single_layers=1,
+            **BLOCKS | {"num_layers": blocks[0]},
+            num_single_layers=blocks[1],
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
             axes_dims_rope=(2, 2, 4),
@@ -126,8 +126,8 @@ def tiny_flux2_vae() -> AutoencoderKLFlux2:
     return _frozen(vae)
 
 
-def write_klein(directory: Path, is_distilled: bool = True) -> Path:
-    """Writes a Flux2KleinPipeline."""
+def write_klein(directory: Path, is_distilled: bool = True, blocks: tuple[int, int] = (1, 1)) -> Path:
+    """Writes a Flux2KleinPipeline. blocks: how many, double and single."""
     vae, tokenizer = tiny_flux2_vae(), _bytes_tokenizer()
     Flux2KleinPipeline(
         vae=vae,
@@ -145,8 +145,8 @@ def write_klein(directory: Path, is_distilled: bool = True) -> Path:
         tokenizer=tokenizer,
         transformer=Flux2Transformer2DModel(
             in_channels=128,
-            **BLOCKS,
-            num_single_layers=1,
+            **BLOCKS | {"num_layers": blocks[0]},
+            num_single_layers=blocks[1],
             joint_attention_dim=3 * WIDTH,
             timestep_guidance_channels=16,
             axes_dims_rope=(2, 2, 2, 2),

@@ -1,0 +1,365 @@
+"""models/attention.py and the defenses on it, veto and decontext: by their formulas, and by the scripts."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import tiny_editors
+import torch
+from diffusers.models.transformers import transformer_flux, transformer_flux2
+
+import defend
+import main_defend
+from images import load_image
+from loops import Run, mi_pgd, random_start
+from methods import METHODS
+from models.attention import family_of
+from models.editors import EDITORS
+from models.vaes import load_vae
+from protection import Protector, methods_for
+
+torch.set_num_threads(1)
+
+ROOT = Path(defend.__file__).parent
+SIDE, SEEDS = 64, [5, 6]
+WRITERS = {"flux-kontext": "write_kontext", "flux2-klein": "write_klein"}
+MODULES = {"flux-kontext": transformer_flux, "flux2-klein": transformer_flux2}
+NAMES = ("veto", "decontext")
+each_kind = pytest.mark.parametrize("kind", WRITERS)
+each_name = pytest.mark.parametrize("name", NAMES)
+either = pytest.mark.parametrize(("name", "kind"), list(zip(NAMES, WRITERS, strict=True)))
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Gives the directory of a kind's tiny editor of two double and three single blocks, written once."""
+    root = tmp_path_factory.mktemp("attention")
+
+    def of(kind):
+        place = root / kind
+        if not place.exists():
+            getattr(tiny_editors, WRITERS[kind])(place, blocks=(2, 3))
+        return place
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def loaded(directory):
+    """Gives a kind's editor in float64, its VAE, and the noise that its latents take."""
+
+    def of(kind):
+        one, path = EDITORS[kind], str(directory(kind))
+        settings = {**one.knobs, "resolution": SIDE, "scheduler": None}
+        given = torch.device("cpu"), torch.float64
+        return one(path, settings, *given), load_vae(one, path, SIDE, *given)
+
+    return of
+
+
+def image(batch=2):
+    return 0.9 * tiny.noise(batch, 3, SIDE, SIDE, seed=1).double()
+
+
+def generators(seeds=SEEDS):
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+def offers(editor, vae, seeds=SEEDS, checkpointing=False):
+    attention = family_of(type(editor))(editor, checkpointing)
+    return {"vae": vae, "attention": attention, "generators": generators(seeds)}
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the formulas, written anew on what diffusers' own attention is called with
+
+
+class Reference:
+    """An editor's transformer as its pipeline calls it, for one image, and what its blocks attend to."""
+
+    def __init__(self, kind, editor, vae, monkeypatch):
+        self.kind, self.pipeline, self.vae = kind, editor.pipeline, vae
+        self.seen = []
+
+        def dispatch(query, key, value, **how):  # (1, tokens, heads, D)
+            query, key, value = (each.transpose(1, 2) for each in (query, key, value))
+            found = torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, dim=-1)
+            self.seen.append(found)
+            return (found @ value).transpose(1, 2)
+
+        monkeypatch.setattr(MODULES[kind], "dispatch_attention_fn", dispatch)
+
+    def latent(self, x):
+        """What the pipeline makes of an image at the working size."""
+        found = self.vae.vae.encode(x)
+        if self.kind == "flux2-klein":
+            return self.pipeline._encode_vae_image(x, None)
+        config = self.vae.vae.config
+        return (found.latent_dist.mode() - config.shift_factor) * config.scaling_factor
+
+    def sigmas(self, steps, n):
+        """Of an edit, after the shift that its scheduler has for n tokens."""
+        t = torch.linspace(1, 1 / steps, steps, dtype=torch.float64)
+        if self.kind == "flux2-klein":
+            from diffusers.pipelines.flux2.pipeline_flux2 import compute_empirical_mu as shift
+
+            mu = shift(n, steps)
+        else:
+            mu = 0.5 + (1.15 - 0.5) * (n - 256) / (4096 - 256)
+        return (np.e**mu / (np.e**mu + 1 / t - 1)).tolist()
+
+    def attention(self, z_k, sigma, z):
+        """Of all blocks, (heads, tokens, tokens) each, and how many tokens the canvas has."""
+        pipeline = self.pipeline
+        batch, _, height, width = z_k.shape
+        if self.kind == "flux2-klein":
+            words, word_ids = pipeline.encode_prompt("")
+            canvas, reference = pipeline._pack_latents(z_k), pipeline._pack_latents(z)
+            ids = torch.cat([pipeline._prepare_latent_ids(z_k), pipeline._prepare_image_ids([z])], dim=1)
+            more = {"guidance": None}
+        else:
+            words, pooled, word_ids = pipeline.encode_prompt("", "", max_sequence_length=512)
+            canvas, reference = (pipeline._pack_latents(each, *z_k.shape) for each in (z_k, z))
+            how = (batch, height // 2, width // 2, "cpu", torch.float64)
+            ids = [pipeline._prepare_latent_image_ids(*how) for _ in range(2)]
+            ids[1][..., 0] = 1
+            ids = torch.cat(ids)
+            more = {"pooled_projections": pooled, "guidance": torch.full((1,), 2.5).double()}
+        self.seen.clear()
+        pipeline.transformer(
+            hidden_states=torch.cat([canvas, reference], dim=1),
+            encoder_hidden_states=words,
+            timestep=torch.full((1,), sigma).double(),
+            img_ids=ids,
+            txt_ids=word_ids,
+            **more,
+        )
+        return [found[0] for found in self.seen], canvas.shape[1]
+
+
+def veto(reference, x, generator):
+    z = reference.latent(x)
+    total = 0
+    for sigma in reference.sigmas(10, (SIDE // 16) ** 2):
+        noise = torch.randn(z.shape[1:], generator=generator).double()[None]
+        (first, *_), n = reference.attention((1 - sigma) * z + sigma * noise, sigma, z.detach())
+        canvas, shown = range(first.shape[1])[-2 * n : -n], range(first.shape[1])[-n:]
+        for of, to in ((canvas, shown), (shown, canvas)):
+            a = first[:, list(of)][:, :, list(to)]
+            total = total - (a * torch.log(a + 1e-8)).sum(dim=(1, 2)).mean() / 10
+    return total
+
+
+def decontext(reference, x, generator):
+    z = reference.latent(x)
+    sigma = (980 + int(20 * torch.rand((), generator=generator))) / 1000
+    noise = torch.randn(z.shape[1:], generator=generator).double()[None]
+    blocks, n = reference.attention(noise, sigma, z)
+    blocks = blocks[2:4]  # 26 of 38 single blocks are two of three
+    return -sum(a[:, -2 * n : -n, -n:].sum(dim=2).mean() for a in blocks) / len(blocks)
+
+
+FORMULAS = {"veto": veto, "decontext": decontext}
+
+
+@each_kind
+@each_name
+def test_value_and_gradient_are_the_references(name, kind, loaded, monkeypatch):
+    """Of their code's formulas, on the same transformer with the same noise, image by image."""
+    editor, vae = loaded(kind)
+    x = image().requires_grad_()
+    values = METHODS[name].objective(x, **offers(editor, vae))(x, 0.5)
+    (gradient,) = torch.autograd.grad(values.sum(), x)
+    reference = Reference(kind, editor, vae, monkeypatch)
+    for i, generator in enumerate(generators()):
+        one = x[i : i + 1].detach().requires_grad_()
+        value = FORMULAS[name](reference, one, generator)
+        (expected,) = torch.autograd.grad(value, one)
+        torch.testing.assert_close(values[i], value, rtol=1e-5, atol=0)
+        assert expected.abs().max() > 0
+        scale = expected.abs().max()
+        torch.testing.assert_close(gradient[i : i + 1] / scale, expected / scale, rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what else holds
+
+
+@either
+def test_a_batch_is_one_by_one(name, kind, loaded):
+    """Whatever the order, too."""
+    editor, vae = loaded(kind)
+    x, seeds = image(3), [7, 8, 9]
+    start = random_start(x, 0.05, [3, 1, 4])
+
+    def protect(numbers):
+        run = Run(budget=0.05, num_iters=2, start=start[numbers])
+        given = offers(editor, vae, [seeds[i] for i in numbers])
+        return METHODS[name].protect(x[numbers], run, **given)
+
+    together = protect([0, 1, 2])
+    assert 0.01 < (together - x).abs().max() <= 0.05 + 1e-12
+    torch.testing.assert_close(protect([2, 0])[[1, 0]], together[[0, 2]], rtol=0, atol=1e-10)
+    torch.testing.assert_close(protect([1]), together[1:2], rtol=0, atol=1e-10)
+
+
+@either
+def test_checkpointing_changes_nothing(name, kind, loaded):
+    editor, vae = loaded(kind)
+    x, found = image(1).requires_grad_(), []
+    for checkpointing in (False, True):
+        given = offers(editor, vae, SEEDS[:1], checkpointing)
+        objective = METHODS[name].objective(x, **given)
+        found.append(torch.autograd.grad(objective(x, 0.5).sum(), x)[0])
+    assert editor.pipeline.transformer.gradient_checkpointing
+    editor.pipeline.transformer.disable_gradient_checkpointing()
+    torch.testing.assert_close(*found)
+
+
+@each_kind
+@each_name
+def test_the_transformer_stops_at_the_last_block_asked_for_and_is_left_as_it_was(name, kind, loaded):
+    editor, vae = loaded(kind)
+    transformer, ran = editor.pipeline.transformer, []
+    blocks = [*transformer.transformer_blocks, *transformer.single_transformer_blocks]
+    watching = [
+        block.register_forward_hook(lambda *_, number=number: ran.append(number))
+        for number, block in enumerate(blocks)
+    ]
+    x = image(1)
+    METHODS[name].objective(x, **offers(editor, vae, SEEDS[:1]))(x, 0.5)
+    for hook in watching:
+        hook.remove()
+    assert set(ran) == ({0, 1, 2} if name == "decontext" else set())  # the last, 3 and 0, only began
+    assert not any(module._forward_pre_hooks for module in transformer.modules())
+
+
+@each_name
+def test_draws_are_the_generators_alone(name, loaded):
+    editor, vae = loaded("flux-kontext")
+    x = image()
+    objective = METHODS[name].objective(x, **offers(editor, vae))
+    first = objective(x, 0.0)
+    assert (objective(x, 0.0) != first).all()  # drawn anew each time
+    torch.manual_seed(1)
+    assert torch.equal(METHODS[name].objective(x, **offers(editor, vae))(x, 0.0), first)
+
+
+@each_kind
+def test_canvases_are_what_the_editor_denoises(kind, loaded):
+    """Noise alone at first, and at the end the image as its pipeline encodes it."""
+    editor, vae = loaded(kind)
+    attention = family_of(type(editor))(editor)
+    z, noise = vae.encode(image(1)).latent_dist.mean, torch.randn(1).double()
+    sigmas = attention.schedule(z, 4)
+    assert sigmas[0] == 1 and len(sigmas) == 4 and sigmas == sorted(sigmas, reverse=True)
+    assert torch.equal(attention.noised(z, 1, noise + 0 * z), noise + 0 * z)
+    config = editor.pipeline.vae.config
+    clean = z if kind == "flux2-klein" else (z - config.shift_factor) * config.scaling_factor
+    torch.testing.assert_close(attention.noised(z, 0.0, noise), clean)
+
+
+def test_gathered_gradients_keep_going():
+    """Where the last gradient alone would turn back: m = .9 m + g / mean |g|, image by image."""
+    x, gradients = torch.zeros(2, 3, 1, 1), [1.0, 4.0, -1.0]
+    weights = torch.tensor([[1.0, 2.0, -1.0], [8.0, 1.0, -1.0]]).view(2, 3, 1, 1)
+
+    def objective(x_adv, t):
+        return (gradients[round(3 * t)] * weights * x_adv).sum(dim=(1, 2, 3))
+
+    def climb(momentum):
+        run = Run(budget=1.0, step_size=0.1, num_iters=3, momentum=momentum, start=x)
+        return mi_pgd(x, objective, run) / 0.1
+
+    steps = [1, 0.67, 0.34]
+    torch.testing.assert_close(climb(0.9), weights.sign() * sum(steps))
+    torch.testing.assert_close(climb(0.0), weights.sign() * (steps[0] + steps[1] - steps[2]))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the scripts
+
+
+@pytest.fixture
+def portraits(tmp_path):
+    tiny.write_portraits(tmp_path / "in", 3)
+    return tmp_path / "in"
+
+
+def flags(directory, kind, name):
+    model = f"--models=mini --model={kind} --model_id={directory(kind)} --resolution={SIDE} --device=cpu"
+    return f"{model} --defend_method={name} --num_iters=3".split()
+
+
+def pixels(folder):
+    return np.stack([load_image(path).pixels.astype(int) for path in sorted(folder.glob("*.png"))])
+
+
+@either
+def test_a_directory_in_batches_and_resumed(name, kind, directory, portraits, tmp_path, capsys):
+    """Each image gets the same result; a fourth one comes later; what is there is not made again."""
+    line = [*flags(directory, kind, name), f"--image_dir={portraits}"]
+    for size in (1, 3):
+        out = [f"--output_dir={tmp_path}/{size}", f"--batch_size={size}"]
+        assert main_defend.main([*line, *out]) == 0
+    one, three = (pixels(tmp_path / str(size) / "budget_0.03") for size in (1, 3))
+    assert 1 <= np.abs(one - pixels(portraits)).max() <= 3  # of 255, within 0.03
+    assert (one != three).mean() < 0.01  # but for signs of gradients that are 0 up to rounding
+    tiny.write_portraits(portraits, 4)
+    capsys.readouterr()
+    assert main_defend.main([*line, *out]) == 0
+    assert "1 written, 3 there already" in capsys.readouterr().out
+    assert main_defend.main([*line, *out, "--num_iters=2"]) == 1
+    assert "num_iters" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@each_name
+def test_two_processes_make_what_one_makes(name, directory, portraits, tmp_path):
+    line = [*flags(directory, "flux-kontext", name), f"--image_dir={portraits}"]
+    for n in (1, 2):
+        launcher = f"-m torch.distributed.run --nproc_per_node {n}".split()
+        command = [*launcher, "main_defend.py", *line, f"--output_dir={tmp_path}/{n}"]
+        subprocess.run([sys.executable, *command], cwd=ROOT, check=True, capture_output=True)
+    one, two = (tmp_path / str(n) / "budget_0.03" for n in (1, 2))
+    assert {path.name: path.read_bytes() for path in one.glob("*.png")} == {
+        path.name: path.read_bytes() for path in two.glob("*.png")
+    }
+    assert len(list(one.glob("*.png"))) == 3
+
+
+@each_name
+def test_settings_are_the_authors_by_default(name, directory):
+    line = [*flags(directory, "flux-kontext", name)[:-1], "--input_path=x"]
+    found = Protector(defend.settings_of(defend.parse_args(line))).settings()
+    authors = {
+        "veto": {"step_size": 4 / 255, "num_iters": 100, "momentum": 0.9},
+        "decontext": {"step_size": 0.005, "num_iters": 800},
+    }
+    assert found.items() >= {**authors[name], "model": "flux-kontext", "resolution": SIDE}.items()
+    assert METHODS[name].run.budget == {"veto": 8 / 255, "decontext": 0.1}[name]
+    changed = Protector(defend.settings_of(defend.parse_args([*line, "--momentum=0.5"]))).settings()
+    assert (changed != found) == (name == "veto")
+
+
+@pytest.mark.parametrize("kind", ["instruct-pix2pix", "sdxl-instruct-pix2pix", "qwen-image-edit"])
+def test_an_editor_without_such_a_transformer_is_refused_in_one_line(kind, portraits, capsys):
+    """Before anything is loaded, so that its weights needn't be there."""
+    line = f"--model={kind} --model_id=nobody/nothing --defend_method=decontext --device=cpu".split()
+    assert defend.main([f"--input_path={portraits}/face0.png", *line]) == 1
+    (told,) = capsys.readouterr().err.splitlines()
+    assert EDITORS[kind].pipeline_class in told and "FLUX.1 Kontext and FLUX.2 [klein]" in told
+
+
+def test_all_methods_are_those_that_suit_the_editor():
+    of_unet, of_tokens = {"photoguard", "advdm", "sds", "diffusionguard"}, set(NAMES)
+    for kind, editor in EDITORS.items():
+        left_out = METHODS.keys() - methods_for(editor)
+        assert (of_unet <= left_out) == (kind not in ("instruct-pix2pix", "stable-diffusion"))
+        assert (of_tokens <= left_out) == (kind not in WRITERS)
+        assert left_out <= of_unet | of_tokens
