@@ -25,7 +25,7 @@ from utils import LEVEL, UserError, allowed_levels, check_directory, first_line,
 if TYPE_CHECKING:
     import torch
 
-MOST_PIXELS = 24_500_000  # 6000x4000, and half of it 4032x3024; what memory that takes: docs/scale.md
+MOST_PIXELS = 24_500_000  # 6000x4000; the memory that it takes: docs/scale.md
 STRIP = 256  # px, the height of what is converted at once
 MIN_WORKING_SIDE = 32  # px; below this nothing that an editor or a recogniser could use is left
 
