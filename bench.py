@@ -30,15 +30,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
-
-import eval_all
-import eval_facial
-from pairing import Key
-from scoring import measure
-from views import load_views
-
 import utils
+from evaluation import eval_all, eval_facial
+from evaluation.features import load_features
+from evaluation.pairing import Key
+from evaluation.scoring import measure
 from images import load_image, to_tensor
 from methods import METHODS
 from models.config import add_model_arguments, resolve, setting_help
@@ -149,11 +145,12 @@ def load_metrics(job: str, settings: Settings, pixels: np.ndarray) -> Loaded:
     of_faces = itertools.chain(*eval_facial.groups(config).values())
     names = METRICS[job]
     metrics = [metric for metric in eval_all.METRICS if metric.name in names] if names else list(of_faces)
-    views = load_views({need for one in metrics for need in one.needs}, config, utils.edit_prompts, {}, {})
+    needs = {need for one in metrics for need in one.needs}
+    features = load_features(needs, config, utils.edit_prompts, {}, {})
     edits, keys = pixels[..., ::-1].copy(), [Key(0, 0, str(number)) for number in range(len(pixels))]
-    for view, (key, source) in itertools.product(views, zip(keys, pixels, strict=True)):
-        view.add_source(key.name, source)
-    return partial(measure, metrics, views, edits, keys, to_tensor(pixels)), 1, 1
+    for one, (key, source) in itertools.product(features, zip(keys, pixels, strict=True)):
+        one.add_source(key.name, source)
+    return partial(measure, metrics, features, edits, keys, to_tensor(pixels)), 1, 1
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,19 +27,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(1, str(Path(__file__).resolve().parent / "evaluation"))  # its files find each other by name
-
-import eval_all
-import figure
-import outputs
-import purify
-import report
-import summary
-from pairing import Edits, find_edits
-
 import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
+from evaluation import eval_all, figure, purify, report, tables
+from evaluation.pairing import Edits, find_edits
 from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
@@ -192,7 +184,7 @@ class Experiment:
             files += [table.root / name for name in OF_TABLE]
             folders += [path for path in table.pictures.values() if path != self.image_dir]
             folders += [path / f"seed{seed}" for path in table.edits.values() for seed in self.seeds]
-        outputs.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
+        tables.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
         for folder in folders:
             runs.check_ours(folder)
             utils.check_own(folder / "report.csv")
@@ -265,13 +257,13 @@ class Experiment:
             attacked = {row: one for row, one in self.protectors.items() if "vae" in one.needs}
             names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
             roots = {name_of(table.editor): table.root for table in [main, *others[len(self.purifiers) :]]}
-            print(summary.transfer(roots, names, output / "transfer.csv"))
+            print(tables.transfer(roots, names, output / "transfer.csv"))
         if self.purifiers:
             roots = {"none": output, **{name: output / "purified" / name for name, _ in self.purifiers}}
-            print(summary.purified(roots, output / "purified.csv"))
+            print(tables.purified(roots, output / "purified.csv"))
             files = {name: root / "all_metric.csv" for name, root in roots.items()}
             status = beside(lambda: figure.make_plot(files, output / "purified.png", "left"))
-        print(summary.verdict(output, self.config.models, minutes))
+        print(tables.verdict(output, self.config.models, minutes))
         return max(status, beside(lambda: report.make_report(output, output / "report.html")))
 
 

@@ -6,14 +6,16 @@
         --defend_edit_dirs edits/noise edits/facelock --baseline edits/noise \\
         --protected_dirs protected/noise protected/facelock --output tables/main.csv
 
-Writes all_metric.csv and, with the same name, .md: rows are the unprotected edits and each method, each value
-with a 95 % interval. First what the panel of judges says (left, by the one who finds most; recognised and
-identified by any; the share of edits without a face), CLIP-S, PSNR, SSIM, LPIPS and CLIP-I; then a table for
-each judge, and one for the recognisers that attacks see. An arrow shows which way a defender wants it.
-With --baseline, paired differences, too (..._minus_baseline.csv); with --protected_dirs, how
-visible each protection is (..._protected.csv). Either file of an earlier run is removed where this one has
-nothing for it. Which metric can be trusted for what: docs/results.md.
+Writes all_metric.csv and all_metric.md: one row for the unprotected edits and one per method, each value with
+a 95 % interval. The first table shows what the panel of judges says (left, by the one who finds most;
+recognised and identified, by any; the share of edits without a face), CLIP-S, PSNR, SSIM, LPIPS and CLIP-I.
+Then comes a table for each judge, and one for the recognisers that attacks see. An arrow shows the direction
+that a defender wants. --baseline adds paired differences (..._minus_baseline.csv), --protected_dirs how
+visible each protection is (..._protected.csv); without them, such a file of an earlier run is removed.
+What each metric can be trusted for: docs/results.md.
 """
+
+from __future__ import annotations
 
 import argparse
 import dataclasses
@@ -21,27 +23,32 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import eval_clip_i
-import eval_clip_s
-import eval_facial
-import eval_lpips
-import eval_psnr
-import eval_ssim
-import outputs
-import tables
-from directories import Row, find_row, protected_rows
-from pairing import Edits, Key, Manifests, check_edits, check_protected, sizes_of
-from scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
-from views import Metric
+if not __package__:  # run as a file
+    import _path  # noqa: F401
 
 import models.config
 import utils
-from images import images_by_stem
+from evaluation import (
+    eval_clip_i,
+    eval_clip_s,
+    eval_facial,
+    eval_lpips,
+    eval_psnr,
+    eval_ssim,
+    tables,
+)
+from evaluation.features import Metric
+from evaluation.pairing import Edits, Row, check_edits, find_protected, find_row
+from evaluation.scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
 from runs import listed, read_record
 from utils import UserError
 
-METRICS = [  # beside those of faces
+if TYPE_CHECKING:
+    import pandas as pd
+
+METRICS = [  # without those of faces
     eval_clip_s.METRIC,
     eval_psnr.METRIC,
     eval_ssim.METRIC,
@@ -56,7 +63,7 @@ def linf(images: Tensor, references: Tensor) -> Tensor:
     return levels.round() * utils.LEVEL
 
 
-# Of a protected image against its source: less is seen the other way round
+# Of a protected image against its source, where a defender wants the opposite
 VISIBILITY = [
     dataclasses.replace(eval_psnr.METRIC, title="PSNR ↑"),
     dataclasses.replace(eval_ssim.METRIC, title="SSIM ↑"),
@@ -95,51 +102,37 @@ def evaluate(
 ) -> int:
     """Scores edits by every metric, writes the tables and prints them -> exit status.
 
-    Raises UserError before anything is written: for bad outputs, and pictures that don't belong together.
+    Raises UserError before anything is written: for bad outputs, and for pictures that don't belong together.
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
-    manifests = Manifests()
     of_faces = eval_facial.groups(config)
     headline = [*of_faces.pop(""), *METRICS]
     metrics = [*headline, *itertools.chain(*of_faces.values())]
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
-    check_edits(edits, manifests)
-    protected = find_protected(protected_dirs, edits, manifests) if protected_dirs else None
+    check_edits(edits)
+    protected = find_protected(protected_dirs, edits) if protected_dirs else None
     visible = score(protected, VISIBILITY, config, batch_size) if protected else None
     if visible:
         check_budgets(protected, visible)
     scores = score(edits, metrics, config, batch_size)
 
-    seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
-    note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
-    note += f", a gallery of {len(edits.references or edits.sources) + len(edits.gallery)} people"
-    if edits.references:
-        note += "; faces are compared with other photos of the people, not with the sources"
-    if scores.n_left_out:
-        note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
-    tables_of_faces = {note: headline, **of_faces}
-    found = [(output, tables.means(scores.values), tables_of_faces, rows, "")]
+    groups = {about(edits, scores): headline, **of_faces}
+    parts = [write(output, tables.means(scores.values), groups, rows)]
     if against:
+        groups = {f"minus {against}, in pairs": headline}
+        groups |= {f"{title}, minus {against}": own for title, own in of_faces.items()}
         others = [row for row in rows if row.method != against]
-        pairs = {f"minus {against}, in pairs": headline}
-        pairs |= {f"{title}, minus {against}": own for title, own in of_faces.items()}
-        found.append((of_baseline, tables.differences(scores.values, against), pairs, others, "+"))
+        parts.append(write(of_baseline, tables.differences(scores.values, against), groups, others, "+"))
     if visible:
-        about = {"protected images against their sources": VISIBILITY}
-        found.append((of_protected, tables.means(visible.values), about, protected.rows, ""))
-    parts = []
-    for path, means, groups, of, sign in found:
-        table, text_of_table = tables.all_metrics(means, groups, [row.method for row in of], sign)
-        if path:
-            outputs.write_csv(path, table)
-        parts.append(text_of_table)
+        groups = {"protected images against their sources": VISIBILITY}
+        parts.append(write(of_protected, tables.means(visible.values), groups, protected.rows))
     for path, is_new in ((of_baseline, against), (of_protected, visible)):
         if path and path.exists() and not is_new:  # it would seem to belong to this table
             path.unlink()
-            print(utils.one_line(f"{path}: an earlier run's, removed"))
+            print(utils.one_line(f"{path}: from an earlier run, removed"))
     if per_image:
-        outputs.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in metrics]))
+        tables.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in metrics]))
     whole = "\n\n".join(parts)
     print(whole)
     if text:
@@ -149,33 +142,46 @@ def evaluate(
     return max(status, visible.report("protected images")) if visible else status
 
 
+def about(edits: Edits, scores: Scores) -> str:
+    """Says above a table what was scored."""
+    seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
+    note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
+    note += f", a gallery of {len(edits.references or edits.sources) + len(edits.gallery)} people"
+    if edits.references:
+        note += "; faces are compared with other photos of the people, not with the sources"
+    if scores.n_left_out:
+        note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
+    return note
+
+
+def write(
+    path: Path | None,
+    means: pd.DataFrame,
+    groups: dict[str, Sequence[Metric]],
+    rows: Sequence[Row],
+    sign: str = "",
+) -> str:
+    """Writes a table, unless there is no path -> the same as Markdown."""
+    table, text = tables.all_metrics(means, groups, [row.method for row in rows], sign)
+    if path:
+        tables.write_csv(path, table)
+    return text
+
+
 def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
-    """Refuses outputs as outputs.py does -> those beside the table; none of a device. Raises UserError."""
+    """Refuses bad outputs -> those beside the table; none beside a device. Raises UserError."""
     if utils.is_special(output):
-        outputs.check_outputs([per_image])
+        tables.check_outputs([per_image])
         return [None] * 3
     csv = [output.with_name(f"{output.stem}_{what}.csv") for what in ("minus_baseline", "protected")]
     text = output.with_suffix(".md")
-    outputs.check_outputs([output, per_image, *csv])
-    outputs.check_outputs([text], suffixes=(".md",))
+    tables.check_outputs([output, per_image, *csv])
+    tables.check_outputs([text], suffixes=(".md",))
     return [*csv, text]
 
 
-def find_protected(given: Sequence[Path], edits: Edits, manifests: Manifests) -> Edits:
-    """Pairs protected images with their sources, as edits and clean edits. Raises UserError if it can't."""
-    rows = [Row(str(directory), directory) for directory in protected_rows(given)]
-    sources = Row("source", next(iter(edits.sources.values())).parent)
-    files = {(row, 0, 0): images_by_stem(row.directory) for row in rows} | {(sources, 0, 0): edits.sources}
-    for row in rows:
-        if lacking := [name for name in edits.sources if name not in files[row, 0, 0]]:
-            raise UserError(f"images are missing: {', '.join(lacking)} in {row.directory}")
-        check_protected(edits, row.directory, files[row, 0, 0], manifests)
-    keys = [Key(0, 0, name) for name in edits.sources]
-    return Edits(rows, sources, files, keys, sizes_of([sources, *rows], files, keys), {}, {})
-
-
 def check_budgets(protected: Edits, visible: Scores) -> None:
-    """Refuses protected images beyond the budget that their run.json says. Raises UserError."""
+    """Refuses protected images beyond the budget in their run.json. Raises UserError."""
     of_linf = visible.values[visible.values["metric"] == "linf"]
     for row in protected.rows:
         budget = ((read_record(row.directory) or {}).get("arguments", {})).get("attack_budget")

@@ -10,7 +10,10 @@ others.
 
 import sys
 
-from scoring import Metric, Tensor, script
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
+from evaluation.scoring import Metric, Tensor, script
 
 
 def clip_i(edits: Tensor, sources: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ or the lines of --prompt_file. --models mini: the bundled stand-in, whose values
 
 import sys
 
-from scoring import Metric, Tensor, script
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
+from evaluation.scoring import Metric, Tensor, script
 
 NO_DIRECTION = 1e-5  # of the source embedding's length: what rounding leaves of two equal images
 

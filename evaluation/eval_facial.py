@@ -7,17 +7,17 @@
     python evaluation/eval_facial.py --by judge --reference_dir other_photos --src_dir portraits \\
         --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock --seed 0
 
-Writes facial_metric.csv, by the recogniser that an attack sees, or, with --by judge or --judge, by those
-that none sees: facial_JUDGE_metric.csv for each of the panel and left_metric.csv, what the one of them who
-finds most still finds; the bundled judge, which was trained like the attacked recogniser, counts there only
-if it is alone. FR by cosine is also called ISM, the share of edits without a face FDFR, identified rank-1.
+Writes facial_metric.csv, by the recogniser that attacks see; or, with --by judge or --judge, by those that
+no attack sees: facial_JUDGE_metric.csv for each judge of the panel, and left_metric.csv, by the judge who
+finds most. The bundled judge, which was trained like the attacked recogniser, counts there only if it is the
+only one. FR by cosine is also called ISM, the share of edits without a face FDFR, identified rank-1.
 
-What an attacked recogniser says overstates the protection, and so does one that was trained like it: report
-judges that no attack saw and others trained. Cosines compare only within one recogniser; `left`, which is 1
-for the same picture and 0 for a stranger, compares between them. What people can read is the share of edits
-that are still recognised (above the threshold at which one pair of strangers in a thousand passes) and
-identified (nearest in a gallery: the people themselves, and --gallery_dir). The source flatters: recognition
-is by other photos of a person, which --reference_dir holds, as NAME.* or NAME/*.
+An attacked recogniser overstates the protection, and so does one that was trained like it: report judges that
+no attack saw and that others trained. Cosines compare only within one recogniser. `left`, which is 1 for the
+same picture and 0 for a stranger, compares between them. Easier to read is the share of edits that are still
+recognised (above the threshold that one pair of strangers in a thousand exceeds) and identified (nearest in a
+gallery: the people themselves, and --gallery_dir). The source flatters a recogniser: in life, a person is
+recognised by other photos. --reference_dir holds them, as NAME.* or NAME/*.
 """
 
 import argparse
@@ -25,9 +25,11 @@ import math
 import sys
 from collections.abc import Callable, Sequence
 
-from scoring import Metric, Tensor, script
-from views import face_need
+if not __package__:  # run as a file
+    import _path  # noqa: F401
 
+from evaluation.features import face_need
+from evaluation.scoring import Metric, Tensor, script
 from models.config import TRAINED_HERE, ModelConfig, identity, panel_names
 from utils import UserError
 
@@ -163,7 +165,7 @@ def groups(config: ModelConfig) -> dict[str, list[Metric]]:
     return found | {title: metrics}
 
 
-def asked(args: argparse.Namespace, config: ModelConfig) -> list[Metric]:
+def choose(args: argparse.Namespace, config: ModelConfig) -> list[Metric]:
     """Lists the metrics that --by and --what ask for. Raises UserError."""
     attacked, judges = names_of(config)
     if args.by == "recognizer" or (args.by is None and not args.judge):
@@ -183,7 +185,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 METRIC = metric_of("similarity", "recognizer", "")
-parse_args, main = script(METRIC, __doc__, asked=asked, add_arguments=add_arguments, also=[NO_FACE])
+parse_args, main = script(METRIC, __doc__, choose=choose, add_arguments=add_arguments, also=[NO_FACE])
 
 if __name__ == "__main__":
     sys.exit(main())

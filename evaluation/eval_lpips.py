@@ -12,7 +12,10 @@ eval_facial.py for that. --models mini: the bundled stand-in, whose values compa
 import sys
 from typing import Any
 
-from scoring import Metric, Tensor, script
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
+from evaluation.scoring import Metric, Tensor, script
 
 
 def lpips_distance(network: Any, images: Tensor, references: Tensor) -> Tensor:

@@ -10,7 +10,10 @@ that they differ, not that the person is gone: see eval_facial.py for that.
 
 import sys
 
-from scoring import Metric, Tensor, script
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
+from evaluation.scoring import Metric, Tensor, script
 
 
 def ssim(images: Tensor, references: Tensor) -> Tensor:

@@ -21,15 +21,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
 import numpy as np
-import outputs
-from directories import protected_rows
-from eval_all import METRICS
-from eval_facial import is_of_faces, title_of
-from pairing import Edits, Key, Manifests, check_edits, check_pair
-from scoring import add_prompt_arguments, edits_of
 
 import utils
+from evaluation import tables
+from evaluation.eval_all import METRICS
+from evaluation.eval_facial import is_of_faces, title_of
+from evaluation.pairing import NUMBER, Edits, Key, check_edits, check_pair, parse_row, protected_rows
+from evaluation.scoring import add_prompt_arguments, edits_of
 from images import images_by_stem, load_image
 from utils import UserError
 
@@ -37,22 +39,20 @@ if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-MOST_LINES = 60  # of a grid that somebody could still look at
-MOST_TICKS = 8  # written where a curve has points; of more, matplotlib chooses
-AMPLIFY = 10  # of the difference, which is shown around grey
+MOST_LINES = 60  # of a grid; nobody looks at more
+MOST_TICKS = 8  # one at each point of a curve; matplotlib chooses if there are more points
+AMPLIFY = 10  # the factor of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
 PLAIN = {"parse_math": False}  # names and prompts with two $ are no formulas
 FORMATS = (".png", ".pdf")
 VISIBLE = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "linf": "L-infinity"}
-NUMBER = r"\d*\.?\d+(?:e-?\d+)?"
-GRID = """A grid: columns are the source, its edit and, method by method, the protected image and its edit;
-a line is a portrait and an instruction. --protected_dirs and --defend_edit_dirs go in the same order.
+GRID = """A grid with one line per portrait and instruction: the source, its edit and, for each method, the
+protected image and its edit. --protected_dirs and --defend_edit_dirs go in the same order.
 """
-PLOT = """A metric with its 95 % interval, a line a method: against the budget, if the table's directories are
-called budget_{B}, or with --against how visible the protection is; or, with several tables as LABEL=FILE,
-against their labels (purifications, say).
-The tables are those of eval_all.py or of one metric's script.
+PLOT = """A metric with its 95 % interval, one line per method: against the budget, if rows are directories
+called budget_{B}; with --against, against how visible the protection is; with several tables, as LABEL=FILE,
+against their labels, such as purifications. The tables are those of eval_all.py or of a metric's script.
 """
 
 
@@ -75,9 +75,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)
     plot.set_defaults(run=run_plot)
     plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files")
-    plot.add_argument("--metric", help="the column to show (default: the one metric of the file: its mean)")
-    plot.add_argument("--xlabel", help="default: budget, or --against, or nothing")
-    visible = "what TABLE_protected.csv says of the protected pictures, instead of the budget"
+    plot.add_argument("--metric", help="the column to show (default: the mean, in a table of one metric)")
+    plot.add_argument("--xlabel", help="label of the axis (default: budget, or --against, or none)")
+    visible = "plot against a column of TABLE_protected.csv, not the budget"
     plot.add_argument("--against", choices=VISIBLE, help=visible)
     for kind, name in ((grid, "figure.png"), (plot, "plot.png")):
         kind.add_argument("--output", type=utils.path, default=Path(name), help="a .png or .pdf")
@@ -121,16 +121,15 @@ def make_grid(
     keys = [Key(edits.keys[0].seed, i, name) for name in names for i in edits.prompts]
     if len(keys) > MOST_LINES:
         raise UserError(f"a grid of {len(keys)} lines: choose some with --names or --prompts")
-    manifests = Manifests()
-    check_edits(edits, manifests)
+    check_edits(edits)
     files = [images_by_stem(directory) for directory in protected]
     for row, directory, found in zip(edits.rows, protected, files, strict=True):
         if lacking := [name for name in edits.names if name not in found]:
             raise UserError(f"{directory}: no image {', '.join(lacking)}")
-        check_pair(edits, row, found, manifests, "; --protected_dirs go in the order of --defend_edit_dirs")
+        check_pair(edits, row, found, "; --protected_dirs go in the order of --defend_edit_dirs")
     read = [edits.path(row, key) for row in edits.every_row for key in keys]
     read += [*edits.sources.values(), *(path for found in files for path in found.values())]
-    outputs.check_outputs([output], read, FORMATS)
+    tables.check_outputs([output], read, FORMATS)
 
     cells = []
     for key in keys:
@@ -196,13 +195,13 @@ def make_plot(
     xlabel: str | None = None,
     against: str | None = None,
 ) -> None:
-    """Draws a metric of tables by label, or of one without a label against its budgets, or against what its
-    protected pictures have of a metric. Raises UserError."""
+    """Draws a metric of tables against their labels, or of one without a label against its budgets, or
+    against how visible its protected pictures are by another metric. Raises UserError."""
     import pandas as pd
 
     if len(files) > 1 and "" in files:
         raise UserError(f"--tables: {files['']} has no label: LABEL=FILE")
-    outputs.check_outputs([output], files.values(), FORMATS)
+    tables.check_outputs([output], files.values(), FORMATS)
     points = pd.concat([read_points(file, metric, label) for label, file in files.items()], ignore_index=True)
     twice = points[points.duplicated(["method", "place"])]
     if len(twice):
@@ -237,7 +236,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     place: on the axis; empty for a row that belongs to none, such as the clean edits' among budgets. Raises
     UserError if it is no table or has no such metric.
     """
-    table = outputs.read_csv(file)
+    table = tables.read_csv(file)
     column, ends = metric or "mean", (f"{metric}_low", f"{metric}_high") if metric else ("ci_low", "ci_high")
     wanted = {"method", column, *ends}
     if table.empty or not wanted <= {*table.columns}:
@@ -249,14 +248,11 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     except ValueError as error:
         raise UserError(f"{file}: {error}") from None
     points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
-    outputs.check_numbers(file, points[["value", "low", "high"]])
+    tables.check_numbers(file, points[["value", "low", "high"]])
     if ((points["low"] > points["value"]) | (points["high"] < points["value"])).any():
         raise UserError(f"{file}: an interval of {column} is not around its value")
     for at, name in points["method"].items():
-        parts = [part for part in Path(name).parts if part != "/"]
-        budget = next((part[7:] for part in parts[::-1] if re.fullmatch(f"budget_{NUMBER}", part)), "")
-        rest = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
-        method = rest[-1] if rest else name
+        method, budget = parse_row(name)
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
         points.loc[at, "place"] = label or budget
     return points

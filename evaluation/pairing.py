@@ -1,20 +1,21 @@
-"""Pairing the edits of all rows, and their sources, by file stem; and whether they belong together.
+"""Finding edits, pairing them by file stem, and checking that they belong together.
 
-A picture may have come by several steps (protected, purified, edited); each directory's manifest tells one,
-by hashes. Where nothing is recorded, nothing is refused.
+A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as main_edit.py makes it. A given
+directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
+
+An edit may be the last of several steps (protected, purified, edited). The manifest of each directory records
+one of them, by hashes. Where nothing is recorded, nothing is refused.
 """
 
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
-
-from directories import Row, clean_row, find_rows, prompts_of
 
 import utils
 from images import image_size, images_by_stem
@@ -23,31 +24,85 @@ from runs import digest, listed, read_manifest, read_record
 from utils import UserError, warn
 
 EDIT_SETTINGS = ("model", "model_id", "dtype", "resolution", "scheduler", *EDIT_KNOBS)
+NUMBER = r"\d*\.?\d+(?:e-?\d+)?"  # as in budget_0.03
 Size = tuple[int, int]  # (H, W)
-MOST_STEPS = 9  # of a chain; directories that were made of each other would have no end
+MOST_STEPS = 9  # followed back from an edit, so that directories made from each other end, too
+
+
+class Row(NamedTuple):
+    """One row of a table: the edits of one method at one budget."""
+
+    method: str
+    directory: Path  # holds seed{S}
 
 
 class Key(NamedTuple):
-    """Says which edit: the same one in every row."""
+    """Identifies an edit within a row."""
 
     seed: int
     prompt: int
-    name: str  # the files' stem
+    name: str  # the file's stem
+
+
+def parse_row(name: str) -> tuple[str, str]:
+    """Splits the name of a row into method and budget: edits/facelock/budget_0.03 -> facelock, 0.03.
+
+    The method is the last part that is no budget and no seed; the budget is "" if there is none.
+    """
+    parts = [part for part in Path(name).parts if part != "/"]
+    methods = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
+    budgets = [part[7:] for part in parts if re.fullmatch(f"budget_{NUMBER}", part)]
+    return (methods or [name])[-1], (budgets or [""])[-1]
+
+
+class Manifests:
+    """Reads what directories record about their files, each directory once."""
+
+    def __init__(self) -> None:
+        readers = (read_manifest, read_record, images_by_stem)
+        self._entries, self._records, self._files = map(cache, readers)
+
+    def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
+        """Gives the manifest's line about a file, by its path in the directory; None if there is none."""
+        return self._entries(directory).get(output)
+
+    def source(self, directory: Path, output: str) -> Path | None:
+        """Finds the file that a result was made from; None if it is no longer there."""
+        with suppress(UserError):  # a directory is gone, or a record is somebody else's
+            if sources := (self._records(directory) or {}).get("sources"):
+                folder = Path(sources)
+                if re.fullmatch(r"prompt\d+", folder.name):  # purified edits: made prompt by prompt
+                    folder = folder.with_name(Path(output).parent.name)
+                return self._files(folder).get(Path(output).stem)
+        return None
+
+    def origins(self, directory: Path, output: str) -> list[str]:
+        """Lists the hashes of what a file was made from, of what that was made from, and so on."""
+        found: list[str] = []
+        while (entry := self.entry(directory, output)) and len(found) < MOST_STEPS:
+            if found and entry.get("sha256") != found[-1]:  # replaced by another file since
+                break
+            found.append(entry.get("source", ""))
+            if (source := self.source(directory, output)) is None:
+                break
+            directory, output = source.parent, source.name
+        return found
 
 
 @dataclass(frozen=True)
 class Edits:
-    """All that is to be scored, paired by stem."""
+    """All edits to be scored, paired by stem."""
 
-    rows: list[Row]  # without the clean edits, unless they were asked for as a row
+    rows: list[Row]  # without the clean edits, unless they were given as a row
     clean: Row | None  # the edits of the unprotected images, if they are given
     files: dict[tuple[Row, int, int], dict[str, Path]]  # by row, seed and prompt: files by stem
     keys: list[Key]  # sorted
-    sizes: dict[Key, Size | None]  # of the edit, the same in every row; None if its header can't be read
+    sizes: dict[Key, Size | None]  # the same in every row; None if the header can't be read
     sources: dict[str, Path]  # by stem; empty if none are given
-    texts: dict[int, str]  # the instructions, where they are known
+    texts: dict[int, str] = field(default_factory=dict)  # the instructions that are known
     gallery: dict[str, Path] = field(default_factory=dict)  # portraits beside the sources, by stem
     references: dict[str, list[Path]] = field(default_factory=dict)  # other photos of each person
+    manifests: Manifests = field(default_factory=Manifests)
 
     @property
     def every_row(self) -> list[Row]:
@@ -68,10 +123,122 @@ class Edits:
         """Gives the file of an edit."""
         return self.files[row, key.seed, key.prompt][key.name]
 
+    def place(self, row: Row, key: Key) -> tuple[Path, str]:
+        """Gives the directory whose manifest lists an edit, and the edit's path in it."""
+        directory = row.directory / f"seed{key.seed}"
+        return directory, self.path(row, key).relative_to(directory).as_posix()
+
+    def foreign(self, row: Row, files: dict[str, Path]) -> Iterator[str]:
+        """Lists the images whose edits in this row were made from other pictures than these files."""
+        for key in self.keys:
+            origins = self.manifests.origins(*self.place(row, key))
+            if origins and digest(files[key.name]) not in ("", *origins):  # "": reading it will fail
+                yield key.name
+
     def check_texts(self) -> None:
         """Refuses prompts whose instruction is not known. Raises UserError."""
         if unknown := [f"prompt{number}" for number in self.prompts if number not in self.texts]:
             raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# rows, seeds and prompts
+
+
+def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = False) -> list[Row]:
+    """Lists the rows in directories, each once; with `common`, rows that lack a seed are left out.
+
+    Raises UserError, also if there is no row.
+    """
+    rows: dict[Path, Row] = {}
+    lacking = []
+    for given in directories:
+        name = given.resolve().name
+        is_seed = re.fullmatch(r"seed\d+", name)
+        if is_seed and [name] != [f"seed{seed}" for seed in seeds]:
+            raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
+        found = {given.resolve().parent: given} if is_seed else {row: row for row in _rows_below(given, 2)}
+        if not found:
+            raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
+        for row, named in found.items():
+            if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
+                lacking.append(f"{row}: no {', '.join(missing)} (there are {', '.join(_seeds_in(row))})")
+            else:  # the row of the unprotected edits is called `clean`
+                rows.setdefault(row.resolve(), Row("./clean" if str(named) == "clean" else str(named), row))
+    if lacking and not (common and rows):
+        raise UserError("; ".join(lacking) + (" (--common leaves such rows out)" if rows else ""))
+    if lacking:
+        utils.warn(f"left out: {'; '.join(lacking)}")
+    return list(rows.values())
+
+
+def _rows_below(directory: Path, depth: int) -> list[Path]:
+    """Lists the directory itself if it holds any seed, else the rows below it."""
+    if _seeds_in(directory):
+        return [directory]
+    return [row for child in folders(directory) for row in _rows_below(child, depth - 1)] if depth else []
+
+
+def _seeds_in(directory: Path) -> list[str]:
+    """Lists the names of its seed folders, also seed00, which is not that of seed 0."""
+    return [child.name for child in folders(directory) if re.fullmatch(r"seed\d+", child.name)]
+
+
+def folders(directory: Path) -> list[Path]:
+    """Lists the folders in a directory, by name. Raises UserError if it can't be listed."""
+    if not directory.is_dir():
+        raise UserError(f"{directory}: no such directory")
+    try:
+        return sorted(child for child in directory.iterdir() if child.is_dir())
+    except OSError as error:
+        raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
+
+
+def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
+    """Gives the row `clean`: the edits of the unprotected images. Raises UserError unless it is one row."""
+    rows = find_rows([directory], seeds)
+    if len(rows) > 1:
+        found = ", ".join(row.method for row in rows)
+        raise UserError(f"{directory}: which are the clean edits? ({found})")
+    return Row("clean", rows[0].directory)
+
+
+def find_row(rows: Sequence[Row], name: str) -> Row:
+    """Gives the row of this name, or with it in its path. Raises UserError unless there is exactly one."""
+    exact = [row for row in rows if name in (row.method, str(row.directory))]
+    matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
+    if len(matching) != 1:
+        known = ", ".join(row.method for row in rows)
+        raise UserError(f"--baseline {name}: {len(matching)} rows have this name ({known})")
+    return matching[0]
+
+
+def find_prompts(rows: Sequence[Row], seeds: Sequence[int], wanted: Sequence[int] | None) -> list[int]:
+    """Lists the prompts to score: the wanted ones, else all. Raises UserError if a row lacks one."""
+    places = [row.directory / f"seed{seed}" for row in rows for seed in seeds]
+    there = {place: {child.name for child in folders(place)} for place in places}
+    numbered = (re.fullmatch(r"prompt(0|[1-9]\d*)", name) for names in there.values() for name in names)
+    prompts = sorted(set(wanted) if wanted is not None else {int(found[1]) for found in numbered if found})
+    if not prompts:
+        raise UserError(f"{next(iter(there))}: no prompt folders in it")
+    lacking = [
+        f"{folder}: {', '.join(missing)}"
+        for folder, names in there.items()
+        if (missing := [f"prompt{i}" for i in prompts if f"prompt{i}" not in names])
+    ]
+    if lacking:
+        raise UserError(f"prompts are missing: {'; '.join(lacking)}")
+    return prompts
+
+
+def protected_rows(given: Sequence[Path]) -> list[Path]:
+    """Lists the directories of protected images: each given one, or its budget_{B}. Raises UserError."""
+    budgets = {place: [child for child in folders(place) if child.name[:7] == "budget_"] for place in given}
+    return [row for directory in given for row in budgets[directory] or [directory]]
+
+
+# ---------------------------------------------------------------------------------------------------------
+# pairing
 
 
 def find_edits(
@@ -89,19 +256,19 @@ def find_edits(
 ) -> Edits:
     """Finds edits, pairs them by stem and checks all that can be checked without reading pixels.
 
-    Every directory must have every stem that any has (or all of `names`); with `common` the rest is named and
-    left out. Raises UserError naming what is missing or doesn't fit.
+    Every directory must have every stem that any of them has (or all of `names`); with `common`, the others
+    are named and left out. Raises UserError that names what is missing or doesn't fit.
     """
     seeds = sorted(set(seeds))
     rows = find_rows(edit_dirs, seeds, common)
     clean = clean_row(clean_edit_dir, seeds) if clean_edit_dir else None
-    if clean:  # it may lie beside the others, in a directory given for all of them
+    if clean:  # it may lie beside the others, in a directory that was given for all of them
         hidden = {clean.directory.resolve()} - {path.resolve() for path in edit_dirs}
         rows = [row for row in rows if row.directory.resolve() not in hidden]
     if not rows:
         raise UserError(f"{edit_dirs[0]}: no edits in it but the clean ones")
     every_row = [clean, *rows] if clean else rows
-    numbers = prompts_of(every_row, seeds, prompts)
+    numbers = find_prompts(every_row, seeds, prompts)
     files, there = {}, {}
     for row, seed, prompt in product(every_row, seeds, numbers):
         folder = row.directory / f"seed{seed}" / f"prompt{prompt}"
@@ -109,16 +276,17 @@ def find_edits(
     there |= {src_dir: images_by_stem(src_dir)} if src_dir else {}
     shared = shared_names(there, common, names)
     keys = [Key(*key) for key in product(seeds, numbers, shared)]
-    texts = texts_of(every_row, seeds, numbers, prompt_file)
+    recorded = [row.directory / f"seed{seed}" for row in every_row for seed in seeds]
+    texts = find_texts(recorded, numbers, prompt_file)
     sources = {name: there[src_dir][name] for name in shared} if src_dir else {}
-    sizes = sizes_of(every_row, files, keys)
+    sizes = find_sizes(every_row, files, keys)
     gallery = images_by_stem(gallery_dir) if gallery_dir else {}
-    references = references_of(reference_dir, sources) if reference_dir else {}
+    references = find_references(reference_dir, sources) if reference_dir else {}
     return Edits(rows, clean, files, keys, sizes, sources, texts, gallery, references)
 
 
-def references_of(directory: Path, sources: dict[str, Path]) -> dict[str, list[Path]]:
-    """Finds other photos of each person, NAME.* or NAME/*. Raises UserError where there is none."""
+def find_references(directory: Path, sources: dict[str, Path]) -> dict[str, list[Path]]:
+    """Finds other photos of each person, NAME.* or NAME/*. Raises UserError if somebody has none."""
     own, found = images_by_stem(directory), {}
     for name, source in sources.items():
         paths = [own[name]] if name in own else []
@@ -130,7 +298,7 @@ def references_of(directory: Path, sources: dict[str, Path]) -> dict[str, list[P
 
 
 def shared_names(there: dict[Path, dict[str, Path]], common: bool, wanted: Sequence[str] | None) -> list[str]:
-    """Lists the stems (of the wanted) that all directories have. Raises UserError naming what some lack."""
+    """Lists the (wanted) stems that all directories have. Raises UserError that names what some lack."""
     shared = set.intersection(*map(set, there.values()))
     union = set(wanted) if wanted else set().union(*there.values())
     lacking = []
@@ -147,38 +315,35 @@ def shared_names(there: dict[Path, dict[str, Path]], common: bool, wanted: Seque
     return sorted(shared & union)
 
 
-def sizes_of(
+def find_sizes(
     rows: Sequence[Row], files: dict[tuple[Row, int, int], dict[str, Path]], keys: Sequence[Key]
 ) -> dict[Key, Size | None]:
-    """Reads each edit's size. Raises UserError if it is not the same in all rows."""
+    """Reads the size of each edit. Raises UserError if it is not the same in all rows."""
     sizes = {}
     for key in keys:
         first, *others = [files[row, key.seed, key.prompt][key.name] for row in rows]
         size = sizes[key] = image_size(first)
         for path in others:
             other = image_size(path)
-            if size and other and size != other:  # None: not an image; whoever reads it says so
+            if size and other and size != other:  # None: not an image, which is reported when it is read
                 raise UserError(f"{path} is {other[1]}x{other[0]}, but {first} is {size[1]}x{size[0]}")
     return sizes
 
 
-def texts_of(
-    rows: Sequence[Row], seeds: Sequence[int], prompts: Sequence[int], file: Path | None
-) -> dict[int, str]:
+def find_texts(directories: Sequence[Path], prompts: Sequence[int], file: Path | None) -> dict[int, str]:
     """Gives the instructions by number: the file's, else what main_edit.py recorded, else the paper's.
 
-    Warns of other settings that differ. Raises UserError for two texts of a number: it is not the same edit.
+    Warns of other settings that differ. Raises UserError if a number has two texts: these are other edits.
     """
     texts = utils.choose_prompts(None, file) if file else {}
     origin = dict.fromkeys(texts, file)
     settings, differing = {}, {}
-    for directory in [row.directory / f"seed{seed}" for row in rows for seed in seeds]:
+    for directory in directories:
         record = read_record(directory) or {}
         for number, text in ((int(key), text) for key, text in record.get("prompts", {}).items()):
             if number in prompts and texts.setdefault(number, text) != text:
-                raise UserError(
-                    f"prompt{number} is {texts[number]!r} in {origin[number]}, but {text!r} in {directory}"
-                )
+                there, here = f"{texts[number]!r} in {origin[number]}", f"{text!r} in {directory}"
+                raise UserError(f"prompt{number} is {there}, but {here}")
             origin.setdefault(number, directory)
         for flag, value in record.get("arguments", {}).items():
             known, where = settings.setdefault(flag, (value, directory))
@@ -189,70 +354,21 @@ def texts_of(
     return texts or dict(utils.edit_prompts)
 
 
-class Manifests:
-    """What the manifests of directories of results say; each is read once."""
-
-    def __init__(self) -> None:
-        readers = (read_manifest, _or_empty(read_record), _or_empty(images_by_stem))
-        self._entries, self._records, self._files = map(cache, readers)
-
-    def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
-        """Gives the line about a file, by its path in the directory; None if there is none."""
-        return self._entries(directory).get(output)
-
-    def source(self, directory: Path, output: str) -> Path | None:
-        """Finds the file that a result was made of, where it was; None if there is none now."""
-        sources = self._records(directory).get("sources")
-        folder = Path(sources) if isinstance(sources, str) else None
-        if folder and re.fullmatch(r"prompt\d+", folder.name):  # cheats.py's: made of edits, prompt by prompt
-            folder = folder.with_name(Path(output).parent.name)
-        return self._files(folder).get(Path(output).stem) if folder else None
-
-    def origins(self, directory: Path, output: str) -> list[str]:
-        """Lists the hashes of what a file was made of, of what that was made of, and so on."""
-        found: list[str] = []
-        while (entry := self.entry(directory, output)) and len(found) < MOST_STEPS:
-            if found and entry.get("sha256") != found[-1]:  # another file has taken its place since
-                break
-            found.append(entry.get("source", ""))
-            if (source := self.source(directory, output)) is None:
-                break
-            directory, output = source.parent, source.name
-        return found
-
-    def foreign(self, edits: Edits, row: Row, files: dict[str, Path]) -> Iterator[str]:
-        """Finds the images whose edits in this row were made of others than these files."""
-        for key in edits.keys:
-            origins = self.origins(*place(edits, row, key))
-            if origins and digest(files[key.name]) not in ("", *origins):  # "": who reads it will say so
-                yield key.name
+# ---------------------------------------------------------------------------------------------------------
+# what was made from what
 
 
-def _or_empty(read: Callable[[Path], Any]) -> Callable[[Path], Any]:
-    """Makes a reader give {} for a UserError: of what is somebody's own, or not there any more."""
+def check_edits(edits: Edits) -> None:
+    """Refuses edits whose sources have changed, and clean edits of other sources. Raises UserError.
 
-    def reading(directory: Path) -> Any:
-        with suppress(UserError):
-            return read(directory) or {}
-        return {}
-
-    return reading
-
-
-def place(edits: Edits, row: Row, key: Key) -> tuple[Path, str]:
-    """Gives the directory whose manifest tells of an edit, and the edit's path in it."""
-    directory = row.directory / f"seed{key.seed}"
-    return directory, edits.path(row, key).relative_to(directory).as_posix()
-
-
-def check_edits(edits: Edits, manifests: Manifests) -> None:
-    """Refuses edits whose sources changed, and clean ones of others; warns of unknown. Raises UserError."""
+    Warns if nothing is recorded.
+    """
     unknown = {}
     for row in edits.every_row:
         changed: dict[str, Path] = {}
         for key in edits.keys:
-            found = place(edits, row, key)
-            entry, source = manifests.entry(*found), manifests.source(*found)
+            place = edits.place(row, key)
+            entry, source = edits.manifests.entry(*place), edits.manifests.source(*place)
             if entry is None:
                 unknown[row] = str(row.directory)
             elif source and digest(source) not in ("", entry.get("source")):
@@ -262,27 +378,41 @@ def check_edits(edits: Edits, manifests: Manifests) -> None:
             other = f"other pictures than those that {where} holds now ({listed(changed, str)})"
             raise UserError(f"{row.directory} holds edits of {other}")
     if edits.clean and edits.sources:
-        check_pair(edits, edits.clean, edits.sources, manifests)
+        check_pair(edits, edits.clean, edits.sources)
     if unknown:
         rows = listed(unknown.values(), str)
-        warn(f"nothing tells what these edits were made of, so that can't be checked: {rows}")
+        warn(f"nothing records what these edits were made from, so that can't be checked: {rows}")
 
 
-def check_pair(edits: Edits, row: Row, files: dict[str, Path], manifests: Manifests, hint: str = "") -> None:
-    """Refuses a row whose edits are recorded to be of other pictures than these. Raises UserError."""
-    if foreign := list(dict.fromkeys(manifests.foreign(edits, row, files))):
+def check_pair(edits: Edits, row: Row, files: dict[str, Path], hint: str = "") -> None:
+    """Refuses a row whose edits were made from other pictures than these files. Raises UserError."""
+    if foreign := list(dict.fromkeys(edits.foreign(row, files))):
         other = f"other pictures than those in {files[foreign[0]].parent} ({listed(foreign, str)})"
         raise UserError(f"{row.directory} holds edits of {other}{hint}")
 
 
-def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manifests: Manifests) -> None:
-    """Refuses protected images of other sources, changed, or edited in no row. Raises UserError."""
+def find_protected(given: Sequence[Path], edits: Edits) -> Edits:
+    """Pairs protected images with their sources, as edits and clean edits. Raises UserError if it can't."""
+    rows = [Row(str(directory), directory) for directory in protected_rows(given)]
+    sources = Row("source", next(iter(edits.sources.values())).parent)
+    files = {(row, 0, 0): images_by_stem(row.directory) for row in rows} | {(sources, 0, 0): edits.sources}
+    for row in rows:
+        if lacking := [name for name in edits.sources if name not in files[row, 0, 0]]:
+            raise UserError(f"images are missing: {', '.join(lacking)} in {row.directory}")
+        check_protected(edits, row.directory, files[row, 0, 0])
+    keys = [Key(0, 0, name) for name in edits.sources]
+    return Edits(rows, sources, files, keys, find_sizes([sources, *rows], files, keys), sources={})
+
+
+def check_protected(edits: Edits, directory: Path, files: dict[str, Path]) -> None:
+    """Refuses protected images of other sources, changed ones, and those no row edits. Raises UserError."""
     other, changed = [], []
     for name in edits.names:
-        entry = manifests.entry(directory, files[name].name)
+        entry = edits.manifests.entry(directory, files[name].name)
         if entry is None:
             continue
-        if digest(edits.sources[name]) not in ("", *manifests.origins(directory, files[name].name)):
+        origins = edits.manifests.origins(directory, files[name].name)
+        if digest(edits.sources[name]) not in ("", *origins):
             other.append(name)
         elif digest(files[name]) not in ("", entry.get("sha256")):
             changed.append(name)
@@ -291,6 +421,6 @@ def check_protected(edits: Edits, directory: Path, files: dict[str, Path], manif
         raise UserError(f"{directory} was made from {pictures}")
     if changed:
         raise UserError(f"{directory}: not the files that main_defend.py wrote ({listed(changed, str)})")
-    if all(next(manifests.foreign(edits, row, files), None) for row in edits.rows):
-        closest = min(edits.rows, key=lambda row: len(list(manifests.foreign(edits, row, files))))
-        check_pair(edits, closest, files, manifests, ", and so do all other rows")
+    if all(next(edits.foreign(row, files), None) for row in edits.rows):
+        closest = min(edits.rows, key=lambda row: len(list(edits.foreign(row, files))))
+        check_pair(edits, closest, files, ", and so do all other rows")

@@ -4,6 +4,7 @@
         --output_dir purified/jpeg75/facelock --method jpeg:75
     python evaluation/purify.py --input_dir portraits --output_dir purified/jpeg75/clean --method jpeg:75
     python evaluation/purify.py --input_dir portraits --output_dir out --method jpeg:75+resize:0.5
+    python evaluation/purify.py --input_dir edits/clean --output_dir cheats/mirror --method mirror
 
     jpeg:Q       JPEG of quality Q, 1 to 95
     blur:K:S     Gaussian, K x K pixels (odd, up to 999), sigma S px, 0.1 to 100
@@ -11,33 +12,42 @@
     resize:F     down to the share F of each side, 0.001 to 0.999, and back up
     crop:F       the middle F of each side, 0.001 to 0.999, brought back up
     noise:S      Gaussian noise, S levels of 255, 0.01 to 255
+    mirror       left and right exchanged
+    shift:D      moved right and down by D px, 1 to 999; the border is repeated
+    gamma:G      255 (v / 255)^(1 / G), 0.1 to 10; above 1 it brightens
+    saturate:F   F times the colour, 0 to 10; 0 is grey
     vae          a round trip through the editor's VAE
     a+b+...      one after the other
 
-Writes OUTPUT_DIR/NAME.png, the input's size, without alpha, and run.json and manifest.jsonl that record how.
-Angle and noise come from --seed and the file's stem, so a source and its protected form get the same.
-Compare the edits of a purified protection with edits of the equally purified source: purification changes an
-edit, too. The paper's: jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
+Writes OUTPUT_DIR/NAME.png, of the input's size, without alpha, and run.json and manifest.jsonl, which record
+how. A directory of edits, which holds seed{S}/prompt{i}/, keeps its layout. Angle and noise come from --seed
+and the file's stem, so a source and its protected form get the same. Compare the edits of a purified
+protection with edits of the equally purified source: purification changes an edit, too.
+The paper's: jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import directories  # noqa: F401 (finds the project's modules)
+if not __package__:  # run as a file
+    import _path  # noqa: F401
+
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageEnhance
 
 import models.config
 import runs
 import transforms
 import utils
-from images import Portrait, load_image, save_png, to_tensor, to_uint8
+from evaluation.pairing import folders
+from images import Portrait, images_by_stem, load_image, save_png, to_tensor, to_uint8
 from models.loading import recorded
 from models.vaes import load_vae
 from utils import UserError
@@ -93,6 +103,27 @@ def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.n
     return to_uint8(images + torch.randn(images.shape, generator=generator) * levels * utils.LEVEL)[0]
 
 
+def mirror(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
+    """Exchanges left and right."""
+    return np.ascontiguousarray(pixels[:, ::-1])
+
+
+def shift(pixels: np.ndarray, generator: torch.Generator, distance: int) -> np.ndarray:
+    """Moves right and down by a distance in px; the border is repeated."""
+    padded = np.pad(pixels, ((distance, 0), (distance, 0), (0, 0)), mode="edge")
+    return padded[: pixels.shape[0], : pixels.shape[1]]
+
+
+def gamma(pixels: np.ndarray, generator: torch.Generator, value: float) -> np.ndarray:
+    """Brightens: 255 (v / 255)^(1 / gamma)."""
+    return (255 * (np.arange(256) / 255) ** (1 / value)).round().astype(np.uint8)[pixels]
+
+
+def saturate(pixels: np.ndarray, generator: torch.Generator, factor: float) -> np.ndarray:
+    """Multiplies the colour, by Pillow; 1 changes nothing."""
+    return np.array(ImageEnhance.Color(Image.fromarray(pixels)).enhance(factor))
+
+
 def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
     vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
@@ -108,14 +139,6 @@ def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     return vae_trip
 
 
-class Kind(NamedTuple):
-    """A kind of step: what it does to (H, W, 3) uint8 with a seeded generator and its numbers."""
-
-    purifier: Callable[..., np.ndarray] | None  # None: it takes a model
-    form: str
-    numbers: tuple[Callable[[str], Any], ...] = ()  # argparse types
-
-
 def odd(text: str) -> int:
     """argparse type: the side of a kernel, which has a middle."""
     if not text.isdecimal() or int(text) % 2 == 0 or int(text) > 999:
@@ -128,33 +151,44 @@ def between(low: float, high: float) -> Callable[[str], Any]:
     return utils.number(float, low, high, f"a number from {low:g} to {high:g}")
 
 
-KINDS = {
-    "jpeg": Kind(jpeg, "jpeg:Q", (utils.number(int, 1, 95, "a whole number from 1 to 95"),)),
-    "blur": Kind(blur, "blur:K:S", (odd, between(0.1, 100))),
-    "rotate": Kind(rotate, "rotate:A", (between(0.01, 180),)),
-    "resize": Kind(resize, "resize:F", (between(0.001, 0.999),)),
-    "crop": Kind(crop, "crop:F", (between(0.001, 0.999),)),
-    "noise": Kind(noise, "noise:S", (between(0.01, 255),)),
-    "vae": Kind(None, "vae"),
-}
+def whole(low: int, high: int) -> Callable[[str], Any]:
+    """argparse type: a whole number within bounds."""
+    return utils.number(int, low, high, f"a whole number from {low} to {high}")
 
-Step = tuple[str, tuple[float, ...]]  # kind, numbers
+
+# How a step is written: its function, of (H, W, 3) uint8 and a seeded generator, and the types of its numbers
+KINDS: dict[str, tuple[Callable[..., Any], ...]] = {
+    "jpeg:Q": (jpeg, whole(1, 95)),
+    "blur:K:S": (blur, odd, between(0.1, 100)),
+    "rotate:A": (rotate, between(0.01, 180)),
+    "resize:F": (resize, between(0.001, 0.999)),
+    "crop:F": (crop, between(0.001, 0.999)),
+    "noise:S": (noise, between(0.01, 255)),
+    "mirror": (mirror,),
+    "shift:D": (shift, whole(1, 999)),
+    "gamma:G": (gamma, between(0.1, 10)),
+    "saturate:F": (saturate, between(0, 10)),
+    "vae": (through_vae,),  # makes its function, once
+}
+FORMS = {form.partition(":")[0]: form for form in KINDS}
+
+Step = tuple[str, tuple[float, ...]]  # name, numbers
 
 
 def chain(text: str) -> list[Step]:
     """argparse type: `jpeg:75+resize:0.5` -> its steps."""
     steps = []
     for part in text.split("+"):
-        name, *rest = part.split(":")
-        if name not in KINDS:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(KINDS)}")
-        kind = KINDS[name]
-        if len(rest) != len(kind.numbers):
-            raise argparse.ArgumentTypeError(f"{part!r} is not of the form {kind.form}")
+        name, *given = part.split(":")
+        if name not in FORMS:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(FORMS)}")
+        _, *types = KINDS[FORMS[name]]
+        if len(given) != len(types):
+            raise argparse.ArgumentTypeError(f"{part!r} is not of the form {FORMS[name]}")
         try:
-            steps.append((name, tuple(read(given) for read, given in zip(kind.numbers, rest, strict=True))))
+            steps.append((name, tuple(read(number) for read, number in zip(types, given, strict=True))))
         except argparse.ArgumentTypeError as error:
-            raise argparse.ArgumentTypeError(f"{kind.form}: {error}") from None
+            raise argparse.ArgumentTypeError(f"{FORMS[name]}: {error}") from None
     return steps
 
 
@@ -170,15 +204,16 @@ def purify(
 
     for place, (name, numbers) in enumerate(steps):
         generator = torch.Generator().manual_seed(utils.start_seed(seed, f"{place}:{stem}"))
-        pixels = (KINDS[name].purifier or vae_trip)(pixels, generator, *numbers)
+        purifier = vae_trip if name == "vae" else KINDS[FORMS[name]][0]
+        pixels = purifier(pixels, generator, *numbers)
     return pixels
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--input_dir", type=utils.path, required=True, help="directory of images")
-    parser.add_argument("--output_dir", type=utils.path, required=True, help="where NAME.png goes")
-    parser.add_argument("--method", required=True, type=chain, help="see above")
+    parser.add_argument("--input_dir", type=utils.path, required=True, help="images, or a row of edits")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where they go")
+    parser.add_argument("--method", required=True, type=chain, help="one or several of the above")
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of angles and noise")
     runs.add_run_arguments(parser, batches=False)
     models.config.add_editor_arguments(parser)
@@ -208,14 +243,30 @@ def purify_directory(
     config: models.config.ModelConfig | None = None,
     options: runs.Options = runs.USUAL,
 ) -> int:
-    """Purifies the images of a directory into another -> exit status. config: for the VAE, if a step is it.
+    """Purifies the images or edits of a directory into another -> exit status.
 
-    Raises UserError.
+    config: for the VAE, if it is one of the steps. Raises UserError.
     """
-    images = runs.find_images(input_dir)
     if output_dir.resolve() == input_dir.resolve():
         raise UserError(f"{output_dir}: would overwrite the inputs")
     utils.check_directory(output_dir)
+    inside = [] if images_by_stem(input_dir) else [path.name for path in folders(input_dir)]
+    if seeds := [name for name in inside if re.fullmatch(r"seed\d+", name)]:
+        status = 0
+        for name in seeds:
+            place = input_dir / name, output_dir / name
+            status = max(status, purify_directory(*place, steps, seed, config, options))
+            if status > 128:  # stopped by a signal
+                break
+        return status
+    prompts = [name for name in inside if re.fullmatch(r"prompt\d+", name)]
+    items = [
+        runs.Item(path, output_dir / folder / f"{path.stem}.png", None, f"{folder}/{path.name}".strip("/"))
+        for folder in prompts or [""]
+        for path in runs.find_images(input_dir / folder)
+    ]
+    texts = (runs.read_record(input_dir) or {}).get("prompts", {}) if prompts else {}
+    texts = {int(number): text for number, text in texts.items() if f"prompt{number}" in prompts}
     with_vae = ("vae", ()) in steps
     method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
     settings = {"seed": seed, "method": method}
@@ -226,18 +277,16 @@ def purify_directory(
     def prepare() -> Callable[..., np.ndarray] | None:
         return through_vae(config) if with_vae else None
 
+    def load(item: runs.Item) -> Portrait:
+        return load_image(item.source)
+
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
         vae_trip = prepare()
         for item, portrait in zip(batch, portraits, strict=True):
             save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, vae_trip))
         return [{}] * len(batch)
 
-    items = [runs.Item(path, output_dir / f"{path.stem}.png", None, path.name) for path in images]
-
-    def load(item: runs.Item) -> Portrait:
-        return load_image(item.source)
-
-    return runs.Job(items, load, work, output_dir, settings, options, prepare=prepare).run()
+    return runs.Job(items, load, work, output_dir, settings, options, texts, prepare).run()
 
 
 if __name__ == "__main__":

@@ -24,14 +24,16 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import cheats
-import outputs
-import tables
-from eval_all import METRICS, VISIBILITY
-from eval_facial import NO_FACE, is_of_faces, title_of
-from figure import NUMBER, difference
+if not __package__:  # run as a file
+    import _path  # noqa: F401
 
 import utils
+from evaluation import tables
+from evaluation.eval_all import METRICS, VISIBILITY
+from evaluation.eval_facial import NO_FACE, is_of_faces, title_of
+from evaluation.figure import difference
+from evaluation.pairing import parse_row
+from evaluation.tables import EDIT
 from images import images_by_stem, load_image
 from runs import MANIFEST, digest, read_record
 from utils import UserError
@@ -39,9 +41,10 @@ from utils import UserError
 if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
-    from views import Metric
 
-EDIT, PLACE = ["method", "seed", "prompt", "name"], ["method", "metric"]
+    from evaluation.features import Metric
+
+PLACE = ["method", "metric"]
 MEANS = {"": "mean", "_low": "low", "_high": "high", "_n": "n", "_n_inf": "n_inf"}
 LEAD = ("left", "facial_judge", "facial")  # what the page goes by: the first that is there
 MOST_DOTS = 200  # people in a strip
@@ -67,7 +70,7 @@ def make_report(root: Path, output: Path) -> int:
     """Writes the report on an experiment's directory -> exit status. Raises UserError."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    outputs.check_outputs([output], suffixes=(".html",))
+    tables.check_outputs([output], suffixes=(".html",))
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -92,7 +95,7 @@ def read_texts(path: Path) -> pd.DataFrame:
 
     Raises UserError.
     """
-    frame = outputs.read_csv(path)
+    frame = tables.read_csv(path)
     for column in {"method", "name"} & {*frame.columns}:
         frame[column] = frame[column].map(lambda name: name.encode(errors="backslashreplace").decode())
     return frame
@@ -112,7 +115,7 @@ def read_values(path: Path) -> pd.DataFrame:
     if frame.duplicated([*EDIT, "metric"]).any():
         raise UserError(f"{path}: two values of one edit and metric")
     finite = frame.loc[np.isfinite(frame["value"]), ["value"]]  # PSNR of the same picture is infinite
-    outputs.check_numbers(path, finite)
+    tables.check_numbers(path, finite)
     return frame.dropna(subset="value").astype(dict.fromkeys(("method", "name", "metric"), "category"))
 
 
@@ -129,7 +132,7 @@ def read_means(path: Path, values: pd.DataFrame | None = None) -> Means:
         if name != "method" and not re.search(r"_(low|high|n|n_inf)$", name):
             part = table.reindex(columns=[f"{name}{end}" for end in MEANS]).set_axis(MEANS.values(), axis=1)
             numbers = part.apply(pd.to_numeric, errors="coerce")
-            outputs.check_numbers(path, numbers)
+            tables.check_numbers(path, numbers)
             lines = numbers.itertuples()
             found |= {(method, name): line for method, line in zip(table["method"], lines, strict=True)}
     if values is not None and len(values):
@@ -204,11 +207,9 @@ def name_rows(found: Means) -> list[Row]:
     """Names rows by the last part of their directory that is no budget; by all of it if two are the same."""
     rows: list[Row] = []
     for method in dict.fromkeys(method for method, _ in found):
-        budgets = re.findall(rf"(?:^|/)budget_({NUMBER})(?=/|$)", method)
-        names = [part for part in Path(method).parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
-        is_cheat = "cheats" in names and names[-1] in cheats.NAMES
+        is_cheat = Path(method).parent.name == "cheats"
         kind = "clean" if method == "clean" else "cheat" if is_cheat else "method"
-        rows.append(Row(method, (names or [method])[-1], (budgets or [""])[-1], kind, 0))
+        rows.append(Row(method, *parse_row(method), kind, 0))
     labels = [row.label for row in rows]
     rows = [row._replace(name=row.method) if labels.count(row.label) > 1 else row for row in rows]
     tones = list(dict.fromkeys(["clean", *(row.name for row in rows)]))

@@ -1,4 +1,4 @@
-"""Scoring: each file is read once and given to all metrics; and the command that a metric is."""
+"""Scoring: each file is read once and given to all metrics; and the command line of a metric."""
 
 from __future__ import annotations
 
@@ -8,18 +8,16 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
-import outputs
-import tables
-from directories import Row, find_row
-from pairing import Edits, Key, Manifests, check_edits, find_edits
 from PIL import Image
-from views import FACE, PIXELS, Metric, View, load_views
 
 import models.config
 import utils
+from evaluation import tables
+from evaluation.features import FACE, PIXELS, Features, Metric, load_features
+from evaluation.pairing import Edits, Key, Row, check_edits, find_edits, find_row
 from images import load_image, to_tensor
 from runs import batches
 from utils import UserError
@@ -37,27 +35,26 @@ class Scores:
 
     metrics: Sequence[Metric]
     values: pd.DataFrame  # method, seed, prompt, name, metric, value; without NaN
-    damaged: list[str]  # what can't be read
-    problems: list[str]  # other reasons for what isn't there
+    problems: list[str]  # why some values are missing
     n_edits: int  # of each row, that should have been scored
     n_left_out: int  # of them, since they or their source can't be read in some row
 
     def report(self, what: str = "edits") -> int:
-        """Says what could not be measured -> exit status: 1 if there is anything. what: is scored."""
+        """Prints what could not be measured -> exit status: 1 if there is anything. what: was scored."""
         for metric in (metric for metric in self.metrics if metric.counts):
             of_metric = self.values[self.values["metric"] == metric.name]
             for row, found in of_metric.groupby("method", observed=True)["value"]:
                 if count := int(found.sum()):
                     print(utils.one_line(f"{row}: {metric.counts} {count} of {len(found)} edits"))
-        for line in (*self.problems, *(f"damaged: {line}" for line in self.damaged)):
+        for line in self.problems:
             print(utils.one_line(line), file=sys.stderr)
         if self.n_left_out:
             print(f"{self.n_left_out} of {self.n_edits} {what} are left out of every row", file=sys.stderr)
-        return 1 if self.damaged or self.problems else 0
+        return 1 if self.problems else 0
 
 
 def rows_of(edits: Edits, metrics: Sequence[Metric]) -> list[Row]:
-    """Lists the rows of a table: the clean edits are one where something is compared with the sources."""
+    """Lists the rows of a table: the clean edits are one if something is compared with the sources."""
     return edits.every_row if any(metric.is_of_source for metric in metrics) else edits.rows
 
 
@@ -69,7 +66,7 @@ def score(
 ) -> Scores:
     """Reads each file once and gives it to all metrics; one that can't be read is left out of every row.
 
-    Raises UserError for edits too small, instructions that are not known, and if nothing can be scored.
+    Raises UserError if edits are too small, if instructions are not known, and if nothing can be scored.
     """
     from tqdm import tqdm
 
@@ -82,9 +79,9 @@ def score(
     if "clip_texts" in needs:
         edits.check_texts()
     texts = {number: edits.texts.get(number, "") for number in edits.prompts}
-    views = load_views(needs, config, texts, edits.gallery, edits.references)
+    features = load_features(needs, config, texts, edits.gallery, edits.references)
     rows, damaged = rows_of(edits, metrics), []
-    keys = _learn_sources(edits, views, damaged)
+    keys = _add_sources(edits, features, damaged)
     place = {key: number for number, key in enumerate(edits.keys)}
     values = np.full((len(rows), len(edits.keys), len(metrics)), np.nan)
     n_scored = 0
@@ -96,61 +93,58 @@ def score(
             if not loaded:
                 continue
             at = [place[key] for key in loaded]
-            of_rows = zip(edits.every_row, map(np.stack, zip(*loaded.values(), strict=True)), strict=True)
-            images = dict(of_rows)  # (B, H, W, 3) each
+            stacks = map(np.stack, zip(*loaded.values(), strict=True))  # (B, H, W, 3) of each row
+            images = dict(zip(edits.every_row, stacks, strict=True))
             clean = to_tensor(images[edits.clean]) if "clean" in needs else None
             for number, row in enumerate(rows):
                 own = [i for i, one in enumerate(metrics) if one.is_of_source or row != edits.clean]
-                found = measure([metrics[i] for i in own], views, images[row], list(loaded), clean)
+                found = measure([metrics[i] for i in own], features, images[row], list(loaded), clean)
                 for i, value in zip(own, found, strict=True):
                     values[number, at, i] = value.cpu().numpy()
-    problems = [problem for view in views for problem in view.problems]
+    problems = [problem for one in features for problem in one.problems]
+    problems += [f"damaged: {line}" for line in damaged]
     if np.isnan(values).all():
-        raise UserError(f"nothing could be scored: {'; '.join([*damaged, *problems][:3])}")
+        raise UserError(f"nothing could be scored: {'; '.join(problems[:3])}")
     frame = _long(values, [row.method for row in rows], edits.keys, [metric.name for metric in metrics])
-    return Scores(metrics, frame, damaged, problems, len(edits.keys), len(edits.keys) - n_scored)
+    return Scores(metrics, frame, problems, len(edits.keys), len(edits.keys) - n_scored)
 
 
 def measure(
-    metrics: Sequence[Metric], views: Sequence[View], images: np.ndarray, keys: Sequence[Key], clean: Any
+    metrics: Sequence[Metric],
+    features: Sequence[Features],
+    images: np.ndarray,
+    keys: Sequence[Key],
+    clean: Tensor | None,
 ) -> list[Tensor]:
     """Gives edits (B, H, W, 3) uint8, and the clean ones as a tensor or None, to metrics -> (B,) of each."""
-    seen = {"edits": to_tensor(images), "clean": clean}
-    for view in views:
-        seen |= view(images, keys)
-    return [metric.function(*(seen[need] for need in metric.needs)) for metric in metrics]
+    given = {"edits": to_tensor(images), "clean": clean}
+    for one in features:
+        given |= one(images, keys)
+    return [metric.function(*(given[need] for need in metric.needs)) for metric in metrics]
 
 
 def _long(
     values: np.ndarray, methods: Sequence[str], keys: Sequence[Key], metrics: Sequence[str]
 ) -> pd.DataFrame:
-    """(rows, edits, metrics) -> a line a value; categories, in this order, which cost a byte or two each."""
+    """Converts (rows, edits, metrics) to one line per value; names are categories, to save memory."""
     import pandas as pd
 
-    def category(texts: Sequence[str], codes: np.ndarray) -> pd.Categorical:
-        return pd.Categorical.from_codes(codes, pd.Index(texts, dtype=object))
-
     row, key, metric = np.nonzero(~np.isnan(values))
-    seeds, prompts, names = zip(*keys, strict=True)
-    code, names = pd.factorize(np.array(names, dtype=object), sort=True)
-    columns = {
-        "method": category(methods, row),
-        "seed": np.array(seeds)[key],
-        "prompt": np.array(prompts, dtype=np.int32)[key],
-        "name": category(names, code[key]),
-        "metric": category(metrics, metric),
-        "value": values[row, key, metric],
-    }
-    return pd.DataFrame(columns)
+    types = {"seed": np.int64, "prompt": np.int32, "name": "category"}
+    frame = pd.DataFrame(keys, columns=Key._fields, dtype=object).astype(types).iloc[key]
+    methods, metrics = (pd.Index(texts, dtype=object) for texts in (methods, metrics))
+    frame.insert(0, "method", pd.Categorical.from_codes(row, methods))
+    frame["metric"] = pd.Categorical.from_codes(metric, metrics)
+    return frame.assign(value=values[row, key, metric]).reset_index(drop=True)
 
 
-def _learn_sources(edits: Edits, views: Sequence[View], damaged: list[str]) -> list[Key]:
-    """Shows every source to the views, at the sizes of its edits -> the keys whose source can be read."""
+def _add_sources(edits: Edits, features: Sequence[Features], damaged: list[str]) -> list[Key]:
+    """Computes features of every source, at the sizes of its edits -> the keys whose source can be read."""
     from tqdm import tqdm
 
-    wanted = defaultdict(set)
+    sizes = defaultdict(set)
     for key, size in edits.sizes.items():
-        wanted[key.name].add(size)
+        sizes[key.name].add(size)
     unread = set()
     for name, path in tqdm(edits.sources.items(), unit="source", leave=False, disable=not edits.sources):
         try:
@@ -159,10 +153,10 @@ def _learn_sources(edits: Edits, views: Sequence[View], damaged: list[str]) -> l
             damaged.append(str(error))
             unread.add(name)
             continue
-        for height, width in sorted(wanted[name] - {None}):
-            at_size = source.resize((width, height), Image.Resampling.BICUBIC)  # none, if it has that size
-            for view in views:
-                view.add_source(name, np.array(at_size))
+        for height, width in sorted(sizes[name] - {None}):
+            at_size = source.resize((width, height), Image.Resampling.BICUBIC)  # a copy, if it has that size
+            for one in features:
+                one.add_source(name, np.array(at_size))
     return [key for key in edits.keys if key.name not in unread]
 
 
@@ -185,17 +179,21 @@ def _read(edits: Edits, batch: Sequence[Key], damaged: list[str]) -> dict[Key, l
     return read
 
 
+# ---------------------------------------------------------------------------------------------------------
+# the command line
+
+
 def script(
     metric: Metric,
     doc: str,
-    asked: Callable[[argparse.Namespace, models.config.ModelConfig], list[Metric]] | None = None,
+    choose: Callable[[argparse.Namespace, models.config.ModelConfig], list[Metric]] | None = None,
     add_arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None,
     also: Sequence[Metric] = (),
 ) -> tuple[Callable[..., argparse.Namespace], Callable[..., int]]:
-    """Makes a metric's command: its parse_args and its main.
+    """Makes the command line of a metric: its parse_args and its main.
 
-    asked: makes of flags, which `add_arguments` adds, the metrics that are measured instead, like `metric` in
-    what they need. also: is measured with them, for the screen.
+    choose: selects by flags, which `add_arguments` adds, the metrics to measure in place of `metric`; they
+    need the same networks. also: measured with them, for the screen only.
     """
 
     def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -205,26 +203,31 @@ def script(
 
     def run(args: argparse.Namespace) -> int:
         config = None if is_plain([metric]) else models.config.resolve(models.config.ModelSettings.of(args))
-        wanted = asked(args, config) if asked else [metric]
+        wanted = choose(args, config) if choose else [metric]
         files = {one.name: Path(f"{one.name}_metric.csv") for one in wanted}
         if args.output:
             several = {one.name: args.output.with_stem(f"{args.output.stem}_{one.name}") for one in wanted}
             files = several if len(wanted) > 1 else {wanted[0].name: args.output}
-        outputs.check_outputs([*files.values(), args.per_image])
+        tables.check_outputs([*files.values(), args.per_image])
         edits = edits_of(args)
         baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
-        check_edits(edits, Manifests())
+        check_edits(edits)
         scores = score(edits, [*wanted, *also], config, args.batch_size)
         for one in wanted:
             values = scores.values[scores.values["metric"] == one.name]
-            frame = tables.one_metric(values, baseline, one.infinite)
-            outputs.write_csv(files[one.name], frame)
-            print(tables.for_screen(frame, one.name, baseline))
-            print(utils.one_line(f"{files[one.name]}: {len(edits.prompts)} prompts, {len(frame)} rows"))
+            found, rows = tables.means(values), values["method"].unique()
+            print(tables.all_metrics(found, {f"{len(edits.prompts)} prompts": [one]}, rows)[1])
+            pairs = None
+            if baseline:
+                pairs, others = tables.differences(values, baseline), rows[rows != baseline]
+                title = f"minus {baseline}, in pairs"
+                print("\n" + tables.all_metrics(pairs, {title: [one]}, others, "+")[1])
+            tables.write_csv(files[one.name], tables.one_metric(values, found, pairs, one.infinite))
+            print(utils.one_line(f"{files[one.name]}: {len(rows)} rows"))
         if args.per_image and len(wanted) == 1:
-            outputs.write_csv(args.per_image, values.drop(columns="metric"))
+            tables.write_csv(args.per_image, values.drop(columns="metric"))
         elif args.per_image:
-            outputs.write_csv(args.per_image, tables.per_image(scores.values, list(files)))
+            tables.write_csv(args.per_image, tables.per_image(scores.values, list(files)))
         return scores.report()
 
     def main(argv: Sequence[str] | None = None) -> int:
@@ -234,7 +237,7 @@ def script(
 
 
 def is_plain(metrics: Sequence[Metric]) -> bool:
-    """Tells whether metrics do without any network."""
+    """Tells whether metrics need no network."""
     return all(set(metric.needs) <= PIXELS for metric in metrics)
 
 
@@ -255,7 +258,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--common", action="store_true", help="score the images that all directories have and name the rest")
     add("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
     add("--output", type=utils.path, help=f"a .csv (default: {name}_metric.csv in the working directory)")
-    add("--per_image", type=utils.path, metavar="FILE", help="a CSV with one line an edit, too")
+    add("--per_image", type=utils.path, metavar="FILE", help="also write a CSV with one line per edit")
     add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
     if "perceptual" in needs:
         models.config.add_perceptual_argument(parser)
@@ -264,8 +267,8 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     if any(need.startswith(FACE) for need in needs):
         models.config.add_face_arguments(parser)
         gallery = "portraits among which a person is looked for, beside the sources"
-        add("--gallery_dir", type=utils.path, help=f"{gallery}; one of an edit's stem is the person's, too")
-        others = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
+        add("--gallery_dir", type=utils.path, help=f"{gallery}; one with an edit's stem is the same person")
+        others = "other photos of the people, NAME.* or NAME/*, which replace the sources in the comparison"
         add("--reference_dir", type=utils.path, help=others)
     if is_plain(metrics):
         add("--debug", action="store_true", help="show the traceback of an error")
@@ -275,11 +278,11 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
 
 
 def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts and --prompt_file, of whatever reads edits."""
+    """Adds --prompts and --prompt_file, for whatever reads edits."""
     numbers = "numbers of the instructions (default: all that were edited)"
     parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=numbers)
-    default = "default: as the run.json of the edits has them, else the paper's"
-    texts = f"the instructions' texts, one a line, numbered from 0 ({default})"
+    default = "default: those in the run.json of the edits, else the paper's"
+    texts = f"the instructions' texts, one per line, numbered from 0 ({default})"
     parser.add_argument("--prompt_file", type=utils.path, help=texts)
 
 

@@ -30,11 +30,11 @@ import train_editor
 import train_recognizer
 import train_vae
 import world
-from eval_facial import WHATS, metric_of  # of evaluation/
-from pairing import Key
-from purify import chain, purify
-from views import FaceView
 
+from evaluation.eval_facial import WHATS, metric_of
+from evaluation.features import FaceFeatures
+from evaluation.pairing import Key
+from evaluation.purify import chain, purify
 from images import save_png, to_tensor, to_uint8_within
 from protection import Protector
 from utils import HelpFormatter, edit_prompts, positive_int, start_seed
@@ -85,7 +85,7 @@ class Models:
         self.recognizers = {
             name: self.config.load_recognizer(self.config.panel()[name]) for name in RECOGNISERS
         }
-        self.views: dict[range, FaceView] = {}
+        self.views: dict[range, FaceFeatures] = {}
 
     def faces(self, people: range, edits: np.ndarray) -> dict[str, dict[str, float]]:
         """Measures edits (N, P, H, W, 3) of the first N people, the rest being strangers in the gallery.
@@ -94,7 +94,7 @@ class Models:
         `by_prompt`, FR's means (P,).
         """
         if people not in self.views:
-            self.views[people] = view = FaceView(self.recognizers, crops.detector(), CPU)
+            self.views[people] = view = FaceFeatures(self.recognizers, crops.detector(), CPU)
             for person in people[:PEOPLE_OF_RECOGNISERS]:
                 view.add_source(str(person), world.render([(person, 0, None)])[0])
         values: dict[str, dict[str, list]] = {name: {what: [] for what in WHATS} for name in RECOGNISERS}
@@ -290,7 +290,7 @@ def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarra
         share >= 1 / 3,
     )
     began = time.perf_counter()
-    view = FaceView(loaded.recognizers, crops.detector(), CPU)
+    view = FaceFeatures(loaded.recognizers, crops.detector(), CPU)
     for person, source, images in zip(people, sources, edits, strict=False):
         view.add_source(str(person), source)
         view(images, [Key(0, n, str(person)) for n in range(len(images))])

@@ -28,7 +28,6 @@ import portraits
 import torch
 import torch.nn.functional as F
 import world
-from cheats import ALTERED, SHIFT  # of evaluation/
 from PIL import Image
 from torch import nn
 from transformers import (
@@ -40,6 +39,7 @@ from transformers import (
     ViTImageProcessor,
 )
 
+from evaluation.purify import chain, purify
 from images import to_tensor
 from models.recognizers import Recognizer, load_recognizer
 from utils import edit_prompts, pick_device, positive_int
@@ -54,6 +54,10 @@ PLAIN, EDITED = 4, 5  # pictures of each in the evaluation
 ALTERED_COUNT = 60  # identities whose edits are altered, too
 FALSE_ACCEPTS = 0.001  # share of pairs of strangers above the verification threshold
 SCALE_UP = 1.05
+ALTERED = {  # by purify.py
+    "shifted": "shift:4", "mirrored": "mirror", "gamma": "gamma:1.5", "saturated": "saturate:2",
+    "blurred": "blur:13:2",
+}  # fmt: skip
 
 
 class CosFace(nn.Module):
@@ -216,7 +220,6 @@ def evaluate_altered(
     recognizer: Recognizer, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
     """Measures what is left of FR(source, edit) when the edits are altered in ways that leave the person."""
-    alterations = {name: ALTERED[name] for name in ("shifted", "mirrored", "gamma", "saturated", "blurred")}
     edited = edits_of(identities)
     pictures = world.render(edited)
     sources = [(identity, variation, None) for identity, variation, _ in edited]
@@ -229,9 +232,12 @@ def evaluate_altered(
         return float((seen * reference).sum(1).mean())
 
     whole, result = similarity(pictures), {}
-    for name, alter in {**alterations, "scaled": scaled}.items():
-        altered = [np.asarray(alter(Image.fromarray(picture), SHIFT)) for picture in pictures]
-        result[name] = similarity(np.stack(altered), crops.largest(altered)) / whole
+    altered = {
+        name: [purify(picture, chain(text), 0, "") for picture in pictures] for name, text in ALTERED.items()
+    }
+    altered["scaled"] = [np.asarray(scaled(Image.fromarray(picture))) for picture in pictures]
+    for name, images in altered.items():
+        result[name] = similarity(np.stack(images), crops.largest(images)) / whole
     shares = ", ".join(f"{name} {share:.2f}" for name, share in result.items())
     say(f"FR of altered edits, as a share of {whole:.3f}: {shares}")
     return result

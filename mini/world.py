@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parent.parent
 # the scripts of mini/ use the project's own modules, as a user's script would
-sys.path[:0] = [str(ROOT), str(ROOT / "evaluation")]
+sys.path.insert(0, str(ROOT))
 
 from images import to_tensor, to_uint8
 from models.config import EDIT_KNOBS, ModelConfig, resolve

@@ -7,20 +7,14 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
-import cheats
-import eval_all
-import eval_psnr
-import figure
 import numpy as np
-import outputs
-import pairing
-import purify
 import pytest
 import tiny
 from PIL import Image
 
 import main_edit
 import runs
+from evaluation import eval_all, eval_psnr, figure, pairing, purify, tables
 
 pytestmark = pytest.mark.usefixtures("whole_images")
 
@@ -191,23 +185,23 @@ def test_edits_without_a_record_are_scored_with_one_warning(world, call, script)
 
 
 def test_a_chain_of_real_runs(tmp_path, edit_flags):
-    """Purified sources, and cheats, belong to the sources; a purification of others doesn't."""
+    """Purified sources, and purified edits, belong to the sources; a purification of others doesn't."""
     tiny.write_portraits(tmp_path / "in", 2)
     tiny.write_portraits(tmp_path / "other", 2, 72)
     place = {name: tmp_path / name for name in ("in", "jpeg", "edits", "cheats", "other")}
     assert purify.purify_directory(place["in"], place["jpeg"], purify.chain("jpeg:75")) == 0
     flags = f"--src_dir {place['jpeg']} --edit_dir {place['edits']} --seed 1 --prompts 0,3".split()
     assert main_edit.main([*edit_flags, *flags]) == 0
-    flags = f"--src_dir {place['jpeg']} --clean_edit_dir {place['edits']} --output_dir {place['cheats']}"
-    assert cheats.main([*flags.split(), "--seed", "1", "--cheats", "mirrored", "source"]) == 0
+    for method in ("mirror", "shift:4"):
+        assert purify.purify_directory(place["edits"], place["cheats"] / method, purify.chain(method)) == 0
     edits = pairing.find_edits([place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["in"])
     assert len(edits.rows) == 2
-    pairing.check_edits(edits, pairing.Manifests())
+    pairing.check_edits(edits)
     foreign = pairing.find_edits(
         [place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["other"]
     )
     with pytest.raises(pairing.UserError, match="of other pictures than those in"):
-        pairing.check_edits(foreign, pairing.Manifests())
+        pairing.check_edits(foreign)
 
 
 def test_a_chain_ends_at_a_file_that_was_made_anew_and_after_some_steps(world):
@@ -321,7 +315,7 @@ def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
     assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
     # the tables of the attacked recogniser, of a judge, and of all
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 7, 12}
-    each = outputs.read_csv(Path("each.csv"))
+    each = tables.read_csv(Path("each.csv"))
     assert set(each["method"]) == {"clean", *(str(odd / budget) for budget in BUDGETS)}  # exact
     assert set(each["name"]) == {"anna", "-1+1", "cleo"}
 
@@ -331,11 +325,11 @@ def test_names_at_the_beginning_of_a_cell_are_no_formulas(tmp_path):
 
     names = ["=1+1", "+x", "-x", "@x", "x=1", "a,b", 'q"q', "n\udce9"]
     frame = pd.DataFrame({"method": names, "value": [-1.5, 1e-7, float("inf"), float("nan"), 0, 2, 3, 4]})
-    outputs.write_csv(tmp_path / "t.csv", frame)
+    tables.write_csv(tmp_path / "t.csv", frame)
     text = (tmp_path / "t.csv").read_bytes().decode(errors="surrogateescape")
     assert text.splitlines() == [
         "method,value", "'=1+1,-1.5", "'+x,1e-07", "'-x,inf", "'@x,", "x=1,0",
         '"a,b",2', '"q""q",3', "n\udce9,4"
     ]  # fmt: skip
     (tmp_path / "t.csv").write_text(text[: text.index("n\udce9")])
-    assert list(outputs.read_csv(tmp_path / "t.csv")["method"]) == names[:-1]
+    assert list(tables.read_csv(tmp_path / "t.csv")["method"]) == names[:-1]

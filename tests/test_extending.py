@@ -24,7 +24,7 @@ def changed(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("extended") / "project"
     shutil.copytree(ROOT, copy, ignore=LEFT)
     changes = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert len(changes) == 3
+    assert len(changes) == 4
     for change in changes:
         subprocess.run(["patch", "-p1", "--silent"], cwd=copy, input=change, text=True, check=True)
     return copy
@@ -45,17 +45,19 @@ def test_every_change_runs(changed):
         ("edit.py", "--model=hq-edit", ["--num_inference_steps=2"]),
         ("defend.py", "--recognizer assets", ["--num_iters=2"]),
         ("evaluation/eval_l1.py", "fewer_steps", []),
+        ("evaluation/purify.py", "posterize", []),
     ):
         _, *words = command(script, flag)
-        calls.append((Path(script).stem, [*words, *more]))
+        calls.append((script.removesuffix(".py").replace("/", "."), [*words, *more]))
     for row, seeds in (("clean", 0), ("fewer_steps", 5)):
         folder = changed / "edits" / row / "seed0" / "prompt13"
         folder.mkdir(parents=True)
         for number in range(3):
             Image.fromarray(tiny.portrait(32, seed=seeds + number)).save(folder / f"{number}.png")
-    code = "import importlib, sys; sys.path[:0] = ['.', 'evaluation']\n"
+    code = "import importlib, sys; sys.path.insert(0, '.')\n"
     code += f"sys.exit(max(importlib.import_module(name).main(words) for name, words in {calls!r}))"
     subprocess.run([sys.executable, "-c", code], cwd=changed, check=True)
     for result in ("turn.png", "edit.png", "swapped.png"):
         assert Image.open(changed / result).size == (128, 128)
+    assert len(list((changed / "posterized").glob("*.png"))) == 12
     assert (changed / "l1_metric.csv").read_text().startswith("method,prompt13,mean")

@@ -17,12 +17,8 @@ import time
 from pathlib import Path
 from typing import Any
 
-import eval_psnr
-import figure
-import outputs
 import pandas as pd
 import pytest
-import report
 from PIL import Image
 from test_reliability import ENVIRONMENT, at_most, files, mutated
 
@@ -32,6 +28,7 @@ import experiment
 import main_defend
 import main_edit
 import runs
+from evaluation import eval_psnr, figure, report, tables
 
 ROOT = Path(runs.__file__).resolve().parent
 SECONDS, MEMORY = 60, 3 * 2**20  # KiB
@@ -71,9 +68,9 @@ class Bench:
         shutil.copytree(root / "all/edits", root / "edits")
         edits = {"seed": 0, "prompt": [0, 1] * 3, "name": list("aabbcc"), "psnr": [20.5, 21, 22, 23, 24, 25]}
         edits = pd.concat([pd.DataFrame({"method": row, **edits}) for row in ("clean", "noise/budget_0.03")])
-        outputs.write_csv(root / "per_image.csv", edits)
+        tables.write_csv(root / "per_image.csv", edits)
         means = pd.DataFrame({"method": ["clean", "noise/budget_0.03"], "psnr": 135.5 / 6})
-        outputs.write_csv(root / "all_metric.csv", means.assign(psnr_low=20, psnr_high=24.5, psnr_n=3))
+        tables.write_csv(root / "all_metric.csv", means.assign(psnr_low=20, psnr_high=24.5, psnr_n=3))
         self.sound = self.files()
 
     def files(self) -> dict[str, bytes]:

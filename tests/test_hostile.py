@@ -9,13 +9,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import figure
 import numpy as np
-import outputs
 import pandas as pd
-import purify
 import pytest
-import report
 import tiny
 import torch
 from PIL import Image
@@ -29,6 +25,7 @@ import main_defend
 import main_edit
 import runs
 import utils
+from evaluation import figure, purify, report, tables
 from methods import METHODS
 from models.loading import check_configs, loading
 from utils import UserError
@@ -144,8 +141,8 @@ def test_names_survive_a_table(tmp_path):
     assert len({*map(utils.csv_name, names)}) == len(names)
     assert [utils.name_of_csv(utils.csv_name(name)) for name in names] == names
     table = pd.DataFrame({"method": names, "name": names, "psnr": 1.0})
-    outputs.write_csv(tmp_path / "t.csv", table)
-    read = outputs.read_csv(tmp_path / "t.csv")
+    tables.write_csv(tmp_path / "t.csv", table)
+    read = tables.read_csv(tmp_path / "t.csv")
     assert read["method"].tolist() == names == read["name"].tolist()
 
 
@@ -232,9 +229,9 @@ def test_devices_and_pipes_are_refused(tmp_path, capsys):
         with pytest.raises(UserError, match="not a readable text file .a device or a pipe"):
             utils.choose_prompts(None, file)
         with pytest.raises(UserError, match="not a readable table .a device or a pipe"):
-            outputs.read_csv(file)
+            tables.read_csv(file)
     with pytest.raises(UserError, match="pipe: is a named pipe"):
-        outputs.check_outputs([pipe])
+        tables.check_outputs([pipe])
     with pytest.raises(UserError, match="pipe: can't be written"):
         utils.write_file(pipe, b"x")
     for name in ("run.json", "manifest.jsonl"):

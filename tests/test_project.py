@@ -167,7 +167,8 @@ def parsed(monkeypatch, capsys):
     monkeypatch.syspath_prepend(ROOT / "calibration")
 
     def of(script: str, arguments: list[str]) -> argparse.Namespace:
-        module = importlib.import_module(Path(script).stem)
+        folder, _, name = script.removesuffix(".py").rpartition("/")
+        module = importlib.import_module(f"evaluation.{name}" if folder == "evaluation" else name)
         assert Path(module.__file__) == ROOT / script
         try:
             module.main(arguments)

@@ -1,11 +1,11 @@
-"""evaluation/summary.py: FR side by side and the verdict, of made-up tables."""
+"""evaluation/tables.py: `left` side by side and the verdict, of made-up tables."""
 
 from __future__ import annotations
 
 import pandas as pd
 import pytest
-import summary
 
+from evaluation import tables
 from utils import UserError
 
 ROWS = ["clean", "facelock/budget_0.06", "noise/budget_0.06"]
@@ -37,7 +37,7 @@ def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
     roots = {"none": write(tmp_path / "a", [0.8, 0.2, 0.78])}
     roots["jpeg-75"] = write(tmp_path / "b", [0.7, 0.4, 0.7])
     roots["blur"] = write(tmp_path / "c", [0.75, 0.35, 0.6])
-    text = summary.purified(roots, tmp_path / "purified.csv")
+    text = tables.purified(roots, tmp_path / "purified.csv")
     table = pd.read_csv(tmp_path / "purified.csv").set_index("method")
     assert list(table.columns) == ["none", "jpeg-75", "blur", "worst", "kept"] and list(table.index) == ROWS
     assert table.loc[ROWS[1], ["worst", "kept"]].tolist() == pytest.approx([0.4, 0.5])  # 0.3 of 0.6, not 0.4
@@ -46,17 +46,17 @@ def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
     assert text in page and "of its drop that survives it" in page
     (tmp_path / "purified.md").write_text("my notes")
     with pytest.raises(UserError, match="was not made by this script"):
-        summary.purified(roots, tmp_path / "purified.csv")
+        tables.purified(roots, tmp_path / "purified.csv")
 
 
 def test_people_are_known_whose_edits_are_mostly_recognised_and_the_worst_tenth_is_their_mean(tmp_path):
-    people = summary.by_person(write(tmp_path, [0.8, 0.2, 0.8]))
+    people = tables.by_person(write(tmp_path, [0.8, 0.2, 0.8]))
     assert people.loc[ROWS, "known"].tolist() == pytest.approx([0.8, 0, 0.8])  # half is not most
     assert people.loc[ROWS, "worst"].tolist() == pytest.approx([0.8 + 1.5, 0.2 + 1.5, 0.8 + 1.5])
 
 
 def test_the_verdict_speaks_of_edits_and_people(tmp_path):
-    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
+    text = tables.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
     of_judge = "judge (trained here, like the attacked recogniser: not counted): FR 0.20 (left 0.20)"
     assert f"{of_judge}, recognised in 0% of the edits, identified in 25%" in text
     assert "    dlib: FR 0.25, recognised in 0% of the edits, identified in 25%" in text
@@ -64,6 +64,6 @@ def test_the_verdict_speaks_of_edits_and_people(tmp_path):
     told = "clean: left 0.80, 2.30 of the worst tenth of the people; 80% of the people recognised in most"
     assert told in text
     assert "stand-in" in text and "It took 1.2 minutes" in text
-    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
+    text = tables.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
     assert "no threshold" in text and "of the people recognised" not in text and "stand-in" not in text
     assert "clean: left 0.80, 2.30 of the worst tenth of the people\n" in text and "trained here" not in text

@@ -1,4 +1,4 @@
-"""What a metric is, and what it sees of images: each goes through each network once, for all metrics."""
+"""What a metric is, and the features that it is given: each image goes through each network once."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pairing import Key, Size
-
+from evaluation.pairing import Key, Size
 from images import load_image, to_tensor
 from models.clip import Clip, load_clip
 from models.config import ModelConfig
@@ -21,8 +20,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PIXELS = {"edits", "clean"}  # needs that no network gives: (B, 3, H, W) in [-1, 1]
-FACE = "face:"  # how needs of a recogniser's begin: face:NAME:edits, sources, gallery, threshold, strangers
+PIXELS = {"edits", "clean"}  # needs without a network: (B, 3, H, W) in [-1, 1]
+FACE = "face:"  # needs of a recogniser: face:NAME:edits, sources, gallery, threshold, strangers
 
 
 def face_need(recognizer: str, what: str) -> str:
@@ -35,17 +34,17 @@ class Metric:
     """A metric: a function of batches, what it is given, and how its values are shown.
 
     needs: `edits` and `clean`, the edits of the unprotected images, (B, 3, H, W) in [-1, 1]; or what
-    `load_views` names.
+    `load_features` lists.
     """
 
-    name: str  # its column, and of its CSV file
-    title: str  # with an arrow for the way that a defender wants it
+    name: str  # of its column, and of its CSV file
+    title: str  # with an arrow for the direction that a defender wants
     function: Callable[..., Any]  # of what it needs, in that order -> (B,); NaN where it can't be measured
     needs: tuple[str, ...]
     digits: int = 3
     smallest: int = 1  # px, of an image's sides
-    infinite: bool = False  # for identical images; these are counted and left out of the mean
-    counts: str = ""  # said before the sum of its values, of a metric that is 0 or 1
+    infinite: bool = False  # for identical images, which are counted and left out of the mean
+    counts: str = ""  # printed before the number of edits, for a metric that is 0 or 1
 
     @property
     def is_of_source(self) -> bool:
@@ -53,44 +52,48 @@ class Metric:
         return "clean" not in self.needs
 
 
-class View:
-    """A way of seeing edits and their sources; the sources' embeddings are kept."""
+class Features:
+    """Computes features of edits and of their sources, which are kept; this one gives what it was given."""
 
     problems: Sequence[str] = ()  # why some edits can't be measured
 
+    def __init__(self, **given: Any) -> None:
+        self.given = given
+
     def add_source(self, name: str, pixels: np.ndarray) -> None:
-        """Sees a source (H, W, 3) uint8 at the size of its edits."""
+        """Takes a source (H, W, 3) uint8 at the size of its edits."""
 
     def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
-        """Sees edits (B, H, W, 3) uint8 -> by name what metrics may need, (B, ...) each."""
-        raise NotImplementedError
+        """Takes edits (B, H, W, 3) uint8 -> by name what metrics may need, (B, ...) each."""
+        return self.given
 
 
-def load_views(
+def load_features(
     needs: set[str],
     config: ModelConfig | None,
     texts: dict[int, str],
     gallery: dict[str, Path],
     references: dict[str, list[Path]],
-) -> list[View]:
-    """Loads what gives the things needed: clip_edits, clip_sources, clip_texts, perceptual, undetected, own,
-    and those of `face_need`. Raises UserError.
+) -> list[Features]:
+    """Loads what computes clip_edits, clip_sources, clip_texts, perceptual, undetected, own, or `face_need`s.
 
     gallery: portraits by stem among which a person is looked for; references: other photos of each person.
+    Raises UserError.
     """
-    views: list[View] = []
+    found: list[Features] = []
     if needs & {"clip_edits", "clip_sources", "clip_texts"}:
-        views.append(ClipView(load_clip(config.clip, config.device, config.dtype), texts))
+        found.append(ClipFeatures(load_clip(config.clip, config.device, config.dtype), texts))
     if "perceptual" in needs:
-        views.append(PerceptualView(load_perceptual(config.perceptual, config.device, config.dtype)))
-    if any(need.startswith(FACE) for need in needs):
-        wanted = {need.split(":")[1] for need in needs if need.startswith(FACE)}
+        network = load_perceptual(config.perceptual, config.device, config.dtype)  # itself: it takes pairs
+        found.append(Features(perceptual=network))
+    if wanted := {need.split(":")[1] for need in needs if need.startswith(FACE)}:
         panel = {name: config.load_recognizer(one) for name, one in config.panel().items() if name in wanted}
-        views.append(FaceView(panel, FaceDetector(config.device), config.device, gallery, references))
-    return views
+        detector = FaceDetector(config.device)
+        found.append(FaceFeatures(panel, detector, config.device, gallery, references))
+    return found
 
 
-class ClipView(View):
+class ClipFeatures(Features):
     """Gives CLIP's embeddings of edits, sources and instructions, (B, D), not normalised."""
 
     def __init__(self, clip: Clip, texts: dict[int, str]) -> None:
@@ -113,25 +116,14 @@ class ClipView(View):
         }
 
 
-class PerceptualView(View):
-    """Gives the LPIPS network itself, which sees pairs."""
-
-    def __init__(self, network: Any) -> None:
-        self.network = network
-
-    def __call__(self, images: np.ndarray, keys: Sequence[Key]) -> dict[str, Any]:
-        """Gives the network."""
-        return {"perceptual": self.network}
-
-
-class FaceView(View):
+class FaceFeatures(Features):
     """Gives embeddings of the largest face of edits, (B, D) of unit length, and of the people in them.
 
-    A person is its source or, where there are `references`, its other photos: the mean of their embeddings,
-    whose product with an edit's is the mean cosine. The faces are looked for once, whatever the number of
-    recognisers. Where an edit shows none, its source's box is used and `undetected` is 1 instead of 0. A
-    person of whom no face is found is named among the problems, and everything about its edits is NaN. Among
-    the people and `gallery` a face is looked for; `own` says which of them have an edit's stem.
+    A person is the source or, with `references`, the other photos: the mean of their embeddings, so that its
+    product with an edit's embedding is the mean cosine. Faces are detected once for all recognisers. Where an
+    edit shows none, its source's box is used, and `undetected` is 1 instead of 0. If no face of a person is
+    found, `problems` names the person, and everything about the edits is NaN. The people and `gallery` are
+    those among whom a face is looked for; `own` tells which of them have an edit's stem.
     """
 
     def __init__(
@@ -151,20 +143,17 @@ class FaceView(View):
         self.gallery: dict[str, list[Tensor]] = {name: [] for name in recognizers}
         self.references, self.faceless = references or {}, []
         for name, paths in self.references.items():
-            self._enter(name, None, [load_image(path).pixels for path in paths])
+            self._add_person(name, None, [load_image(path).pixels for path in paths])
         for stem, path in (gallery or {}).items():
-            self._enter(stem, None, [load_image(path).pixels])
+            self._add_person(stem, None, [load_image(path).pixels])
 
     @property
     def problems(self) -> list[str]:
-        """Says of whom no face is found."""
+        """Names the people without a face."""
         names = {name for (name, _), box in self.boxes.items() if box is None}
-        lines = {"the source": names, "the other photos": {*self.references} & {*self.faceless}}
-        return [
-            f"no face found in {where}, FR not measured: {', '.join(sorted(of))}"
-            for where, of in lines.items()
-            if of
-        ]
+        where = {"the source": names, "the other photos": {*self.references} & {*self.faceless}}
+        lines = {place: ", ".join(sorted(people)) for place, people in where.items() if people}
+        return [f"no face found in {place}, FR not measured: {people}" for place, people in lines.items()]
 
     def add_source(self, name: str, pixels: np.ndarray) -> None:
         """Finds a source's face and, unless there are other photos of the person, embeds it."""
@@ -172,10 +161,10 @@ class FaceView(View):
         if self.references:
             self.boxes[name, size] = next(iter(self.detector(pixels)), None)
         else:
-            self.boxes[name, size] = self._enter(name, size, [pixels])
+            self.boxes[name, size] = self._add_person(name, size, [pixels])
 
-    def _enter(self, name: str, size: Size | None, pictures: Sequence[np.ndarray]) -> Box | None:
-        """Enters a person into the gallery -> the last face's box; None where no picture shows one."""
+    def _add_person(self, name: str, size: Size | None, pictures: Sequence[np.ndarray]) -> Box | None:
+        """Adds a person to the gallery -> the box of the last face; None if no picture shows one."""
         found = [(pixels, faces[0]) for pixels in pictures if (faces := self.detector(pixels))]
         if not found:
             self.faceless.append(name)
@@ -194,30 +183,30 @@ class FaceView(View):
         size = images.shape[1:3]
         of_sources = [self.boxes[key.name, size] for key in keys]
         found = [next(iter(boxes), None) for boxes in self.detector.find(images)]
-        whole = (0, 0, size[1], size[0])  # stands in where there is no value to be had
+        whole = (0, 0, size[1], size[0])  # where there is no box, and nothing is measured
         boxes = [box or source or whole for box, source in zip(found, of_sources, strict=True)]
         measured = torch.tensor([source is not None for source in of_sources])
         undetected = torch.tensor([float(box is None) for box in found])
-        stems = self.stems or [""]  # where nobody has a face, nothing is measured
+        stems = self.stems or [""]  # if nobody has a face, nothing is measured
         own = torch.tensor([[stem == key.name for stem in stems] for key in keys])  # (B, G)
-        seen = {"undetected": torch.where(measured, undetected, torch.nan), "own": own}
+        features = {"undetected": torch.where(measured, undetected, torch.nan), "own": own}
         of_people = None if self.references else size
         for name, embeddings in self._embed(images, boxes).items():
             unknown = torch.full_like(embeddings[0], torch.nan)
             people = [self.people.get((name, key.name, of_people), unknown) for key in keys]
             people = [one if there else unknown for one, there in zip(people, measured, strict=True)]
-            recognizer = self.recognizers[name]
-            seen |= {
+            strangers = self.recognizers[name].strangers
+            features |= {
                 face_need(name, "edits"): embeddings,
                 face_need(name, "sources"): torch.stack(people),
                 face_need(name, "gallery"): torch.stack(self.gallery[name] or [unknown]),  # (G, D)
-                face_need(name, "threshold"): recognizer.strangers.threshold,
-                face_need(name, "strangers"): recognizer.strangers.mean,
+                face_need(name, "threshold"): strangers.threshold,
+                face_need(name, "strangers"): strangers.mean,
             }
-        return seen
+        return features
 
     def _embed(self, images: np.ndarray, boxes: Sequence[Box]) -> dict[str, Tensor]:
-        """One face of each image, by each recogniser."""
+        """Embeds one face of each image, by each recogniser."""
         import torch
 
         tensor = to_tensor(images).to(self.device)
