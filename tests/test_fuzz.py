@@ -184,6 +184,11 @@ def test_names_of_all_kinds(tmp_path):
         assert main_defend.main([*flags, f"--output_dir={folder}/out"]) in (0, 1)
 
 
+def hear_ctrl_c() -> None:
+    """Undoes what a shell does to what it starts in the background, which ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.slow
 def test_a_hundred_kills(tmp_path):
     """Each run is killed at a random moment; what is there stays whole, and is at last what it should be."""
@@ -199,7 +204,9 @@ def test_a_hundred_kills(tmp_path):
     command.append(f"--output_dir={tmp_path}/killed")
     wanted = int(os.environ.get("KILLS", "100"))
     while kills < wanted:
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRONMENT, stdout=quiet, stderr=quiet)
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=ENVIRONMENT, stdout=quiet, stderr=quiet, preexec_fn=hear_ctrl_c
+        )
         time.sleep(draw.uniform(0, 12))
         process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
         assert process.wait(timeout=SECONDS) in (0, 130, 143, -9, -15, -2)
