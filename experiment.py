@@ -187,6 +187,7 @@ class Experiment:
         tables.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
         for folder in folders:
             runs.check_ours(folder)
+        for folder in self.protected.values():
             utils.check_own(folder / "report.csv")
 
     def parts(self) -> list[Part]:
