@@ -332,7 +332,8 @@ class Protector:
 
     def pixels(self, subjects: Sequence[Subject], callback: Callback = None) -> np.ndarray:
         """Protects portraits of one size -> (B, H, W, 3) uint8, within the budget. Raises UserError."""
-        sources = np.stack([subject.portrait.pixels for subject in subjects])  # (B, H, W, 3)
+        found = [subject.portrait.pixels for subject in subjects]
+        sources = np.stack(found) if len(found) > 1 else found[0][None]  # (B, H, W, 3), no copy of one
         seeds = [start_seed(self.seed, subject.portrait.path.stem) for subject in subjects]
         images = to_tensor(sources).to(self.device)
         protected, mask = self.perturb(images, [subject.boxes for subject in subjects], seeds, callback)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
 
 Draws = Sequence["torch.Generator"]  # one an image
 Transform = Callable[..., "Tensor"]  # (images, generators, window) -> images
-STRIP = 512  # px, the side of what is blurred at once
+STRIP = 128  # px, the side of what is blurred at once
 SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transformed
 
 
