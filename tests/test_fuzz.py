@@ -204,9 +204,8 @@ def test_a_hundred_kills(tmp_path):
     command.append(f"--output_dir={tmp_path}/killed")
     wanted = int(os.environ.get("KILLS", "100"))
     while kills < wanted:
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=ENVIRONMENT, stdout=quiet, stderr=quiet, preexec_fn=hear_ctrl_c
-        )
+        where = {"cwd": ROOT, "env": ENVIRONMENT, "stdout": quiet, "stderr": quiet}
+        process = subprocess.Popen(command, preexec_fn=hear_ctrl_c, **where)  # noqa: PLW1509
         time.sleep(draw.uniform(0, 12))
         process.send_signal(draw.choice([signal.SIGKILL, signal.SIGTERM, signal.SIGINT]))
         assert process.wait(timeout=SECONDS) in (0, 130, 143, -9, -15, -2)
