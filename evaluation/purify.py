@@ -16,7 +16,12 @@
     shift:D      moved right and down by D px, 1 to 999; the border is repeated
     gamma:G      255 (v / 255)^(1 / G), 0.1 to 10; above 1 it brightens
     saturate:F   F times the colour, 0 to 10; 0 is grey
+    palette:N    N colours, 2 to 256, chosen for the picture, dithered
     vae          a round trip through the editor's VAE
+    denoise:S    in its latent space: noise to the share S of the editor's schedule, 0.01 to 1, and the
+                 editor's own denoiser, without words, back (after DiffPure); the editors that have such a
+                 denoiser see the picture beside it, as in an edit
+    restore      the editor itself, asked for nothing: "restore this photo"
     a+b+...      one after the other
 
 Writes OUTPUT_DIR/NAME.png, of the input's size, without alpha, and run.json and manifest.jsonl, which record
@@ -29,11 +34,13 @@ The paper's: jpeg:90 jpeg:75 jpeg:60 blur:5:1.5 rotate:10
 from __future__ import annotations
 
 import argparse
+import functools
 import io
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 if not __package__:  # run as a file
@@ -48,6 +55,8 @@ import transforms
 import utils
 from evaluation.pairing import folders
 from images import Portrait, images_by_stem, load_image, save_png, to_tensor, to_uint8
+from models.attention import family_of
+from models.denoiser import PIPELINES, Denoiser
 from models.loading import recorded
 from models.vaes import load_vae
 from utils import UserError
@@ -55,6 +64,8 @@ from utils import UserError
 if TYPE_CHECKING:
     import torch
 
+RESTORE = "restore this photo"  # what EditorClean's kind of attacker asks for
+DENOISING_STEPS = 20
 BICUBIC = Image.Resampling.BICUBIC
 
 
@@ -124,6 +135,12 @@ def saturate(pixels: np.ndarray, generator: torch.Generator, factor: float) -> n
     return np.array(ImageEnhance.Color(Image.fromarray(pixels)).enhance(factor))
 
 
+def palette(pixels: np.ndarray, generator: torch.Generator, colours: int) -> np.ndarray:
+    """Keeps some colours, by Pillow's median cut, dithered as Floyd and Steinberg do."""
+    image = Image.fromarray(pixels)
+    return np.array(image.quantize(colours, Image.Quantize.MEDIANCUT).convert("RGB"))
+
+
 def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
     vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
@@ -137,6 +154,35 @@ def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
         return to_uint8(config.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
 
     return vae_trip
+
+
+def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
+    """Makes the way to noise and back, at the editor's working size. Raises UserError."""
+    is_unet = config.editor.pipeline_class in PIPELINES
+    view = (Denoiser if is_unet else family_of(config.editor))(config.load_editor())
+    vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
+
+    def there_and_back(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
+        import torch
+
+        with torch.no_grad():
+            latent = vae.encode(to_tensor(pixels).to(config.device)).latent_dist.mean.float()
+            latent = view.again(latent, transforms.normal([generator], latent), share, DENOISING_STEPS)
+            images = vae.decode(latent).sample.float()
+        return to_uint8(config.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
+
+    return there_and_back
+
+
+def restored(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
+    """Makes the edit that asks for nothing, with the editor's own steps and guidance. Raises UserError."""
+    editor = config.load_editor()
+
+    def restore(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
+        images = to_tensor(pixels).to(config.device)
+        return to_uint8(editor(images, [RESTORE], generator.initial_seed()))[0]
+
+    return restore
 
 
 def odd(text: str) -> int:
@@ -168,8 +214,12 @@ KINDS: dict[str, tuple[Callable[..., Any], ...]] = {
     "shift:D": (shift, whole(1, 999)),
     "gamma:G": (gamma, between(0.1, 10)),
     "saturate:F": (saturate, between(0, 10)),
-    "vae": (through_vae,),  # makes its function, once
+    "palette:N": (palette, whole(2, 256)),
+    "vae": (through_vae,),
+    "denoise:S": (denoised, between(0.01, 1)),
+    "restore": (restored,),
 }
+OF_THE_EDITOR = ("vae", "denoise", "restore")  # these make their functions of a ModelConfig, once
 FORMS = {form.partition(":")[0]: form for form in KINDS}
 
 Step = tuple[str, tuple[float, ...]]  # name, numbers
@@ -197,14 +247,17 @@ def purify(
     steps: Sequence[Step],
     seed: int,
     stem: str,
-    vae_trip: Callable[..., np.ndarray] | None = None,
+    made: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({}),
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same size, after all steps. Random ones depend on seed, stem and their place."""
+    """(H, W, 3) uint8 -> the same size, after all steps. Random ones depend on seed, stem and their place.
+
+    made: the functions of steps that need the editor.
+    """
     import torch
 
     for place, (name, numbers) in enumerate(steps):
         generator = torch.Generator().manual_seed(utils.start_seed(seed, f"{place}:{stem}"))
-        purifier = vae_trip if name == "vae" else KINDS[FORMS[name]][0]
+        purifier = made.get(name) or KINDS[FORMS[name]][0]
         pixels = purifier(pixels, generator, *numbers)
     return pixels
 
@@ -227,10 +280,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Purifies the directory that the flags name -> exit status."""
-    with_vae = ("vae", ()) in args.method
-    if not with_vae and (args.model_id or args.resolution):
-        raise UserError("--model_id and --resolution are for 'vae', which is not among the steps")
-    config = models.config.resolve(models.config.ModelSettings.of(args)) if with_vae else None
+    with_editor = any(name in OF_THE_EDITOR for name, _ in args.method)
+    if not with_editor and (args.model_id or args.resolution):
+        which = "', '".join(OF_THE_EDITOR)
+        raise UserError(f"--model_id and --resolution are for '{which}', which are not among the steps")
+    config = models.config.resolve(models.config.ModelSettings.of(args)) if with_editor else None
     options = runs.Options.of(args)
     return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, config, options)
 
@@ -245,7 +299,7 @@ def purify_directory(
 ) -> int:
     """Purifies the images or edits of a directory into another -> exit status.
 
-    config: for the VAE, if it is one of the steps. Raises UserError.
+    config: of the editor, for the steps that need it. Raises UserError.
     """
     if output_dir.resolve() == input_dir.resolve():
         raise UserError(f"{output_dir}: would overwrite the inputs")
@@ -267,23 +321,27 @@ def purify_directory(
     ]
     texts = (runs.read_record(input_dir) or {}).get("prompts", {}) if prompts else {}
     texts = {int(number): text for number, text in texts.items() if f"prompt{number}" in prompts}
-    with_vae = ("vae", ()) in steps
+    names = {name for name, _ in steps}
     method = "+".join(":".join([name, *(f"{number:g}" for number in numbers)]) for name, numbers in steps)
     settings = {"seed": seed, "method": method}
-    if with_vae:
+    makers = {name: KINDS[FORMS[name]][0] for name in OF_THE_EDITOR if name in names}
+    if makers:
         settings |= {"dtype": config.dtype_name, "model_id": recorded(config.model_id)}
         settings |= {"resolution": config.resolution}
+    if "restore" in makers:
+        settings |= config.edit_settings()
 
-    def prepare() -> Callable[..., np.ndarray] | None:
-        return through_vae(config) if with_vae else None
+    @functools.cache
+    def prepare() -> dict[str, Callable[..., np.ndarray]]:
+        return {name: make(config) for name, make in makers.items()}
 
     def load(item: runs.Item) -> Portrait:
         return load_image(item.source)
 
     def work(batch: list[runs.Item], portraits: list[Portrait], _: list[bool]) -> runs.Facts:
-        vae_trip = prepare()
+        made = prepare()
         for item, portrait in zip(batch, portraits, strict=True):
-            save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, vae_trip))
+            save_png(item.output, purify(portrait.pixels, steps, seed, item.source.stem, made))
         return [{}] * len(batch)
 
     return runs.Job(items, load, work, output_dir, settings, options, texts, prepare).run()

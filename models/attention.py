@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -112,6 +113,19 @@ class Attention:
         pairs = [_compared(attn, **given) for attn, given in seen]
         return [Block(q.to(z_k.dtype), k.to(z_k.dtype), n, self.checkpointing) for q, k in pairs]
 
+    def again(self, z: Tensor, noise: Tensor, share: float, steps: int) -> Tensor:
+        """Noises z to a share of an edit's schedule and denoises it by Euler's steps -> like z.
+
+        The transformer is shown no words but z, as in an edit.
+        """
+        sigmas = [*self.schedule(z, max(steps, round(steps / share)))[-steps:], 0.0]
+        z_k = self.noised(z, sigmas[0], noise)
+        size = self._patches(z).shape[2:]
+        for sigma, after in itertools.pairwise(sigmas):
+            velocity = self._run(z_k, sigma, z)[0][:, : size.numel()].mT.unflatten(2, size)
+            z_k = z_k + (after - sigma) * self._joined(velocity.to(z_k.dtype))
+        return self._unscaled(z_k)
+
     def _run(self, z_k: Tensor, sigma: Tensor | float, z: Tensor) -> Any:
         """Runs the transformer on canvases z_k at sigma beside images z -> what it returns."""
         import torch
@@ -134,11 +148,22 @@ class Attention:
         config = self.pipeline.vae.config
         return (z - (config.shift_factor or 0)) * config.scaling_factor
 
+    def _unscaled(self, z: Tensor) -> Tensor:
+        """Undoes `_scaled`."""
+        config = self.pipeline.vae.config
+        return z / config.scaling_factor + (config.shift_factor or 0)
+
     def _patches(self, z: Tensor) -> Tensor:
         """Gives z with a pixel a token, (B, 4 C, h/2, w/2)."""
         from torch.nn.functional import pixel_unshuffle
 
         return pixel_unshuffle(z, 2)
+
+    def _joined(self, patches: Tensor) -> Tensor:
+        """Undoes `_patches`."""
+        from torch.nn.functional import pixel_shuffle
+
+        return pixel_shuffle(patches, 2)
 
     def _tokens(self, z: Tensor) -> Tensor:
         """Gives the tokens of z, (B, n, 4 C)."""
@@ -184,10 +209,9 @@ class Flux2Attention(Attention):
     place = 10
 
     def _scaled(self, z: Tensor) -> Tensor:
-        return z
+        return z  # `Flux2VAE` gives tokens
 
-    def _patches(self, z: Tensor) -> Tensor:
-        return z
+    _unscaled = _patches = _joined = _scaled
 
     def _positions(self, place: int, z: Tensor) -> Tensor:
         from torch.nn.functional import pad

@@ -80,9 +80,17 @@ class Denoiser:
 
     def edit(self, z: Tensor, noise: Tensor, steps: int) -> Tensor:
         """Edits without words by DDIM (Song et al. 2021, eta = 0), from `first` to 0 -> a latent like z."""
-        ks = [self.first * left // steps for left in range(steps, 0, -1)]
+        return self._back(self.begin(z, noise), self.first, z, steps)
+
+    def again(self, z: Tensor, noise: Tensor, share: float, steps: int) -> Tensor:
+        """Noises z to a share of the timesteps and denoises it without words, as `edit` -> like z."""
+        k = round(len(self.alphas_cumprod) * share) - 1
+        return self._back(self.noised(z, k, noise), k, z, steps)
+
+    def _back(self, z_k: Tensor, first: int, z: Tensor, steps: int) -> Tensor:
+        """Denoises z_k from timestep `first` to 0 -> a latent like z."""
+        ks = [first * left // steps for left in range(steps, 0, -1)]
         shares = [*(self._share(k, z) for k in ks), z.new_ones(1)]
-        z_k = self.begin(z, noise)
         for k, a, after in zip(ks, shares, shares[1:], strict=False):
             found = self.predict_noise(z_k, k, z)
             clean = (z_k - (1 - a).sqrt() * found) / a.sqrt()

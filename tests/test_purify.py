@@ -19,7 +19,8 @@ import main_edit
 import utils
 from evaluation import purify
 
-CHAINS = ["jpeg:75", "blur:5:1.5", "rotate:10", "resize:0.5", "crop:0.9", "noise:8", "vae"]
+CHAINS = ["jpeg:75", "blur:5:1.5", "rotate:10", "resize:0.5", "crop:0.9", "noise:8", "palette:16", "vae"]
+CHAINS += ["denoise:0.3", "restore"]
 
 
 @pytest.fixture
@@ -47,7 +48,8 @@ def apply(method: str, pixels: np.ndarray, stem: str = "x", seed: int = 0) -> np
 
 @pytest.mark.parametrize("method", CHAINS)
 def test_purified_files_keep_their_size_and_can_be_made_again(folder, method, edit_flags):
-    flags = edit_flags[:-2] if method == "vae" else []  # without the sampling steps
+    with_editor = method.partition(":")[0] in purify.OF_THE_EDITOR
+    flags = edit_flags[:-2] if with_editor else []  # without the sampling steps
     assert run_purify(folder, method, *flags) == 0
     assert run_purify(folder, method, *flags, output="again") == 0
     first, again = pixels_of(folder / "out"), pixels_of(folder / "again")
