@@ -6,7 +6,7 @@
     python evaluation/purify.py --input_dir portraits --output_dir out --method jpeg:75+resize:0.5
     python evaluation/purify.py --input_dir edits/clean --output_dir cheats/mirror --method mirror
 
-    jpeg:Q       JPEG of quality Q, 1 to 95
+    jpeg:Q       JPEG of quality Q, 1 to 95, colours at half the resolution (4:2:0)
     blur:K:S     Gaussian, K x K pixels (odd, up to 999), sigma S px, 0.1 to 100
     rotate:A     by an angle within A degrees, 0.01 to 180; the corners become black
     resize:F     down to the share F of each side, 0.001 to 0.999, and back up

@@ -264,6 +264,22 @@ def test_canvases_are_what_the_editor_denoises(kind, loaded):
     torch.testing.assert_close(attention.noised(z, 0.0, noise), clean)
 
 
+@each_kind
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_to_noise_and_back_by_a_perfect_transformer_is_the_latent(share, kind, loaded, monkeypatch):
+    """Which finds the direction from image to noise, in the tokens that a canvas has."""
+    editor, vae = loaded(kind)
+    attention = family_of(type(editor))(editor)
+    z = vae.encode(image(2)).latent_dist.mean
+    noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).double()
+    away = attention._tokens(attention.noised(z, 1, noise) - attention.noised(z, 0, noise))
+    monkeypatch.setattr(attention, "_run", lambda *_: (torch.cat([away, 0 * away], dim=1),))
+    torch.testing.assert_close(attention.again(z, noise, share, 5), z)
+    monkeypatch.undo()
+    found = attention.again(z, noise, share, 2)
+    assert found.shape == z.shape and found.isfinite().all() and (found != z).any()
+
+
 def test_gathered_gradients_keep_going():
     """Where the last gradient alone would turn back: m = .9 m + g / mean |g|, image by image."""
     x, gradients = torch.zeros(2, 3, 1, 1), [1.0, 4.0, -1.0]

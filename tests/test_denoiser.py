@@ -130,3 +130,10 @@ def test_an_editor_of_another_kind_is_one_clear_error():
     for parts in ({"scheduler": flow}, *unets):
         with pytest.raises(UserError, match="SimpleNamespace: this method works on InstructPix2Pix's"):
             Denoiser(other(**parts))
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_to_noise_and_back_by_a_perfect_denoiser_is_the_latent(share, monkeypatch):
+    denoiser, (z, noise) = Denoiser(tiny.tiny_editor(dtype=DOUBLE)), latents(1, 2)
+    monkeypatch.setattr(denoiser, "predict_noise", lambda z_k, k, z: noise)
+    torch.testing.assert_close(denoiser.again(z, noise, share, 5), z)
