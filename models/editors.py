@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from images import from_working, resize, to_uint8, to_working, working_size
-from models.loading import check_tokenizer, from_hub, load_networks, loading
+from models.loading import check_tokenizer, from_hub, load_network, loading
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -305,9 +305,13 @@ def _load_pipeline(
         name, where = from_hub(model_id)
         kind = getattr(diffusers, editor.pipeline_class)
         index = kind.load_config(name, **where).items()  # part -> [library, class], and more
-        parts = {part: entry[1] for part, entry in index if isinstance(entry, list | tuple)}
-        classes = {part: entry for part, entry in parts.items() if part not in editor.options}
-        networks = load_networks(classes, name, where, device, dtype)
+        classes = {part: entry[1] for part, entry in index if isinstance(entry, list | tuple)}
+        networks = {
+            part: network
+            for part, class_name in classes.items()
+            if part not in editor.options
+            and (network := load_network(str(class_name), name, where, part, device, dtype)) is not None
+        }
         pipeline = kind.from_pretrained(name, **editor.options, **networks, **where)
         for part in classes:
             if part.startswith("tokenizer"):

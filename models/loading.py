@@ -27,7 +27,7 @@ READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt"
 
 # numbers in configs that decide how much is built
 STEPS = re.compile(r"(^|_)num_train_timesteps$")
-LAYERS = re.compile(r"^(num_(hidden_|single_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$")
+LAYERS = re.compile(r"^(num_(\w+_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$")
 SIZES = re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$")
 MOST_STEPS, MOST_SIZE = 100_000, 10_000_000
 MOST_LAYERS = 1000  # where no index of tensors says how many there can be
@@ -146,20 +146,23 @@ def _reason(error: Exception) -> str:
 
     if isinstance(error, pickle.UnpicklingError):
         return "it holds more than tensors"
-    # the hub's explanation comes after the first line
-    return " ".join(str(error).split()) if isinstance(error, HfHubHTTPError) else first_line(error)
+    line = first_line(error)
+    if isinstance(error, HfHubHTTPError) or line.endswith(":"):  # the explanation comes after the first line
+        return " ".join(str(error).split())[:300]
+    return line
 
 
 def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     """Turns a hub id, ID@REVISION or a local directory into what `from_pretrained` wants: name and keywords.
 
     Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
-    five retries; without a network, what an earlier run has downloaded is used.
+    five retries; without a network, what an earlier run has downloaded is used, a directory, too.
     """
-    from huggingface_hub import HfApi
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
         GatedRepoError,
         HFValidationError,
+        LocalEntryNotFoundError,
         RepositoryNotFoundError,
         RevisionNotFoundError,
     )
@@ -182,58 +185,56 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
-        if not _cache_of(name).exists():
+        try:
+            return snapshot_download(name, local_files_only=True, **fixed), {"local_files_only": True}
+        except LocalEntryNotFoundError:
             reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
             raise ConnectionError(reason) from None
-        fixed["local_files_only"] = True
     return name, fixed
 
 
-def _cache_of(name: str) -> Path:
-    """Where the hub's library keeps a model."""
-    from huggingface_hub import constants
-    from huggingface_hub.file_download import repo_folder_name
+def find_file(name: str, where: dict[str, Any], file: str) -> Path | None:
+    """Finds a file of what `from_hub` gives, and fetches it if need be; None if there is none."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
 
-    return Path(constants.HF_HUB_CACHE) / repo_folder_name(repo_id=name, repo_type="model")
-
-
-def fp16_only(name: str, where: dict[str, Any]) -> dict[str, dict[str, str]]:
-    """Gives `from_pretrained`'s keyword for a `from_hub` model's parts that are there in fp16 alone."""
-    from huggingface_hub import HfApi
-
-    if Path(name).is_dir():
-        files = Path(name).glob("*/*")
-    elif "local_files_only" in where:
-        files = _cache_of(name).glob("snapshots/*/*/*")
-    else:
-        files = map(Path, HfApi().list_repo_files(name, revision=where.get("revision")))
-    is_variant: dict[str, list[bool]] = {}
-    for file in files:
-        if file.suffix in (".safetensors", ".bin"):
-            is_variant.setdefault(file.parent.name, []).append(".fp16" in file.name)
-    return {part: {"variant": "fp16"} for part, found in is_variant.items() if all(found)}
+    if "local_files_only" in where:  # a directory
+        return path if (path := Path(name) / file).is_file() else None
+    try:
+        return Path(hf_hub_download(name, file, **where))
+    except EntryNotFoundError:
+        return None
 
 
-def load_networks(
-    classes: dict[str, str | None], name: str, where: dict[str, Any], device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
-    """Loads the networks among a pipeline's parts, part -> class of diffusers or transformers, and no others.
+def load_network(
+    class_name: str, name: str, where: dict[str, Any], folder: str, device: torch.device, dtype: torch.dtype
+) -> Any:
+    """Loads a network of diffusers or transformers from a folder of what `from_hub` gives.
 
-    Each goes straight to its place; the pipeline's own device_map knows no "cuda:1".
+    None for a class that is no network. Where there are weights in fp16 alone, they are taken.
+
+    It goes straight to its place; a pipeline's own device_map knows no "cuda:1". Raises ValueError as
+    `complete` and `frozen` do, and what the libraries raise.
     """
     import diffusers
     import torch
     import transformers
 
-    variant, how = fp16_only(name, where), {"dtype": dtype, "device_map": {"": device}, **where}
-    networks = {}
-    for part, class_name in classes.items():
-        kind = getattr(diffusers, str(class_name), None) or getattr(transformers, str(class_name), None)
-        if isinstance(kind, type) and issubclass(kind, torch.nn.Module):
-            own = {"subfolder": part, "output_loading_info": True, **variant.get(part, {})}
-            network = complete(part, kind.from_pretrained(name, **own, **how))
-            networks[part] = frozen(network, device, dtype)
-    return networks
+    kind = getattr(diffusers, class_name, None) or getattr(transformers, class_name, None)
+    if not (isinstance(kind, type) and issubclass(kind, torch.nn.Module)):
+        return None
+    how = {"subfolder": folder, "dtype": dtype, "device_map": {"": device}, **where}
+
+    def load(**variant: str) -> Any:
+        loaded = kind.from_pretrained(name, output_loading_info=True, **how, **variant)
+        return frozen(complete(folder or class_name, loaded), device, dtype)
+
+    try:
+        return load()
+    except OSError:
+        with contextlib.suppress(OSError):
+            return load(variant="fp16")
+        raise
 
 
 def complete(part: str, loaded: tuple[Any, dict[str, Any]]) -> Any:

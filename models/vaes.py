@@ -1,17 +1,23 @@
-"""The editors' autoencoders alone, which is all that most defenses need."""
+"""Autoencoders: the editors' own, which is all that most defenses need, and tiny ones distilled from them.
+
+One comes by the id or directory of an editor, whose `vae` folder it is, or by its own.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from models.editors import Editor
-from models.loading import compiled, from_hub, load_networks, loading
-from utils import UserError
+from images import to_working
+from models.loading import compiled, find_file, from_hub, frozen, load_network, loading
+from utils import MOST_TEXT, UserError, parse_json, read_plain
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from models.editors import Editor
 
 
 class WorkingVAE:
@@ -21,14 +27,16 @@ class WorkingVAE:
     and latents to the network's dtype.
     """
 
-    def __init__(self, vae: Any, resolution: int, editor: type[Editor] = Editor) -> None:
+    def __init__(
+        self, vae: Any, resolution: int, to_working: Callable[[Tensor, int], Tensor] = to_working
+    ) -> None:
         self.vae = vae
         self.resolution = resolution
-        self.editor = editor
+        self.to_working = to_working
 
     def encode(self, images: Tensor) -> Any:
         """Encodes (B, 3, H, W) in [-1, 1] at the working size -> diffusers' encoder output."""
-        working = self.editor.to_working(images, self.resolution)
+        working = self.to_working(images, self.resolution)
         return self._encode(working.to(self.vae.dtype))
 
     def decode(self, latents: Tensor) -> Any:
@@ -86,7 +94,20 @@ class QwenImageVAE(WorkingVAE):
         return self.vae.post_quant_conv.weight.new_tensor(values)[:, :, None, None]  # (2, 16, 1, 1)
 
 
-VAES = {"AutoencoderKLFlux2": Flux2VAE, "AutoencoderKLQwenImage": QwenImageVAE}  # others need no adapter
+class TinyVAE(WorkingVAE):
+    """AutoencoderTiny and TAEF2, which give a latent and no variance."""
+
+    def _encode(self, images: Tensor) -> Any:
+        latents = self.vae.encode(images).latents
+        return _posterior(latents, latents.new_zeros(latents.shape))
+
+
+VAES = {  # a network's class -> its adapter; others need none
+    "AutoencoderKLFlux2": Flux2VAE,
+    "AutoencoderKLQwenImage": QwenImageVAE,
+    "AutoencoderTiny": TinyVAE,
+    "TAEF2": TinyVAE,
+}
 
 
 def _posterior(mean: Tensor, logvar: Tensor) -> Any:
@@ -101,50 +122,63 @@ def _posterior(mean: Tensor, logvar: Tensor) -> Any:
 @functools.cache
 def load_vae(
     editor: type[Editor],
-    model_id: str,
+    member: str,
     resolution: int,
     device: torch.device,
     dtype: torch.dtype,
     checkpointing: bool = False,
     compile: bool = False,
 ) -> WorkingVAE:
-    """Loads an editor's autoencoder alone, from its `vae` folder; once a process. Raises UserError.
+    """Loads an autoencoder that sees images as an editor does; once a process. Raises UserError.
 
-    Its class is what its config names. checkpointing: a gradient computes activations again instead of
-    keeping them. compile: with torch.compile.
+    member: an editor, whose VAE it is, or an autoencoder: a hub id or directory of either. checkpointing: a
+    gradient computes activations again instead of keeping them. compile: with torch.compile.
     """
-    import diffusers
     import torch
 
     if editor.fp32_vae and dtype == torch.float16:
         dtype = torch.float32
-    with loading("the VAE of", model_id):
-        name, where = from_hub(model_id)
-        config = diffusers.AutoencoderKL.load_config(name, subfolder="vae", **where)
-        kind = config.get("_class_name", "AutoencoderKL")
-        networks = load_networks({"vae": kind}, name, where, device, dtype)
-        if not networks:
-            raise ValueError(f"no class {kind} in this version of diffusers")
-        vae = networks["vae"]
+    with loading("the VAE of", member):
+        vae = _network(member, device, dtype)
     if checkpointing:
         _checkpoint(vae)
     if compile:
         compiled(vae.encoder)
         compiled(vae.decoder)
-    return VAES.get(kind, WorkingVAE)(vae, resolution, editor)
+    return VAES.get(type(vae).__name__, WorkingVAE)(vae, resolution, editor.to_working)
+
+
+def _network(member: str, device: torch.device, dtype: torch.dtype) -> Any:
+    """The network: TAEF2 by its files, others by the class that their config names."""
+    from models.tiny_vae import read_taef2
+
+    name, where = from_hub(member)
+    for folder, file in (("vae", "vae/config.json"), ("", "config.json")):
+        if config := find_file(name, where, file):
+            kind = parse_json(read_plain(config, MOST_TEXT)).get("_class_name", "AutoencoderKL")
+            vae = load_network(kind, name, where, folder, device, dtype)
+            if not hasattr(vae, "decode"):
+                raise ValueError(f"no class {kind} in this version of diffusers is an autoencoder")
+            return vae
+    return frozen(read_taef2(name, where), device, dtype)
 
 
 def _checkpoint(vae: Any) -> None:
     """Gradient checkpointing in two levels: diffusers' own, by blocks, and within them by residual blocks.
 
     The outermost block at 1024x1024 alone would take some 20 GB while its activations are computed again.
+    Tiny ones have the second level alone.
     """
+    from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D
     from torch.utils.checkpoint import checkpoint
 
-    if not vae._supports_gradient_checkpointing:
-        raise UserError(f"--checkpointing: {type(vae).__name__} can't compute its activations again")
-    vae.enable_gradient_checkpointing()
+    from models.tiny_vae import Block
+
+    if VAES.get(type(vae).__name__) is not TinyVAE:
+        if not vae._supports_gradient_checkpointing:
+            raise UserError(f"--checkpointing: {type(vae).__name__} can't compute its activations again")
+        vae.enable_gradient_checkpointing()
     for module in vae.modules():
-        if isinstance(module, ResnetBlock2D):
+        if isinstance(module, ResnetBlock2D | AutoencoderTinyBlock | Block):
             module.forward = functools.partial(checkpoint, module.forward, use_reentrant=False)
