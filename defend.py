@@ -24,7 +24,6 @@ from loops import CHECK_EVERY
 from masks import BUDGET_MASKS
 from methods import METHODS
 from models.config import (
-    NAME_HELP,
     add_editor_arguments,
     add_face_arguments,
     add_model_arguments,
@@ -101,8 +100,6 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     text = "where the whole budget may be spent, falling to 0 elsewhere: on the face, on texture, on both"
     text = defaults_help(text, {name: method.mask for name, method in METHODS.items()})
     parser.add_argument("--budget_mask", choices=BUDGET_MASKS, help=text)
-    text = f"attack the VAEs of several editors at once, by the mean of the objective: {NAME_HELP}"
-    parser.add_argument("--vae", nargs="+", metavar="NAME", help=text)
     text = "which faces facelock and a mask protect; all: the mean of their similarities counts"
     parser.add_argument("--faces", choices=("largest", "all"), default=Settings.faces, help=text)
     for flag, text in (

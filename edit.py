@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import utils
 from images import Portrait, choose_output, load_image, save_png, to_tensor, to_uint8
 from models.config import ModelSettings, add_edit_arguments, resolve
-from models.editors import Editor
+from models.editors import EDITORS, Editor
 
 if TYPE_CHECKING:
     import numpy as np
@@ -35,13 +35,23 @@ def add_seed_argument(parser: argparse.ArgumentParser) -> None:
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--input_path", type=utils.path, required=True, help="the image, an image file")
-    parser.add_argument("--prompt", type=utils.prompt, required=True, help="the instruction")
+    parser.add_argument("--prompt", type=utils.prompt, help="the instruction")
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: edit_NAME.png beside the input)"
     )
     add_seed_argument(parser)
     add_edit_arguments(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.prompt is None and EDITORS[args.model].by_words:
+        parser.error("the following arguments are required: --prompt")
+    return args
+
+
+def ignored(prompt: str | None, kind: str) -> str:
+    """Warns of an instruction that an editor without words does not read -> what stands in its place."""
+    if prompt is not None:
+        utils.warn(f"--prompt is ignored: {kind} takes no words")
+    return utils.NO_WORDS
 
 
 def edit_portraits(
@@ -63,6 +73,8 @@ def run(args: argparse.Namespace) -> int:
     why_png = "an edit is measured pixel by pixel, which JPEG and its like would change"
     output = choose_output(args.output_path, args.input_path, "edit", why_png)
     config = resolve(ModelSettings.of(args))
+    if not config.editor.by_words:
+        args.prompt, args.seed = ignored(args.prompt, config.kind), 0
     portrait = load_image(args.input_path, config.resolution)
     args.seed = utils.draw_seed(args.seed)
     editor = config.load_editor(progress=True)

@@ -31,7 +31,8 @@ import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
 from evaluation import eval_all, figure, purify, report, tables
-from evaluation.pairing import Edits, find_edits
+from evaluation.pairing import Edits, find_edits, references_of
+from images import images_by_stem
 from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
@@ -45,6 +46,7 @@ from models.config import (
     add_edit_arguments,
     add_face_arguments,
     add_perceptual_argument,
+    prompts_of,
     resolve,
     resolve_editor,
 )
@@ -76,6 +78,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--seed", nargs="+", type=utils.known_seed, default=[0], help=text)
     text = f"who edits what is protected against --model; several show what carries over: {NAME_HELP}"
     add("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
+    text = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
+    add("--reference_dir", type=utils.path, help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -135,16 +139,21 @@ class Experiment:
     others: Sequence[ModelConfig]
     purifiers: Sequence[tuple[str, list[purify.Step]]]
     options: runs.Options
+    reference_dir: Path | None = None  # other photos of the people
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Experiment:
         """Reads the flags, and loads the models. Raises UserError."""
-        prompts = utils.choose_prompts(args.prompts, args.prompt_file)
-        runs.find_images(args.image_dir)
-        utils.check_directory(args.output_dir)
         wanted = ModelSettings.of(args)
         named = [resolve_editor(wanted, name) for name in args.edit_models]
         config, *others = named or [resolve(wanted)]
+        if len({one.editor.by_words for one in (config, *others)}) > 1:
+            raise UserError("--edit_models: edits by words and round trips don't go into one table")
+        prompts = prompts_of(config.kind, args.prompts, args.prompt_file)
+        runs.find_images(args.image_dir)
+        if args.reference_dir:
+            references_of(args.reference_dir, images_by_stem(args.image_dir))
+        utils.check_directory(args.output_dir)
         if len({name_of(editor) for editor in named}) < len(named):
             raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
         if not config.judges:
@@ -158,7 +167,7 @@ class Experiment:
         shown = [number for number in SOME_PROMPTS if number in prompts] or list(prompts)[:6]
         shown = list(prompts) if args.prompts else shown
         asked = args.image_dir, args.output_dir, prompts, args.prompt_file, shown, args.seed
-        return cls(*asked, protectors, config, others, args.purify, runs.Options.of(args))
+        return cls(*asked, protectors, config, others, args.purify, runs.Options.of(args), args.reference_dir)
 
     @property
     def protected(self) -> dict[str, Path]:
@@ -230,7 +239,8 @@ class Experiment:
         """Pairs the edits of a table's rows. Raises UserError."""
         rows = table.edits
         how |= {"clean_edit_dir": rows.pop("clean"), "src_dir": self.image_dir}
-        return find_edits([*rows.values()], seeds, prompts=prompts, prompt_file=self.prompt_file, **how)
+        how |= {"prompts": prompts, "prompt_file": self.prompt_file, "reference_dir": self.reference_dir}
+        return find_edits([*rows.values()], seeds, **how)
 
     def score(self, table: Table) -> int:
         """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
@@ -321,6 +331,8 @@ def beside(draw: Callable[[], object]) -> int:
 
 def name_of(editor: ModelConfig) -> str:
     """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
+    if editor.vae_id:  # attacked in the place of the editor's own
+        return Path(editor.vae_id).name
     own = MODEL_SETS[editor.models].editors.get(editor.kind)
     return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"
 

@@ -23,7 +23,8 @@ import runs
 import utils
 from edit import add_seed_argument, edit_portraits
 from images import Portrait, image_size, load_image, save_png
-from models.config import ModelConfig, ModelSettings, add_edit_arguments, resolve
+from models.config import ModelConfig, ModelSettings, add_edit_arguments, prompts_of, resolve
+from models.editors import EDITORS
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -47,8 +48,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Edits the directory that the flags name -> exit status."""
-    prompts = utils.choose_prompts(args.prompts, args.prompt_file)
+    prompts = prompts_of(args.model, args.prompts, args.prompt_file)
     runs.processes(args.device)
+    if args.seed == -1 and not EDITORS[args.model].by_words:
+        args.seed = 0  # it has no say
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory, config = args.edit_dir / f"seed{seed}", resolve(ModelSettings.of(args))
     return edit_directory(args.src_dir, directory, prompts, seed, config, runs.Options.of(args))

@@ -21,7 +21,7 @@ from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_t
 from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
 from models.attention import FAMILIES, Attention, family_of
-from models.config import ModelConfig, ModelSettings, resolve, resolve_editor
+from models.config import ModelConfig, ModelSettings, resolve_vaes
 from models.denoiser import PIPELINES, Denoiser
 from models.editors import Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
@@ -71,7 +71,6 @@ class Settings(ModelSettings):
     knobs: Mapping[str, Any] = field(default_factory=dict)  # of the method's objective: {"c": 0.1}
     budget_mask: str | None = None  # one of BUDGET_MASKS
     faces: str = "largest"  # or all
-    vae: Sequence[str] = ()  # editors whose VAEs are attacked, instead of the one of `model`
     check: bool = False  # whether every method's report measures face similarity
     checkpointing: bool = False  # less memory, more time
     compile: bool = False
@@ -151,9 +150,12 @@ class Protector:
         self.mask = wanted.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
         self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
-        plain = replace(wanted, edit={})
-        # the editors whose VAEs the objective averages over
-        self.attacked = [resolve_editor(plain, name) for name in wanted.vae] or [resolve(plain)]
+        # what the objective averages over
+        self.attacked = resolve_vaes(replace(wanted, edit={}))
+        for one in self.attacked if {"editor", "attention"} & {*self.needs} else ():
+            if one.vae_id or not one.editor.by_words:
+                text = f"{self.name} needs an editor's denoiser, which {one.vae} has not"
+                raise UserError(f"{text}: name an editor instead, KIND or KIND=ID, or another method")
         if self.method.fp32:
             if wanted.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
@@ -178,12 +180,12 @@ class Protector:
         if self.mask != "none":
             found["mask_version"] = masks.VERSION
         if self.needs:  # noise sees no network
-            found |= {"model": config.kind, "model_id": recorded(config.model_id)}
+            found |= {"model": config.kind, "model_id": recorded(config.vae)}
             found["dtype"] = config.dtype_name
         if self.needs or self.needs_face:
             found["resolution"] = self.resolution
         if "vae" in self.needs:
-            names = [f"{one.kind}={recorded(one.model_id)}, {one.resolution} px" for one in self.attacked]
+            names = [f"{one.kind}={recorded(one.vae)}, {one.resolution} px" for one in self.attacked]
             found["vae"] = names if self.wanted.vae else None
             found["vae_ids"] = None  # where an older run.json names several editors
         if self.needs_face:
@@ -376,7 +378,7 @@ class Protector:
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
             working = self.config.editor.to_working(pair[:1], self.resolution)
-            trips = vae.decode(vae.encode(pair).latent_dist.mean).sample.clamp(-1, 1).to(pair.dtype)
+            trips = vae.round_trip(pair)
             for name, member in panel.items():
                 if recognizer := self._if_there(name, partial(self.recognizer_of, member)):
                     similarity = face_similarity_to([recognizer], working, [subject.boxes])

@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+NO_WORDS = "(no words: the round trip through an autoencoder)"  # in the place of an instruction
+
 # The 25 instructions of Wang et al. 2025: 0-9 facial features, 10-17 accessories, 18-24 background.
 # The number is the `prompt{i}` folder of an edit, so keep a number's meaning when you edit this list.
 edit_prompts: dict[int, str] = {

@@ -57,6 +57,9 @@ METRICS = [  # without those of faces
 ]
 
 
+WITHOUT_CLIP = [one for one in METRICS if not any(need.startswith("clip") for need in one.needs)]
+
+
 def linf(images: Tensor, references: Tensor) -> Tensor:
     """Measures max |a - b| of 8-bit images in [-1, 1], (B, 3, H, W) -> (B,), without float32's rounding."""
     levels = (images - references).abs().amax(dim=(1, 2, 3)).double() / utils.LEVEL
@@ -106,7 +109,8 @@ def evaluate(
     """
     of_baseline, of_protected, text = check_outputs(output, per_image)
     of_faces = eval_facial.groups(config)
-    headline = [*of_faces.pop(""), *METRICS]
+    by_words = utils.NO_WORDS not in edits.texts.values()
+    headline = [*of_faces.pop(""), *(METRICS if by_words else WITHOUT_CLIP)]
     metrics = [*headline, *itertools.chain(*of_faces.values())]
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
@@ -117,7 +121,7 @@ def evaluate(
         check_budgets(protected, visible)
     scores = score(edits, metrics, config, batch_size)
 
-    groups = {about(edits, scores): headline, **of_faces}
+    groups = {about(edits, scores, by_words): headline, **of_faces}
     parts = [write(output, tables.means(scores.values), groups, rows)]
     if against:
         groups = {f"minus {against}, in pairs": headline}
@@ -142,13 +146,15 @@ def evaluate(
     return max(status, visible.report("protected images")) if visible else status
 
 
-def about(edits: Edits, scores: Scores) -> str:
+def about(edits: Edits, scores: Scores, by_words: bool) -> str:
     """Says above a table what was scored."""
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
     note += f", a gallery of {len(edits.references or edits.sources) + len(edits.gallery)} people"
     if edits.references:
         note += "; faces are compared with other photos of the people, not with the sources"
+    if not by_words:
+        note += "; no edit by words was made: these are round trips through an autoencoder, without CLIP"
     if scores.n_left_out:
         note += f"; {scores.n_left_out} of {scores.n_edits} edits left out of every row"
     return note

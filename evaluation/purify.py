@@ -58,7 +58,6 @@ from images import Portrait, images_by_stem, load_image, save_png, to_tensor, to
 from models.attention import family_of
 from models.denoiser import PIPELINES, Denoiser
 from models.loading import recorded
-from models.vaes import load_vae
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -143,14 +142,10 @@ def palette(pixels: np.ndarray, generator: torch.Generator, colours: int) -> np.
 
 def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
-    vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
+    vae = config.load_vae()
 
     def vae_trip(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
-        import torch
-
-        with torch.no_grad():
-            latent = vae.encode(to_tensor(pixels).to(config.device)).latent_dist.mean
-            images = vae.decode(latent).sample.float()
+        images = vae.round_trip(to_tensor(pixels).to(config.device))
         return to_uint8(config.editor.from_working(images, pixels.shape[:2], vae.resolution))[0]
 
     return vae_trip
@@ -281,10 +276,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Purifies the directory that the flags name -> exit status."""
     with_editor = any(name in OF_THE_EDITOR for name, _ in args.method)
-    if not with_editor and (args.model_id or args.resolution):
+    if not with_editor and (args.model_id or args.vae or args.resolution):
         which = "', '".join(OF_THE_EDITOR)
-        raise UserError(f"--model_id and --resolution are for '{which}', which are not among the steps")
-    config = models.config.resolve(models.config.ModelSettings.of(args)) if with_editor else None
+        text = f"--model_id, --vae and --resolution are for '{which}', which are not among the steps"
+        raise UserError(text)
+    config = models.config.resolve_vaes(models.config.ModelSettings.of(args))[0] if with_editor else None
     options = runs.Options.of(args)
     return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, config, options)
 
@@ -327,6 +323,8 @@ def purify_directory(
     makers = {name: KINDS[FORMS[name]][0] for name in OF_THE_EDITOR if name in names}
     if makers:
         settings |= {"dtype": config.dtype_name, "model_id": recorded(config.model_id)}
+        if config.vae_id:
+            settings["vae"] = recorded(config.vae_id)
         settings |= {"resolution": config.resolution}
     if "restore" in makers:
         settings |= config.edit_settings()

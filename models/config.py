@@ -24,6 +24,11 @@ if TYPE_CHECKING:
     import torch
 
 MINI = ROOT / "assets" / "mini"
+VAE_HELP = (
+    "what is attacked, several at once by the mean of the objective: tiny (distilled from --model's VAE), "
+    "KIND or KIND=ID (another editor's), or the id or directory of an autoencoder; the edit of "
+    "--model=round-trip goes through the first (default: the editor's own)"
+)
 
 
 @dataclass(frozen=True)
@@ -84,6 +89,7 @@ class ModelSettings:
     models: str = "full"  # one of MODEL_SETS
     model: str = next(iter(EDITORS))
     model_id: str | None = None
+    vae: Sequence[str] = ()  # autoencoders, as VAE_HELP has it; (): the editor's own
     resolution: int | None = None  # px
     edit: Mapping[str, float] = field(default_factory=dict)  # of EDIT_KNOBS
     recognizer: Sequence[str] = ()
@@ -116,6 +122,12 @@ class ModelConfig:
     clip: str
     device: torch.device
     dtype: torch.dtype
+    vae_id: str | None = None  # an autoencoder in the place of the editor's own
+
+    @property
+    def vae(self) -> str:
+        """The autoencoder, or the editor whose own it is."""
+        return self.vae_id or self.model_id
 
     @property
     def editor(self) -> type[Editor]:
@@ -142,9 +154,9 @@ class ModelConfig:
             from_hub(self.model_id)
 
     def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
-        """Loads the editor's autoencoder alone, or takes it from an earlier call. Raises UserError."""
+        """Loads the autoencoder alone, or takes it from an earlier call. Raises UserError."""
         where = self.resolution, self.device, self.dtype
-        return load_vae(self.editor, self.model_id, *where, checkpointing, compile)
+        return load_vae(self.editor, self.vae, *where, checkpointing, compile)
 
     def load_recognizer(
         self, member: str, dtype: torch.dtype | None = None, compile: bool = False
@@ -172,7 +184,8 @@ class ModelConfig:
                 f"the {self.models} models were made for {side}x{side} synthetic portraits, not for a "
                 f"{width}x{height} image: the result says nothing about how well a real photo is protected"
             )
-        if unknown := [text for text in texts if text not in utils.edit_prompts.values()]:
+        known = {*utils.edit_prompts.values(), utils.NO_WORDS}
+        if unknown := [text for text in texts if text not in known]:
             warn(f"the {self.models} editor knows the 25 instructions of the paper, not {unknown[0]!r}")
 
 
@@ -184,9 +197,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
     """
     wanted = replace(wanted or ModelSettings(), **given)
     models, kind, editor = MODEL_SETS[wanted.models], wanted.model, EDITORS[wanted.model]
-    if wanted.model_id is None and kind not in models.editors:
-        raise UserError(f"the {wanted.models} models have no {kind} editor; it comes with --models full")
-    for name in ("model_id", "recognizer", "judge", "lpips", "clip"):
+    for name in ("model_id", "vae", "recognizer", "judge", "lpips", "clip"):
         value = getattr(wanted, name)
         if value == "" or "" in list(value or ()):
             raise UserError(f"--{name}: an empty name")
@@ -197,6 +208,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         warn(f"--{name} is ignored: {kind} has no such knob")
     if wanted.resolution:
         settings["resolution"] = wanted.resolution
+    model_id = wanted.model_id or _own_id(wanted)
     editor.check(settings)
     recognizers = several(wanted.recognizer) or (models.recognizer,)
     attacked = {identity(member) for member in recognizers}
@@ -207,7 +219,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
     return ModelConfig(
         models=wanted.models,
         kind=kind,
-        model_id=wanted.model_id or models.editors[kind],
+        model_id=model_id,
         settings=settings,
         recognizers=recognizers,
         judges=several(wanted.judge) or tuple(one for one in models.judges if identity(one) not in attacked),
@@ -224,6 +236,55 @@ def resolve_editor(wanted: ModelSettings, name: str) -> ModelConfig:
     if kind not in EDITORS:
         return resolve(wanted, model_id=name)
     return resolve(wanted, model=kind, model_id=id_ if is_kind else None)
+
+
+def resolve_vaes(wanted: ModelSettings) -> list[ModelConfig]:
+    """Resolves to each autoencoder of --vae, or to the editor's own. Raises UserError.
+
+    One that is named by an editor's kind sees images as that editor does, every other as --model does.
+    """
+    found = []
+    for name in several(wanted.vae):
+        kind, is_kind, id_ = name.partition("=")
+        if kind in EDITORS and EDITORS[wanted.model].by_words:
+            found.append(resolve(wanted, model=kind, model_id=id_ if is_kind else None))
+        else:
+            found.append(replace(resolve(wanted), vae_id=_autoencoder(wanted, name)))
+    return found or [resolve(wanted)]
+
+
+def _own_id(wanted: ModelSettings) -> str:
+    """Gives the id of the set's editor of a kind, or of the autoencoder that is an editor without words."""
+    editors, kind = MODEL_SETS[wanted.models].editors, wanted.model
+    if not EDITORS[kind].by_words:
+        if not (names := several(wanted.vae)):
+            raise UserError(f"--model {kind} needs an autoencoder: --vae=ID or --vae=DIRECTORY")
+        return _autoencoder(wanted, names[0])
+    if kind not in editors:
+        raise UserError(f"the {wanted.models} models have no {kind} editor; it comes with --models full")
+    return editors[kind]
+
+
+def _autoencoder(wanted: ModelSettings, name: str) -> str:
+    """Gives the id or directory that a name of --vae stands for. Raises UserError."""
+    kind, _, id_ = name.partition("=")
+    if name == "tiny":
+        if not (tiny := EDITORS[wanted.model].tiny_vae):
+            raise UserError(f"--vae tiny: there is none for {wanted.model}; name one by its id or directory")
+        return tiny
+    return (id_ or _own_id(replace(wanted, model=kind))) if kind in EDITORS else name
+
+
+def prompts_of(kind: str, numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
+    """Chooses instructions as `choose_prompts` does; an editor without words has one that stands for none.
+
+    Raises UserError.
+    """
+    if EDITORS[kind].by_words:
+        return utils.choose_prompts(numbers, file)
+    if numbers or file:
+        warn(f"--prompts and --prompt_file are ignored: {kind} takes no words")
+    return {0: utils.NO_WORDS}
 
 
 def several(members: str | Sequence[str]) -> tuple[str, ...]:
@@ -272,11 +333,13 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSetti
 
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
-    names, text = ("--model", "--target_model"), "kind of editor; stable-diffusion means its img2img"
+    names = ("--model", "--target_model")
+    text = "kind of editor; stable-diffusion means its img2img, round-trip an autoencoder alone, without words"
     parser.add_argument(*names, dest="model", choices=EDITORS, default=ModelSettings.model, help=text)
     ids = {**MODEL_SETS["full"].editors}
     ids |= {f"{kind} of mini": shown(id_) for kind, id_ in MODEL_SETS["mini"].editors.items()}
     parser.add_argument("--model_id", help=defaults_help(f"the editor's {HUB_HELP}", ids))
+    parser.add_argument("--vae", nargs="+", metavar="NAME", help=VAE_HELP)
     text = (
         "long side in px at which the editor works, to which larger images are reduced; for FLUX and Qwen, "
         "the side of a square of the same area"
@@ -324,4 +387,4 @@ def setting_help(text: str, name: str) -> str:
     own = {kind: one.knobs.get(name, getattr(one, name, None)) for kind, one in EDITORS.items()}
     own["mini"] = MODEL_SETS["mini"].settings.get(name)
     own = {kind: value for kind, value in own.items() if value is not None}
-    return defaults_help(text, own, EDITORS)
+    return defaults_help(text, own, [kind for kind, editor in EDITORS.items() if editor.by_words])

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from images import from_working, resize, to_uint8, to_working, working_size
 from models.loading import check_tokenizer, from_hub, load_network, loading
+from models.vaes import load_vae
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -39,6 +40,8 @@ class Editor:
     fp32_vae: ClassVar[bool] = False  # whether its VAE overflows in float16
     tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and the tokens that its pipeline takes
     knobs: ClassVar[dict[str, float]] = {}  # keywords of the pipeline's call, with their defaults
+    tiny_vae: ClassVar[str | None] = None  # hub id of an autoencoder that was distilled from its own
+    by_words: ClassVar[bool] = True  # whether it takes instructions and seeds, and has a denoiser
 
     @classmethod
     def check(cls, settings: dict[str, Any]) -> None:
@@ -89,11 +92,14 @@ class Editor:
             _warn_if_cut(self.pipeline, prompt, *self.tokenizer)
         with torch.no_grad():
             edited = self.edit(working, list(prompts), [torch.Generator().manual_seed(seed) for _ in prompts])
+        return self._finished(edited * 2 - 1, images)
+
+    def _finished(self, edited: Tensor, images: Tensor) -> Tensor:
+        """Brings edits in [-1, 1] from the working size to that of the images. Raises UserError for NaN."""
         if not edited.isfinite().all():  # as a file it would be black, and count as protection
-            hint = "" if edited.dtype == torch.float32 else "; try --dtype fp32"
+            hint = "; try --dtype fp32" if edited.dtype.itemsize == 2 else ""
             raise UserError(f"the edit has NaN or infinite pixels{hint}")
-        edited = (edited.float() * 2 - 1).to(images.device)
-        return self.from_working(edited, images.shape[-2:], self.resolution)
+        return self.from_working(edited.float().to(images.device), images.shape[-2:], self.resolution)
 
     def edit(self, images: Tensor, prompts: list[str], generators: list[torch.Generator]) -> Tensor:
         """Edits images at the working size, (B, 3, h, w) in [-1, 1] -> the same in [0, 1]."""
@@ -114,6 +120,7 @@ class InstructPix2Pix(Editor):
     """InstructPix2Pix (Brooks et al. 2023) and what is trained like it: MagicBrush, HQ-Edit."""
 
     pipeline_class = "StableDiffusionInstructPix2PixPipeline"
+    tiny_vae = "madebyollin/taesd"
     knobs: ClassVar = {"num_inference_steps": 100, "guidance_scale": 7.5, "image_guidance_scale": 1.5}
 
 
@@ -121,6 +128,7 @@ class StableDiffusion(Editor):
     """Stable Diffusion's img2img (Meng et al. 2022, Rombach et al. 2022)."""
 
     pipeline_class = "StableDiffusionImg2ImgPipeline"
+    tiny_vae = "madebyollin/taesd"
     knobs: ClassVar = {"num_inference_steps": 100, "guidance_scale": 7.5, "strength": 0.5}
 
     @classmethod
@@ -134,6 +142,7 @@ class SDXLInstructPix2Pix(Editor):
     """InstructPix2Pix on Stable Diffusion XL (Podell et al. 2023), with the pipeline's defaults."""
 
     pipeline_class = "StableDiffusionXLInstructPix2PixPipeline"
+    tiny_vae = "madebyollin/taesdxl"
     options: ClassVar = {"add_watermarker": False}  # else edits depend on what else is installed
     scheduler = None
     resolution = 768
@@ -206,6 +215,7 @@ class FluxKontext(TokenEditor):
     """
 
     pipeline_class = "FluxKontextPipeline"
+    tiny_vae = "madebyollin/taef1"
     tokenizer = ("tokenizer_2", 512)  # the other one's gives no more than a summary
     knobs: ClassVar = {"num_inference_steps": 28, "guidance_scale": 2.5}
 
@@ -231,6 +241,7 @@ class Flux2Klein(TokenEditor):
     """FLUX.2 [klein] (Black Forest Labs 2026): four steps and no guidance, for which it was distilled."""
 
     pipeline_class = "Flux2KleinPipeline"
+    tiny_vae = "madebyollin/taef2"
     tokenizer = ("tokenizer", 512)
     enlarges = False
     knobs: ClassVar = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -268,6 +279,33 @@ class QwenImageEdit(TokenEditor):
         return {"num_inference_steps": steps, "true_cfg_scale": guidance, "negative_prompt": negative}
 
 
+class RoundTrip(Editor):
+    """The round trip D(E(x)) through an autoencoder alone: what any edit in its latent space does to a face.
+
+    No words, no seed. The model is the autoencoder: of an editor, a tiny one, or one's own.
+    """
+
+    pipeline_class = ""
+    by_words = False
+    scheduler = None
+    multiple = 16  # FLUX.2's takes no other; those with 8 take it, too
+    half = "fp32"
+
+    def __init__(
+        self,
+        model_id: str,
+        settings: dict[str, Any],
+        device: torch.device,
+        dtype: torch.dtype,
+        progress: bool = False,
+    ) -> None:
+        self.resolution, self.device = settings["resolution"], device
+        self.vae = load_vae(type(self), model_id, self.resolution, device, dtype)
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], seed: int) -> Tensor:
+        return self._finished(self.vae.round_trip(images.to(self.device)), images)
+
+
 EDITORS: dict[str, type[Editor]] = {
     "instruct-pix2pix": InstructPix2Pix,
     "stable-diffusion": StableDiffusion,
@@ -275,6 +313,7 @@ EDITORS: dict[str, type[Editor]] = {
     "flux-kontext": FluxKontext,
     "flux2-klein": Flux2Klein,
     "qwen-image-edit": QwenImageEdit,
+    "round-trip": RoundTrip,
 }
 
 

@@ -43,6 +43,13 @@ class WorkingVAE:
         """Decodes latents -> diffusers' decoder output at the working size, with its padding."""
         return self._decode(latents.to(self.vae.dtype))
 
+    def round_trip(self, images: Tensor) -> Tensor:
+        """Gives y = clip(D(E(x)), -1, 1) at the working size, with its padding, float32 and without gradient."""
+        import torch
+
+        with torch.no_grad():
+            return self.decode(self.encode(images).latent_dist.mean).sample.float().clamp(-1, 1)
+
     def _encode(self, images: Tensor) -> Any:
         return self.vae.encode(images)
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderTiny,
     DDIMScheduler,
     EulerAncestralDiscreteScheduler,
     StableDiffusionImg2ImgPipeline,
@@ -71,6 +72,31 @@ def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoencoderKL
     torch.manual_seed(seed)
     vae = AutoencoderKL(**LEVELS, latent_channels=4)
     return vae.to(dtype).eval().requires_grad_(False)
+
+
+def write_autoencoder(directory: Path, seed: int = 0) -> Path:
+    """Writes an AutoencoderTiny in the layout of TAESD, 8 channels wide."""
+    torch.manual_seed(seed)
+    widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (WIDTH,) * 4)
+    AutoencoderTiny(**widths).save_pretrained(directory)
+    return directory
+
+
+def write_taef2(directory: Path, halves: bool = False, seed: int = 0) -> Path:
+    """Writes random weights under TAEF2's keys: taef2.safetensors, or, numbered otherwise, two .pth files."""
+    from models.tiny_vae import TAEF2
+
+    torch.manual_seed(seed)
+    state = TAEF2().state_dict()
+    directory.mkdir(parents=True, exist_ok=True)
+    if not halves:
+        save_file(state, directory / "taef2.safetensors")
+        return directory
+    for part, offset in (("encoder", 0), ("decoder", 1)):
+        own = [key.split(".", 3)[2:] for key in state if key.startswith(part)]
+        of_part = {f"{int(i) + offset}.{name}": state[f"{part}.layers.{i}.{name}"] for i, name in own}
+        torch.save(of_part, directory / f"taef2_{part}.pth")
+    return directory
 
 
 def _unet(in_channels: int, seed: int) -> UNet2DConditionModel:

@@ -1,0 +1,258 @@
+"""Autoencoders by name or folder, tiny ones among them, and the editor that is one: --vae, --model round-trip."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import tiny
+import torch
+from diffusers import AutoencoderTiny
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from tiny import noise
+
+import defend
+import edit
+import experiment
+import main_edit
+import models.clip
+from images import to_tensor
+from models.config import ModelSettings, resolve, resolve_vaes
+from models.editors import InstructPix2Pix
+from models.tiny_vae import HALVES, WHOLE
+from models.vaes import WorkingVAE, load_vae
+from runs import read_record
+from utils import NO_WORDS, UserError
+
+CPU, F32 = torch.device("cpu"), torch.float32
+REAL = Path(os.environ.get("FACELOCK_REAL", "no/such"))
+FORMS = {"AutoencoderTiny": 4, "TAEF2": 32, "TAEF2 in halves": 32}  # latent channels
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("vaes")
+    return {
+        "AutoencoderTiny": tiny.write_autoencoder(root / "taesd"),
+        "TAEF2": tiny.write_taef2(root / "taef2"),
+        "TAEF2 in halves": tiny.write_taef2(root / "halves", halves=True),
+    }
+
+
+def load(folder: Path, **how) -> WorkingVAE:
+    return load_vae(InstructPix2Pix, str(folder), 64, CPU, F32, **how)
+
+
+def mean(vae: WorkingVAE, images: torch.Tensor) -> torch.Tensor:
+    return vae.encode(images).latent_dist.mean
+
+
+# ---------------------------------------------------------------------------------------------------------
+# the networks
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tiny_autoencoder_is_what_an_attack_needs(form, folders):
+    """Frozen, deterministic, in [-1, 1], at the working size, and differentiable, with checkpointing, too."""
+    found = []
+    for checkpointing in (False, True):
+        vae, x = load(folders[form], checkpointing=checkpointing), noise(2, 3, 130, 100).requires_grad_()
+        z = mean(vae, x)
+        y = vae.decode(z).sample
+        assert z.shape == (2, FORMS[form], 8, 7) and y.shape == (2, 3, 64, 56)
+        assert torch.equal(z, mean(vae, x)) and not any(one.requires_grad for one in vae.vae.parameters())
+        found.append(torch.autograd.grad(y.square().sum(), x)[0])
+    assert found[0].isfinite().all() and (found[0] != 0).float().mean() > 0.9
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_both_forms_of_taef2_are_one_network(folders):
+    x = noise(1, 3, 64, 64)
+    whole, halves = (load(folders[form]) for form in ("TAEF2", "TAEF2 in halves"))
+    assert torch.equal(whole.round_trip(x), halves.round_trip(x))
+    state = torch.load(folders["TAEF2 in halves"] / HALVES[1], weights_only=True)
+    assert "1.weight" in state and "3.pool.0.weight" in state and "0.weight" not in state  # as in taesd.py
+
+
+def test_an_autoencoder_of_diffusers_is_its_own_class(folders, tmp_path):
+    x, folder = noise(1, 3, 64, 64), folders["AutoencoderTiny"]
+    own = AutoencoderTiny.from_pretrained(folder)
+    with torch.no_grad():
+        torch.testing.assert_close(load(folder).round_trip(x), own.decode(own.encode(x).latents).sample.clamp(-1, 1))
+    full = tiny.tiny_vae()
+    full.save_pretrained(tmp_path)
+    torch.testing.assert_close(mean(load(tmp_path), x), full.encode(x).latent_dist.mean)
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched", "nan", "pickle", "gone", "layers"])
+@pytest.mark.parametrize("form", FORMS)
+def test_one_that_is_not_whole_is_one_line(form, change, folders, tmp_path, fresh_loaders):
+    place = shutil.copytree(folders[form], tmp_path / "own")
+    file = place / {"AutoencoderTiny": "diffusion_pytorch_model.safetensors", "TAEF2": WHOLE}.get(form, HALVES[1])
+    is_safe = file.suffix == ".safetensors"
+    state = load_file(file) if is_safe else torch.load(file, weights_only=True)
+    name = max(state, key=lambda key: state[key].numel())
+    if change == "missing":
+        del state[name]
+    elif change == "unexpected":
+        state["99.something"] = torch.zeros(3)
+    elif change == "mismatched":
+        state[name] = state[name].flatten()[:-1].clone()
+    elif change == "nan":
+        state[name].flatten()[7] = torch.nan
+    elif change == "layers" and form == "AutoencoderTiny":
+        config = place / "config.json"
+        config.write_text(config.read_text().replace("    3,\n    3,", "    3,\n    1000000,", 1))
+    if change == "gone":
+        file.unlink()
+    elif change in ("pickle", "layers") and form != "AutoencoderTiny":
+        torch.save({"0.weight": Path.touch}, file)
+    elif change == "pickle":
+        file.write_bytes(b"no tensors")
+    else:
+        (save_file if is_safe else torch.save)(state, file)
+    with pytest.raises(UserError, match=f"{place}.* can't be loaded") as caught:
+        load(place)
+    assert "\n" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --vae
+
+
+TINY = {
+    "instruct-pix2pix": "madebyollin/taesd",
+    "stable-diffusion": "madebyollin/taesd",
+    "sdxl-instruct-pix2pix": "madebyollin/taesdxl",
+    "flux-kontext": "madebyollin/taef1",
+    "flux2-klein": "madebyollin/taef2",
+    "qwen-image-edit": None,
+    "round-trip": None,
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_tiny_is_the_one_of_the_editor(kind):
+    wanted = ModelSettings(model=kind, model_id="me/ed", vae=["tiny"])
+    if TINY[kind] is None:
+        with pytest.raises(UserError, match=f"--vae tiny: there is none for {kind}"):
+            resolve_vaes(wanted)
+    else:
+        (one,) = resolve_vaes(wanted)
+        assert (one.vae, one.model_id, one.kind) == (TINY[kind], "me/ed", kind)
+
+
+def test_an_autoencoder_is_named_by_kind_or_id():
+    names = ["flux2-klein", "flux-kontext=me/ed", "me/vae", "tiny"]
+    klein, kontext, own, distilled = resolve_vaes(ModelSettings(vae=names))
+    assert (klein.kind, klein.vae) == ("flux2-klein", "black-forest-labs/FLUX.2-klein-4B")
+    assert (kontext.kind, kontext.vae, kontext.resolution) == ("flux-kontext", "me/ed", 1024)
+    assert (own.kind, own.vae, own.resolution) == ("instruct-pix2pix", "me/vae", 512)
+    assert distilled.vae == "madebyollin/taesd"
+    (plain,) = resolve_vaes(ModelSettings())
+    assert plain.vae == plain.model_id == "timbrooks/instruct-pix2pix"
+
+
+def test_a_round_trip_goes_through_the_first(folders):
+    """Or through --model_id, and what is attacked may be another one."""
+    trip = {"model": "round-trip", "vae": ["flux2-klein", "me/tiny"]}
+    assert resolve(**trip).model_id == "black-forest-labs/FLUX.2-klein-4B"
+    first, second = resolve_vaes(ModelSettings(**trip))
+    assert first.kind == second.kind == "round-trip" and second.vae == "me/tiny"
+    assert resolve(**trip, model_id="me/full").model_id == "me/full"
+    with pytest.raises(UserError, match="--model round-trip needs an autoencoder: --vae"):
+        resolve(model="round-trip")
+
+
+@pytest.mark.parametrize("flags", ["--vae tiny", "--model round-trip --vae me/vae"])
+def test_a_denoiser_is_not_to_be_had_of_an_autoencoder(flags, protector):
+    with pytest.raises(UserError, match="photoguard needs an editor's denoiser, which .* has not") as caught:
+        protector(f"--defend_method photoguard {flags}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["facelock", "pid", "mist"])
+def test_it_is_attacked(method, folders, protector, whole_images):
+    """Alone, and with the editor's own VAE: the mean of both objectives."""
+    x, values = noise(1, 3, 64, 64), []
+    own = protector().config.model_id
+    for names in (str(folders["TAEF2"]), f"instruct-pix2pix={own}", f"{folders['TAEF2']} instruct-pix2pix={own}"):
+        one = protector(f"--defend_method {method} --num_iters 1 --vae {names}")
+        one.perturb(x, [[(8, 8, 56, 56)]], [0], lambda _, value: values.append(value))
+        assert len(one.settings()["vae"]) == len(names.split())
+    torch.testing.assert_close(values[2], (values[0] + values[1]) / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# --model round-trip
+
+
+def test_an_edit_is_the_round_trip_alone(folders, tmp_path, capsys):
+    """Whatever the seed, and without words, of which a note tells."""
+    (path,) = tiny.write_portraits(tmp_path / "in", n=1, size=(70, 90))
+    flags = ["--model=round-trip", f"--vae={folders['TAEF2']}", "--device=cpu"]
+    line = [f"--src_dir={path.parent}", f"--edit_dir={tmp_path / 'edits'}", *flags]
+    assert main_edit.main([*line, "--prompts=3,4"]) == 0
+    assert "--prompts and --prompt_file are ignored: round-trip takes no words" in capsys.readouterr().err
+    made = tmp_path / "edits" / "seed0" / "prompt0" / path.name
+    record = read_record(tmp_path / "edits" / "seed0")
+    assert record["prompts"] == {"0": NO_WORDS} and record["arguments"]["model"] == "round-trip"
+    vae = load_vae(resolve(model="round-trip", vae=["x"]).editor, str(folders["TAEF2"]), 512, CPU, F32)
+    expected = vae.round_trip(to_tensor(np.array(Image.open(path))))[..., :70, :90]
+    found = to_tensor(np.array(Image.open(made)))
+    assert (found - expected).abs().max() <= 1 / 255 + 1e-6
+    for name, words in (("one", []), ("two", ["--prompt=Let it be snowy"])):
+        output = tmp_path / f"{name}.png"
+        assert edit.main([f"--input_path={path}", f"--output_path={output}", *flags, *words]) == 0
+        assert np.array_equal(np.array(Image.open(output)), np.array(Image.open(made)))
+    assert "--prompt is ignored" in capsys.readouterr().err
+
+
+def test_an_editor_by_words_still_wants_a_prompt(capsys):
+    with pytest.raises(SystemExit):
+        edit.main(["--input_path=x.png"])
+    assert "required: --prompt" in capsys.readouterr().err
+
+
+def test_an_experiment_needs_neither_editor_nor_clip(
+    folders, tiny_models, tmp_path, whole_images, monkeypatch, capsys
+):
+    """With --models full, of which nothing can be had here, and other photos of the people."""
+    monkeypatch.setattr(models.clip, "load_clip", lambda *_: pytest.fail("CLIP was loaded"))
+    faces = tiny.write_portraits(tmp_path / "in", n=2)
+    for number, path in enumerate(faces):
+        (tmp_path / "others" / path.stem).mkdir(parents=True)
+        Image.fromarray(tiny.portrait(64, seed=number + 7)).save(tmp_path / "others" / path.stem / "b.png")
+    line = [f"--image_dir={tmp_path / 'in'}", f"--output_dir={tmp_path / 'out'}", "--model=round-trip"]
+    line += [f"--vae={folders['AutoencoderTiny']}", f"--recognizer={tiny_models.recognizer}", "--device=cpu"]
+    line += [f"--judge={tiny_models.judge}", f"--lpips={tiny_models.perceptual}", "--num_iters=1"]
+    line += ["--methods", "encoder", "facelock", "--purify", "vae", f"--reference_dir={tmp_path / 'others'}"]
+    assert experiment.main(line) == 0
+    text = (tmp_path / "out" / "all_metric.md").read_text()
+    assert "no edit by words was made" in text and "1 prompts" in text and "other photos" in text
+    table = pd.read_csv(tmp_path / "out" / "all_metric.csv")
+    assert len(table) == 3 and not [name for name in table if name.startswith("clip")]
+    assert table[["left", "facial", "psnr", "lpips"]].iloc[1:].notna().all(axis=None)
+    assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "purified.csv").exists()
+    capsys.readouterr()
+    (tmp_path / "others" / "face1" / "b.png").unlink()
+    assert experiment.main(line) == 1  # before anything is made
+    assert "no other photo of face1" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# real weights
+
+
+@pytest.mark.skipif(not (REAL / "taef2").is_dir(), reason="FACELOCK_REAL names no folder with real weights")
+def test_real_weights_bring_real_photos_back():
+    vae, values = load_vae(InstructPix2Pix, str(REAL / "taef2"), 256, CPU, F32), []
+    for path in sorted((REAL / "photos").glob("*_a.jpg"))[:3]:
+        x = to_tensor(np.array(Image.open(path).convert("RGB").resize((256, 256))))
+        values.append(-10 * ((vae.round_trip(x) - x) / 2).square().mean().log10().item())
+    assert min(values) > 24, values  # dB
