@@ -44,7 +44,7 @@ class WorkingVAE:
         return self._decode(latents.to(self.vae.dtype))
 
     def round_trip(self, images: Tensor) -> Tensor:
-        """Gives y = clip(D(E(x)), -1, 1) at the working size, with its padding, float32 and without gradient."""
+        """Gives clip(D(E(x)), -1, 1) at the working size, with its padding, in float32, without gradient."""
         import torch
 
         with torch.no_grad():

@@ -200,7 +200,7 @@ def test_an_adapter_is_the_usual_vae(make, kind, adapter, tmp_path):
     network.save_pretrained(tmp_path / "vae")
     vae = load_vae(kind, str(tmp_path), 96, CPU, F32)
     assert type(vae) is adapter and type(vae.vae) is type(network)
-    vae.editor = Editor  # at the image's own size
+    vae.to_working = to_working  # at the image's own size
     video = x[:, :, None] if adapter is QwenImageVAE else x
     own, given = network.encode(video).latent_dist, vae.encode(x).latent_dist
     back = vae.decode(given.mean).sample

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from models import loading
 from models.clip import load_clip
 from models.editors import InstructPix2Pix
-from models.loading import ROOT, fp16_only, from_hub, recorded, shown
+from models.loading import ROOT, from_hub, recorded, shown
 from models.perceptual import load_perceptual
 from models.recognizers import load_recognizer
 from models.vaes import WorkingVAE, load_vae
@@ -101,6 +101,8 @@ def test_a_gated_model_says_how_to_get_in(monkeypatch):
 
 
 def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):
+    """As the hub's library keeps it: a directory, with what an earlier run has fetched."""
+
     def unreachable(*args, **kwargs):
         raise ConnectionError("no route")
 
@@ -108,8 +110,12 @@ def test_without_a_network_the_cache_is_used(monkeypatch, tmp_path):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(ConnectionError, match="no route, and it is not in the local cache"):
         from_hub("me/model")
-    (tmp_path / "models--me--model").mkdir()
-    assert from_hub("me/model") == ("me/model", {"local_files_only": True})
+    kept = tmp_path / "models--me--model"
+    tiny.tiny_vae().save_pretrained(kept / "snapshots" / "abc" / "vae")
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text("abc")
+    assert from_hub("me/model") == (str(kept / "snapshots" / "abc"), {"local_files_only": True})
+    assert type(load_any_vae("me/model").vae).__name__ == "AutoencoderKL"
 
 
 def test_a_revision_is_asked_for_and_passed_on(monkeypatch):
@@ -184,42 +190,6 @@ def test_code_beside_the_weights_is_not_run(tmp_path, tiny_models):
     with contextlib.suppress(UserError):
         load_recognizer(str(place), CPU, F32)
     assert not (tmp_path / "ran").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# variants
-
-
-def touch(root: Path, *names: str) -> Path:
-    for name in names:
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).touch()
-    return root
-
-
-PARTS = (
-    "unet/a.fp16.safetensors",
-    "unet/a.fp16.bin",
-    "vae/b.safetensors",
-    "vae/b.fp16.safetensors",
-    "text_encoder/c.safetensors",
-    "scheduler/config.json",
-)
-
-
-def test_the_fp16_variant_is_asked_for_where_there_is_nothing_else(monkeypatch, tmp_path):
-    """In a directory, in the hub's cache, and on the hub."""
-    wanted = {"unet": {"variant": "fp16"}}
-    assert fp16_only(str(touch(tmp_path / "local", *PARTS)), {"local_files_only": True}) == wanted
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
-    touch(tmp_path / "models--me--model" / "snapshots" / "abc", *PARTS)
-    assert fp16_only("me/model", {"local_files_only": True}) == wanted
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub.HfApi, "list_repo_files", lambda self, name, **how: asked.append((name, how)) or PARTS
-    )
-    assert fp16_only("me/model", {"revision": "v2"}) == wanted
-    assert asked == [("me/model", {"revision": "v2"})]
 
 
 def test_a_vae_that_is_there_in_float16_alone_is_loaded_as_float32(tmp_path):
