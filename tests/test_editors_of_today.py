@@ -19,7 +19,7 @@ import defend
 import edit
 import experiment
 import main_edit
-from images import load_image
+from images import load_image, to_working
 from models import editors
 from models.config import ModelSettings, resolve, resolve_editor
 from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
@@ -65,7 +65,7 @@ def load(kind: str, directory: Path, **settings) -> Editor:
 
 
 def test_every_editor_is_tested():
-    assert EDITORS.keys() - WRITERS.keys() == {"instruct-pix2pix", "stable-diffusion"}
+    assert EDITORS.keys() - WRITERS.keys() == {"instruct-pix2pix", "stable-diffusion", "round-trip"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def test_the_vae_sees_what_the_editor_sees(kind, size, directory, monkeypatch):
     working = EDITORS[kind].to_working(x, SIDE)
     pixels = found.image[:, :, 0] if found.image.ndim == 5 else found.image
     torch.testing.assert_close(pixels, working, atol=0.501 / 127.5 if is_token else 1e-6, rtol=0)
-    monkeypatch.setattr(vae, "editor", SimpleNamespace(to_working=lambda images, _: images))
+    monkeypatch.setattr(vae, "to_working", lambda images, _: images)
     z = vae.encode(pixels).latent_dist.mean
     if kind == "flux2-klein":  # its patches are channels already
         expected = z.flatten(2).transpose(1, 2)
