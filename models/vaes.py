@@ -17,8 +17,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from models.editors import Editor
-
 
 class WorkingVAE:
     """The VAE as the defenses get it: images of any size go in, and are first brought to the working size.
@@ -128,7 +126,7 @@ def _posterior(mean: Tensor, logvar: Tensor) -> Any:
 
 @functools.cache
 def load_vae(
-    editor: type[Editor],
+    editor: type,
     member: str,
     resolution: int,
     device: torch.device,
@@ -138,7 +136,7 @@ def load_vae(
 ) -> WorkingVAE:
     """Loads an autoencoder that sees images as an editor does; once a process. Raises UserError.
 
-    member: an editor, whose VAE it is, or an autoencoder: a hub id or directory of either. checkpointing: a
+    editor: its class, of editors.py. member: an editor, whose VAE it is, or an autoencoder: a hub id or directory of either. checkpointing: a
     gradient computes activations again instead of keeping them. compile: with torch.compile.
     """
     import torch
