@@ -334,7 +334,7 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSetti
 def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
     names = ("--model", "--target_model")
-    text = "kind of editor; stable-diffusion means its img2img, round-trip an autoencoder alone, without words"
+    text = "kind of editor; stable-diffusion means its img2img, round-trip an autoencoder without words"
     parser.add_argument(*names, dest="model", choices=EDITORS, default=ModelSettings.model, help=text)
     ids = {**MODEL_SETS["full"].editors}
     ids |= {f"{kind} of mini": shown(id_) for kind, id_ in MODEL_SETS["mini"].editors.items()}

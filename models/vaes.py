@@ -136,8 +136,8 @@ def load_vae(
 ) -> WorkingVAE:
     """Loads an autoencoder that sees images as an editor does; once a process. Raises UserError.
 
-    editor: its class, of editors.py. member: an editor, whose VAE it is, or an autoencoder: a hub id or directory of either. checkpointing: a
-    gradient computes activations again instead of keeping them. compile: with torch.compile.
+    editor: its class. member: an editor, whose VAE it is, or an autoencoder; a hub id or directory of either.
+    checkpointing: a gradient computes activations again instead of keeping them. compile: with torch.compile.
     """
     import torch
 
