@@ -31,7 +31,7 @@ import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
 from evaluation import eval_all, figure, purify, report, tables
-from evaluation.pairing import Edits, find_edits, references_of
+from evaluation.pairing import Edits, find_edits, find_references
 from images import images_by_stem
 from loops import Run
 from main_defend import protect_directory
@@ -152,7 +152,7 @@ class Experiment:
         prompts = prompts_of(config.kind, args.prompts, args.prompt_file)
         runs.find_images(args.image_dir)
         if args.reference_dir:
-            references_of(args.reference_dir, images_by_stem(args.image_dir))
+            find_references(args.reference_dir, images_by_stem(args.image_dir))
         utils.check_directory(args.output_dir)
         if len({name_of(editor) for editor in named}) < len(named):
             raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")

@@ -39,6 +39,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -155,7 +156,7 @@ def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the way to noise and back, at the editor's working size. Raises UserError."""
     is_unet = config.editor.pipeline_class in PIPELINES
     view = (Denoiser if is_unet else family_of(config.editor))(config.load_editor())
-    vae = load_vae(config.editor, config.model_id, config.resolution, config.device, config.dtype)
+    vae = replace(config, vae_id=None).load_vae()  # the editor's own
 
     def there_and_back(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
         import torch
