@@ -22,7 +22,7 @@ import main_edit
 from images import load_image, to_working
 from models import editors
 from models.config import ModelSettings, resolve, resolve_editor
-from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor
+from models.editors import EDITORS, Editor, Flux2Klein, FluxKontext, QwenImageEdit, TokenEditor, unload
 from models.faces import scale_box
 from models.loading import recorded
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
@@ -107,8 +107,7 @@ def test_an_unloaded_editor_leaves_its_memory_at_once(kind, directory):
     editor(noise(1, 3, 64, 64), ["hat"], 0)
     network = weakref.ref(getattr(editor.pipeline, "transformer", None) or editor.pipeline.unet)
     del editor
-    holder = SimpleNamespace(denoisers={"me/ed": object()})
-    assert experiment.make_room([holder]) == 0 and not holder.denoisers
+    unload()
     assert network() is None
 
 

@@ -305,7 +305,7 @@ def test_an_instruction_must_be_the_same_in_every_row_and_seed(world, call):
     assert "Turn it green" in call(eval_psnr, f"--prompt_file {world}/own.txt").err
     for broken in ({"prompts": ["a"]}, {"prompts": {"first": "a"}}):
         strong.write_text(json.dumps(record | broken))
-        assert "not a record of a run (its prompts are " in call(eval_psnr).err
+        assert "run.json: not a record of a run" in call(eval_psnr).err
     for name in ("clean", WEAK):
         shutil.copytree(world / "edits" / name / "seed5", world / "edits" / name / "seed6")
     (world / "edits/clean/seed6/run.json").write_text(json.dumps(record | {"prompts": {"0": "b"}}))
