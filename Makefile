@@ -19,7 +19,7 @@ SEED ?= 0
 BATCH ?= 8
 TABLE ?= table
 EXPERIMENT ?= experiment
-OURS = facelock-dim@0.11 facelock-ti@0.11
+OURS = facelock-dim@0.11 facelock-wide@0.2 facelock-wash@0.2
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 
 .PHONY: install demo app table experiment test test-all lint clean

@@ -50,12 +50,9 @@ def transform_names(text: str) -> str:
 
 KNOBS = {  # flag -> type and what it is; of the loops (NUMBERS) and of the objectives, but for --targeted
     "step_size": (utils.positive_float, "first step in [-1, 1]; steps shrink linearly to 1 %% of it"),
-    "num_iters": (utils.natural_number, "number of iterations; 0 leaves the random start"),
+    "num_iters": (utils.natural_number, "number of iterations; 0 leaves the start"),
     "lr": (utils.positive_float, "learning rate of Adam"),
-    "smoothing": (
-        utils.number(float, 0, 1, "a number from 0 to 1"),
-        "sigma of the Gaussian that smooths each step, as a share of the long side",
-    ),
+    "rms": (utils.positive_float, "root mean square of the change where it may be, in [-1, 1]"),
     "momentum": (utils.number(float, 0, 1, "a number from 0 to 1"), "share of the earlier gradients kept"),
     "c": (utils.positive_float, "weight of the latent term"),
     "unrolled": (utils.positive_int, "denoising steps that the gradient goes through"),
@@ -64,6 +61,7 @@ KNOBS = {  # flag -> type and what it is; of the loops (NUMBERS) and of the obje
         "random transforms of the picture; resize+light,jpeg alternates between a chain of two and a JPEG",
     ),
     "samples": (utils.positive_int, "random transforms per iteration"),
+    "wash": (transform_names, "what happens to the picture before it is edited, like --transforms"),
 }
 TARGETED = {  # value -> flag and what it is
     True: ("--targeted", "push the latent towards zero; sds: towards what is easily denoised"),

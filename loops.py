@@ -13,12 +13,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from transforms import in_coefficients, keeping_spectrum, smooth
+from transforms import in_coefficients, keeping_spectrum
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
     from torch import Tensor
 
 LOSS_SCALE = 2.0**12  # keeps float16 gradients from vanishing; a power of two changes no digit and no sign
+COLOUR = 0.4  # of l2_pgd: grey changes pass for skin and wrinkles, coloured ones for a rash
 CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
 
 Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
@@ -32,7 +33,7 @@ class Run:
     step_size: float = 0.01  # the first one; it falls linearly to 1 % of it
     num_iters: int = 100
     lr: float = 0.03  # of Adam
-    smoothing: float = 0.0  # of `ti_pgd`: its Gaussian's sigma, as a share of the long side
+    rms: float = 0.045  # of `l2_pgd`: the root mean square of the change, where it may be
     momentum: float = 0.9  # of `mi_pgd`: what is kept of the earlier gradients
     # where x' begins, or what makes it, which needs no copy; default: `random_start` with seed 0
     start: Tensor | Callable[[], Tensor] | None = None
@@ -40,16 +41,21 @@ class Run:
 
 
 def pgd(
-    x: Tensor, objective: Objective, run: Run, way: Callable[[Tensor], Tensor] = lambda g: g.sign_()
+    x: Tensor,
+    objective: Objective,
+    run: Run,
+    way: Callable[[Tensor], Tensor] = lambda g: g.sign_(),
+    within: Callable[[Tensor], Tensor] = lambda moved: moved,
 ) -> Tensor:
     """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
 
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
     x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
-    gets what it would get alone. way: a step as a function of the gradient, instead of its sign. Returns x'
-    like x, max |x' - x| <= budget. Raises ValueError for a wrong image, GradientError for a gradient that is
-    not finite; warns if an image's is zero everywhere.
+    gets what it would get alone. way: a step as a function of the gradient, instead of its sign. within: what
+    keeps x' to more than the budget, after each step. Returns x' like x, max |x' - x| <= budget. Raises
+    ValueError for a wrong image, GradientError for a gradient that is not finite; warns if an image's is zero
+    everywhere.
     """
     import torch
 
@@ -64,26 +70,25 @@ def pgd(
         _watch(gradient, peaks, i, run)
         x_adv = x_adv.detach().add_(way(gradient).mul_(step))  # in place: of 24 megapixels, each is 0.3 GB
         del gradient
-        _project_(x_adv, x, run.budget)
+        x_adv = within(_project_(x_adv, x, run.budget))
         if run.callback:
             run.callback(i, values.detach())
     return x_adv
 
 
-def ti_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Climbs by steps of the gradient's size, smoothed by a Gaussian G (TI, Dong et al. 2019):
+def sized_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs by steps of the gradient's size:
 
-        x' <- project(x' + step_i clip(G g / mean |G g|, -1, 1))
+        x' <- project(x' + step_i clip(g / mean |g|, -1, 1))
 
-    step_i as in `pgd`, the mean over where G g isn't 0, G's sigma `smoothing` of the long side. So what
-    matters little is changed little. x, the result and errors as in `pgd`.
+    step_i as in `pgd`, the mean over where g isn't 0. So what matters little is changed little. x, the result
+    and errors as in `pgd`.
     """
 
     def sized(gradient: Tensor) -> Tensor:
-        smoothed = smooth(gradient, run.smoothing * max(x.shape[-2:]))
-        sizes = smoothed.abs().flatten(1)
+        sizes = gradient.abs().flatten(1)
         mean = sizes.sum(dim=1) / sizes.count_nonzero(dim=1).clamp(min=1)
-        return (smoothed / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
+        return (gradient / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
 
     return pgd(x, objective, run, sized)
 
@@ -104,6 +109,36 @@ def mi_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
         return gathered.sign()
 
     return pgd(x, objective, run, way)
+
+
+def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
+    """Climbs along the gradient, from x, within a ball of the L2 norm and the budget (Madry et al. 2018):
+
+        x' <- project(x' + step_i g / rms(g)),  rms(x' - x) <= run.rms
+
+    step_i as in `pgd`; g is the gradient, with COLOUR of what isn't grey in it; rms is the root mean square
+    over where something isn't 0, so that of a change that a mask keeps to the face it is the face's. What is
+    seen buys more so than in a budget that each pixel uses up. x, the result and errors as in `pgd`; `start`
+    isn't read.
+    """
+    import torch
+
+    def rms(values: Tensor) -> Tensor:
+        flat = values.flatten(1)
+        count = flat.count_nonzero(dim=1).clamp(min=1)
+        return (torch.linalg.vector_norm(flat, dim=1) / count.sqrt()).view(-1, 1, 1, 1).clamp(min=1e-30)
+
+    def way(gradient: Tensor) -> Tensor:
+        grey = gradient.mean(dim=1, keepdim=True)
+        gradient = gradient.sub_(grey).mul_(COLOUR).add_(grey)
+        return gradient.div_(rms(gradient))
+
+    def within(moved: Tensor) -> Tensor:
+        change = moved.sub_(x)
+        return change.mul_((run.rms / rms(change)).clamp(max=1)).add_(x)
+
+    x = _image(x, run.budget)
+    return pgd(x, objective, replace(run, start=x), way, within)
 
 
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:

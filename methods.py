@@ -22,7 +22,19 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from images import MOST_PIXELS
-from loops import Objective, Run, adam, blurred_pgd, climb, dct_pgd, mi_pgd, pgd, stay, ti_pgd
+from loops import (
+    Objective,
+    Run,
+    adam,
+    blurred_pgd,
+    climb,
+    dct_pgd,
+    l2_pgd,
+    mi_pgd,
+    pgd,
+    sized_pgd,
+    stay,
+)
 from transforms import Draws, Window, chains, normal, uniform
 
 if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists METHODS at once
@@ -34,7 +46,8 @@ PERCEPTUAL_FROM = 0.25  # share of the iterations after which the LPIPS term is 
 FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
 MIX = "resize+mirror+light,rotate+shift,resize+mirror+blur"  # what facelock_dim's samples are seen through
-
+LOOKS = "pose+noise+hide,pose+blur+hide"  # ... and facelock_wide's
+WASHING = "jpeg,shrink,shrink+jpeg"  # what may happen to a picture before it is edited
 
 # ---------------------------------------------------------------------------------------------------------
 # the defenses
@@ -127,6 +140,47 @@ def facelock_dim(
     """
     similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples, face_window)
     return lambda x_adv, t: -similarity(_decode(vae, _encode(vae, x_adv)).clamp(-1, 1), t).to(x_adv.dtype)
+
+
+def facelock_wide(
+    x: Tensor,
+    vae: Any,
+    face_similarity: Callable[[Tensor], Tensor],
+    face_window: Window,
+    generators: Draws,
+    transforms: str = LOOKS,
+    samples: int = 3,
+    wash: str = "none",
+) -> Objective:
+    """Takes the face from the reconstruction for recognisers that it never saw, by many wide looks T:
+
+        -mean over samples of cos(f(T(y)), f(x)),  y = clip(D(E(W(x'))), -1, 1)
+
+    f is best several recognisers, the mean of their similarities. T as in `facelock_dim`; W is what happens
+    to the picture before it is edited, by default nothing.
+    """
+    similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples, face_window)
+    ways = itertools.cycle(chains(wash))
+
+    def objective(x_adv: Tensor, t: float) -> Tensor:
+        y = _decode(vae, _encode(vae, next(ways)(x_adv, generators))).clamp(-1, 1)
+        return -similarity(y, t).to(x_adv.dtype)
+
+    return objective
+
+
+def facelock_wash(
+    x: Tensor,
+    vae: Any,
+    face_similarity: Callable[[Tensor], Tensor],
+    face_window: Window,
+    generators: Draws,
+    transforms: str = LOOKS,
+    samples: int = 3,
+    wash: str = WASHING,
+) -> Objective:
+    """Takes the face so that JPEG and other sizes don't bring it back: `facelock_wide` through such a W"""
+    return facelock_wide(x, vae, face_similarity, face_window, generators, transforms, samples, wash)
 
 
 def eot(
@@ -313,9 +367,9 @@ class Method(NamedTuple):
 
 
 NEED = inspect.Parameter.empty
-TI = ("step_size", "num_iters", "smoothing")  # what ti_pgd reads
+L2 = ("step_size", "num_iters", "rms")  # what l2_pgd reads
 MI = ("step_size", "num_iters", "momentum")  # what mi_pgd reads
-OURS = Run(step_size=0.04, num_iters=16)
+WIDE = Run(step_size=0.015, num_iters=32)
 METHODS: dict[str, Method] = {
     "noise": Method(noise, stay, reads=()),
     "encoder": Method(encoder_attack),
@@ -324,8 +378,11 @@ METHODS: dict[str, Method] = {
         cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True, most_pixels=MOST_PIXELS // 2
     ),
     "facelock": Method(facelock),
-    "facelock-dim": Method(facelock_dim, ti_pgd, TI, run=OURS, mask="face"),
-    "facelock-ti": Method(facelock_dim, ti_pgd, TI, run=replace(OURS, smoothing=3 / 128), mask="face"),
+    "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(step_size=0.04, num_iters=16), mask="face"),
+    "facelock-wide": Method(facelock_wide, l2_pgd, L2, run=WIDE, mask="face"),
+    "facelock-wash": Method(
+        facelock_wash, l2_pgd, L2, run=replace(WIDE, step_size=0.02, rms=0.065), mask="face"
+    ),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),
     "sds": Method(sds),

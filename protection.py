@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
-NUMBERS = ("step_size", "num_iters", "lr", "smoothing", "momentum")  # of Run; loops read them, or objectives
+NUMBERS = ("step_size", "num_iters", "lr", "rms", "momentum")  # of Run; loops read them, or objectives
 
 
 def readers(name: str) -> dict[str, Any]:
@@ -66,7 +66,7 @@ class Settings(ModelSettings):
     step_size: float | None = None
     num_iters: int | None = None
     lr: float | None = None
-    smoothing: float | None = None
+    rms: float | None = None
     momentum: float | None = None
     knobs: Mapping[str, Any] = field(default_factory=dict)  # of the method's objective: {"c": 0.1}
     budget_mask: str | None = None  # one of BUDGET_MASKS

@@ -47,8 +47,8 @@ def chains(text: str) -> list[Transform]:
     """
     known = {
         "none": lambda images, generators, window: images,
-        "resize": resize, "shift": shift, "mirror": mirror, "rotate": rotate, "crop": crop,
-        "light": light, "blur": soften, "jpeg": jpeg,
+        "resize": resize, "shift": shift, "mirror": mirror, "rotate": rotate, "pose": pose, "crop": crop,
+        "light": light, "blur": soften, "noise": grain, "hide": hide, "jpeg": jpeg, "shrink": shrink,
     }  # fmt: skip
     if unknown := [name for name in text.replace("+", ",").split(",") if name not in known]:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
@@ -108,6 +108,14 @@ def rotate(images: Tensor, generators: Draws, window: Window | None = None) -> T
     return _warp(images, window, 1 + 0 * angle, angle=angle)
 
 
+def pose(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
+    """Rotates by up to 10 degrees, scales by up to 10 % and moves by up to 2.5 % of the sides, at once."""
+    angle = uniform(generators, -0.1745, 0.1745, images)
+    scale = 1 + uniform(generators, -0.1, 0.1, images)
+    right, down = (uniform(generators, -0.05, 0.05, images) for _ in range(2))
+    return _warp(images, window, scale, right, down, angle=angle)
+
+
 def crop(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
     """Brings the middle 80 to 100 % of the sides back up to the whole size."""
     scale = 1 / uniform(generators, 0.8, 1, images)
@@ -138,8 +146,24 @@ def _warp(
     return F.grid_sample(images, grid, align_corners=False)
 
 
+def hide(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
+    """Greys a square of a quarter of the window's side, at a random place in it."""
+    import torch
+
+    centre, half = window or (images.new_zeros(2), images.new_ones(2))
+    draws = torch.stack([uniform(generators, -0.75, 0.75, images) for _ in range(2)], dim=1)
+    middle, reach = centre + half * draws, half.expand_as(draws) / 4  # (B, 2), as (x, y)
+
+    def inside(axis: int, side: int) -> Tensor:  # (B, side)
+        places = (2 * torch.arange(side, device=images.device).to(images) + 1) / side - 1
+        return (places - middle[:, axis, None]).abs() <= reach[:, axis, None]
+
+    across, down = inside(0, images.shape[-1]), inside(1, images.shape[-2])
+    return images.masked_fill((down[:, :, None] & across[:, None, :])[:, None], 0)
+
+
 # ---------------------------------------------------------------------------------------------------------
-# light, blur, JPEG
+# light, blur, noise, JPEG, a smaller size
 
 
 def light(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
@@ -154,6 +178,27 @@ def soften(images: Tensor, generators: Draws, window: Window | None = None) -> T
 
     sigmas = uniform(generators, 0.5, 1.5, images).tolist()
     return torch.cat([blur(image[None], 5, sigma) for image, sigma in zip(images, sigmas, strict=True)])
+
+
+def grain(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
+    """Adds normal noise of a deviation of 2.5 % of the range."""
+    return (images + 0.05 * normal(generators, images)).clamp(-1, 1)
+
+
+def shrink(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
+    """Makes each image 45 to 95 % as large and brings it back to its size, bicubic, as Pillow does."""
+    import torch
+    from torch.nn.functional import interpolate
+
+    size = images.shape[-2:]
+
+    def one(image: Tensor, share: float) -> Tensor:
+        small = [max(1, round(side * share)) for side in size]
+        smaller = interpolate(image[None], small, mode="bicubic", antialias=True)
+        return interpolate(smaller, size, mode="bicubic", antialias=True)
+
+    shares = uniform(generators, 0.45, 0.95, images).tolist()
+    return torch.cat([one(*pair) for pair in zip(images, shares, strict=True)]).clamp(-1, 1)
 
 
 def blur(images: Tensor, side: int, sigma: float) -> Tensor:

@@ -20,7 +20,7 @@ SETTINGS = Settings(models="mini", device="cpu", resolution=64, num_iters=2)
 def test_one_row_per_job_with_its_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
     line = f"--iterations=2 --repeats=2 --portraits=10 --input_side=70x60 --json={tmp_path}/out.json".split()
-    jobs = ["noise", "encoder", "facelock", "facelock-ti", "edit", "psnr", "lpips", "clip", "faces"]
+    jobs = ["noise", "encoder", "facelock", "facelock-wide", "edit", "psnr", "lpips", "clip", "faces"]
     assert bench.main([*MINI, *line, "--what", *jobs]) == 0
     about, _, *lines, note = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "out.json").read_text())
@@ -30,7 +30,7 @@ def test_one_row_per_job_with_its_numbers(tmp_path, monkeypatch, capsys):
     assert "10 portraits" in note and "25 instructions" in note
     for job, row in rows.items():
         assert row["hours"] == pytest.approx((10 if job in METHODS else 250) * row["image"] / 3600)
-        own = {"facelock-ti": 16, "encoder": 100, "facelock": 100, "edit": 20}.get(job, 1)
+        own = {"facelock-wide": 40, "encoder": 100, "facelock": 100, "edit": 20}.get(job, 1)
         assert row["image"] == pytest.approx(own * row["iteration"]) and row["image"] > 0
 
 

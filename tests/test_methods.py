@@ -9,11 +9,21 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import scipy.ndimage
 import torch
 from tiny import tiny_vae
 
-from loops import CHECK_EVERY, GradientError, Run, adam, pgd, project, random_start, ti_pgd
+from loops import (
+    CHECK_EVERY,
+    GradientError,
+    Objective,
+    Run,
+    adam,
+    l2_pgd,
+    pgd,
+    project,
+    random_start,
+    sized_pgd,
+)
 from methods import METHODS, NEED, Method
 from models.faces import BoxCrop
 from models.perceptual import perceptual_distance_to
@@ -548,39 +558,46 @@ def test_pgd_goes_along_the_sign_by_falling_steps(sign):
     torch.testing.assert_close(out, x + moved * slope.sign(), rtol=0, atol=1e-12)
 
 
-def test_ti_pgds_steps_have_the_smoothed_gradients_size():
-    """Cut at its mean, which is of each image and of where it is not 0; no smoothing: the gradient itself."""
+def slopes() -> tuple[torch.Tensor, Objective]:
+    """Two images at 0, and an objective with a slope at two of their pixels, a millionth in the second."""
     x = torch.zeros(2, 3, 16, 16, dtype=torch.float64)
     slope = torch.zeros_like(x)
-    slope[:, :, 8, 4], slope[:, :, 8, 12] = 1.0, -3.0  # of mean size 2
+    slope[:, :, 8, 4], slope[:, :, 8, 12] = 1.0, -3.0  # of mean size 2 where it isn't 0
     slope[1] *= 1e-6
+    return slope, lambda x_adv, t: (slope[: len(x_adv)] * x_adv).sum(dim=(1, 2, 3))
 
-    def objective(x_adv, t):
-        return (slope[: len(x_adv)] * x_adv).sum(dim=(1, 2, 3))
 
-    run = Run(budget=0.5, step_size=0.1, num_iters=1, start=x)
-    out = ti_pgd(x, objective, run)
+def test_sized_pgds_steps_have_the_gradients_size():
+    """Cut at its mean, which is of each image and of where it is not 0."""
+    slope, objective = slopes()
+    x = torch.zeros_like(slope)
+    out = sized_pgd(x, objective, Run(budget=0.5, step_size=0.1, num_iters=1, start=x))
     torch.testing.assert_close(out, 0.1 * (slope / slope.abs().amax((1, 2, 3), True) * 1.5).clamp(-1, 0.5))
-    smoothed = ti_pgd(x, objective, replace(run, smoothing=1 / 16))  # a sigma of 1 px, up to 3 px away
-    wide = scipy.ndimage.gaussian_filter(slope[0, 0].numpy(), 1.0, truncate=3.0, mode="mirror")
-    wide = np.where(abs(wide) < 1e-15, 0, wide)
-    expected = np.clip(wide / abs(wide[wide != 0]).mean(), -1, 1)
-    np.testing.assert_allclose(smoothed[0, 0], 0.1 * expected, atol=1e-6)
-    torch.testing.assert_close(smoothed[1], smoothed[0])
 
 
-def test_ti_pgd_keeps_the_budget_and_its_steps_fall():
-    x, start = torch.zeros(1, 3, 8, 8), torch.full((1, 3, 8, 8), -0.05)
-    run = Run(budget=0.05, step_size=0.03, num_iters=4, start=start, smoothing=0.1)
+def test_l2_pgd_goes_along_the_gradient_to_the_balls_border():
+    """From the image; the root mean square is of where something changes, and each image has its own."""
+    slope, objective = slopes()
+    x = torch.zeros_like(slope)
+    direction = slope / slope.abs().amax((1, 2, 3), True) * 3 / 5**0.5  # of root mean square 1 at its pixels
+    run = Run(budget=0.5, step_size=0.1, num_iters=1, rms=0.3, start=x + 0.5)
+    torch.testing.assert_close(l2_pgd(x, objective, run), 0.1 * direction)
+    torch.testing.assert_close(l2_pgd(x, objective, replace(run, num_iters=9)), 0.3 * direction)
+    torch.testing.assert_close(l2_pgd(x[1:], lambda u, t: objective(u, t) * 1e-6, run), 0.1 * direction[1:])
+
+
+def test_l2_pgd_keeps_the_budget_and_its_steps_fall():
+    x = torch.zeros(1, 3, 8, 8)
+    run = Run(budget=0.05, step_size=0.02, num_iters=4, rms=1)
     seen = []
 
     def objective(x_adv, t):
         seen.append(x_adv[0, 0, 0, 0].item())
         return x_adv.sum(dim=(1, 2, 3))
 
-    ti_pgd(x, objective, run)
-    assert np.diff(seen) == pytest.approx([0.03, 0.03 * 0.7525, 0.03 * 0.505], abs=1e-6)
-    assert torch.equal(ti_pgd(x, objective, replace(run, num_iters=40)), torch.full_like(x, 0.05))
+    out = l2_pgd(x, objective, run)
+    assert np.diff(seen) == pytest.approx([0.02, 0.02 * 0.7525, 0.02 * 0.505], abs=1e-6)
+    assert torch.equal(out, torch.full_like(x, 0.05))
 
 
 def test_a_gradient_too_small_for_float16_still_counts():

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 import transforms
 from images import to_uint8_within
 from loops import Run, pgd, random_start
-from methods import METHODS, NEED, eot, facelock_dim
+from methods import METHODS, NEED, eot, facelock_wash
 from models.denoiser import Denoiser
 from models.editors import InstructPix2Pix
 from protection import methods_for
@@ -27,8 +27,8 @@ torch.set_num_threads(1)
 SCALE = 0.18215
 SEEDS = [5, 6]
 WINDOW = transforms.Window(torch.tensor([[0.1, -0.2]]).double(), torch.tensor([[0.7, 0.7]]).double())
-DRAWN = ["facelock-dim", "facelock-ti", "photoguard", "advdm", "sds", "editshield", "diffusionguard"]
 OF_THE_EDITOR = ["photoguard", "advdm", "sds", "diffusionguard"]
+DRAWN = ["facelock-dim", "facelock-wide", "facelock-wash", *OF_THE_EDITOR, "editshield"]
 PEERS = [*DRAWN, "mist", "pid", "blurguard", "dctshield"]
 every_peer = pytest.mark.parametrize("name", PEERS)
 
@@ -140,9 +140,21 @@ def dim(by, x, x_adv):
     return -sum(similarity(way(y))[0] / 4 for way in (*ways, ways[0]))
 
 
+def wide(by, x, x_adv):
+    y = by.d(by.e(x_adv)).clamp(-1, 1)
+    g, w = [by.generator], WINDOW
+
+    def look(y, other):
+        return transforms.hide(other(transforms.pose(y, g, w), g), g, w)
+
+    others = [transforms.grain, transforms.soften, transforms.grain]
+    return -sum(similarity(look(y, other))[0] / 3 for other in others)
+
+
 EQUATIONS = {
     "facelock-dim": dim,
-    "facelock-ti": dim,
+    "facelock-wide": wide,
+    "facelock-wash": lambda by, x, x_adv: wide(by, x, transforms.jpeg(x_adv, [by.generator])),
     "photoguard": photoguard,
     "advdm": lambda by, x, x_adv: by.error(x_adv).square().mean(),
     "sds": lambda by, x, x_adv: -(by.error(x_adv) * by.e(x_adv)).mean(),
@@ -392,8 +404,19 @@ class WithAnySide:
 
 def test_whose_run_and_mask_are_their_own():
     """Ours, and those that bring their authors' setting."""
-    ours = {"facelock-dim", "facelock-ti"}
+    ours = {"facelock-dim", "facelock-wide", "facelock-wash"}
     assert {name for name, method in METHODS.items() if method.run != Run()} == {*ours, "veto", "decontext"}
     assert {name for name, method in METHODS.items() if method.mask == "face"} == ours
-    assert {METHODS[name].objective for name in ours} == {facelock_dim}
-    assert [METHODS[name].run.smoothing for name in sorted(ours)] == [0, 3 / 128]
+
+
+def test_facelock_wash_sees_the_picture_after_what_may_happen_to_it(vae):
+    """The ways alternate, and the picture is washed before it is encoded."""
+    x = image()
+    there = {"vae": vae, "face_similarity": similarity, "face_window": WINDOW}
+    draws, same = generators(), generators()
+    objective = facelock_wash(x, generators=draws, transforms="none", samples=1, wash="none,jpeg", **there)
+    plain = facelock_wash(x, generators=same, transforms="none", samples=1, wash="none", **there)
+    first, second = objective(x, 0.0), objective(x, 0.5)
+    torch.testing.assert_close(first, plain(x, 0.0))
+    torch.testing.assert_close(second, plain(transforms.jpeg(x, same), 0.5))
+    assert (first != second).all()

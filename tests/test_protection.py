@@ -18,14 +18,14 @@ import defend
 import masks
 from images import linf, load_image, save_png, to_tensor
 from loops import random_start
-from methods import METHODS, MIX, NEED, Method, encoder_attack
+from methods import LOOKS, METHODS, MIX, NEED, WASHING, Method, encoder_attack
 from models.editors import InstructPix2Pix
 from models.loading import recorded
 from models.recognizers import face_similarity_to
 from protection import Protector, Report, Settings, generator_of, methods_for
 from utils import UserError, start_seed
 
-FACES = [(0, 0, 64, 64), (10, 12, 50, 60)]
+FACES = [(0, 0, 60, 62), (10, 12, 50, 60)]
 
 
 @pytest.fixture
@@ -54,22 +54,25 @@ OURS = {
     **RUN, **VAE, "step_size": 0.04, "faces": "largest", "budget_mask": "face",
     "transforms": MIX, "samples": 4,
 }  # fmt: skip
+WIDE = {**OURS, "step_size": 0.015, "rms": 0.045, "transforms": LOOKS, "samples": 3, "wash": "none"}
 SETTINGS = {  # method -> beside seed, defend_method, its version, attack_budget and the paths of models
     "noise": {},
     "encoder": {**RUN, **VAE, "targeted": True},
     "vae": {**RUN, **VAE},
     "cw": {**VAE, "num_iters": 3, "lr": 0.03, "c": 0.03, "targeted": False},
     "facelock": {**RUN, **VAE, "faces": "largest"},
-    "facelock-dim": {**OURS, "smoothing": 0.0},
-    "facelock-ti": {**OURS, "smoothing": 3 / 128},
+    "facelock-dim": OURS,
+    "facelock-wide": WIDE,
+    "facelock-wash": {**WIDE, "step_size": 0.02, "rms": 0.065, "wash": WASHING},
     "photoguard": {**RUN, **VAE, "unrolled": 4},
     "sds": {**RUN, **VAE, "targeted": True},
     "blurguard": {**RUN, **VAE, "targeted": True},
     "dctshield": {**RUN, **VAE, "targeted": True},
     **{name: {**RUN, **VAE} for name in ("advdm", "mist", "pid", "editshield", "diffusionguard")},
 }  # fmt: skip
-TWO = {"facelock-dim", "facelock-ti"}
-FACELOCKS = {"facelock"} | TWO
+L2 = {"facelock-wide", "facelock-wash"}
+OURS_ALL = {"facelock-dim"} | L2
+FACELOCKS = {"facelock"} | OURS_ALL
 
 
 @pytest.mark.parametrize("method", SETTINGS)
@@ -84,7 +87,7 @@ def test_settings(method, protector, tiny_models):
         expected["recognizer"] = recorded(str(tiny_models.recognizer))
     if method == "facelock":
         expected["lpips"] = recorded(str(tiny_models.perceptual))
-    if method in TWO:
+    if method in OURS_ALL:
         expected["mask_version"] = masks.VERSION
     assert found == expected
 
@@ -100,7 +103,7 @@ def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkey
 ALL = set(methods_for(InstructPix2Pix))  # tests/test_attention.py has the others
 ITERATED = ALL - {"noise"}
 STEPPED = ITERATED - {"cw"}
-MOVED = {"noise", "encoder", "vae", "cw", "facelock", *TWO, "advdm"}  # whose pixels are looked at
+MOVED = {"noise", "encoder", "vae", "cw", "facelock", *OURS_ALL, "advdm"}  # whose pixels are looked at
 CHANGES = {  # flags -> the methods whose pixels they change
     "--seed 1": ALL,
     "--attack_budget 0.04": ALL,
@@ -112,11 +115,12 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--c 0.5": {"cw"},
     "--lr 0.1": {"cw"},
     "--unrolled 2": {"photoguard"},
-    "--samples 3": TWO,
-    "--transforms jpeg": TWO,
-    "--smoothing 0.1": TWO,
+    "--samples 2": OURS_ALL,
+    "--transforms jpeg": OURS_ALL,
+    "--rms 0.01": L2,
+    "--wash jpeg": L2,
+    "--budget_mask none": OURS_ALL,
     "--momentum 0.5": set(),
-    "--budget_mask none": TWO,
     "--budget_mask texture": ALL,
     "--faces all": FACELOCKS,
     "--recognizer {judge} --judge {recognizer}": FACELOCKS,
@@ -186,9 +190,10 @@ def test_what_makes_the_same_files_is_no_setting(flag, protector):
         ("--targeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
         ("--untargeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
         ("--unrolled 3", {"photoguard"}),
-        ("--transforms light", TWO),
-        ("--samples 3", TWO),
-        ("--smoothing 0.1", TWO),
+        ("--transforms light", OURS_ALL),
+        ("--samples 2", OURS_ALL),
+        ("--rms 0.01", L2),
+        ("--wash jpeg", L2),
         ("--c 0.1", {"cw"}),
         ("--lr 0.1", {"cw"}),
     ],
@@ -228,10 +233,11 @@ def test_compile_and_checkpointing_dont_go_together(protector):
 
 
 @pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield"}))  # which see it through others
-def test_without_iterations_the_random_start_is_left(method, protector, portrait):
-    tool = protector(f"--defend_method {method} --num_iters=0")
+def test_without_iterations_the_start_is_left(method, protector, portrait):
+    """A random one, or where steps go along the gradient the picture."""
+    tool = protector(f"--defend_method {method} --num_iters=0 --budget_mask none")
     image = to_tensor(load_image(portrait).pixels)
-    start = random_start(image, 0.03, [start_seed(0, portrait.stem)])
+    start = image if method in L2 else random_start(image, 0.03, [start_seed(0, portrait.stem)])
     torch.testing.assert_close(protected(tool, portrait), start, rtol=0, atol=3e-6)  # cw's tanh rounds
 
 
@@ -374,7 +380,7 @@ def test_an_objectives_draws_are_not_those_of_the_start():
     assert not torch.equal(torch.rand(9, generator=mine), torch.rand(9, generator=starts))
 
 
-@pytest.mark.parametrize("method", ["facelock", "facelock-ti", "advdm"])
+@pytest.mark.parametrize("method", ["facelock", "facelock-wash", "advdm"])
 def test_a_batch_is_one_by_one(method, tmp_path, protector):
     """Also with different numbers of faces."""
     paths = tiny.write_portraits(tmp_path, 3)

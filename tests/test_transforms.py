@@ -14,7 +14,8 @@ from scipy.ndimage import gaussian_filter
 import transforms
 from images import to_tensor, to_uint8
 
-NAMES = ["resize", "shift", "mirror", "rotate", "crop", "light", "blur", "jpeg"]
+NAMES = ["resize", "shift", "mirror", "rotate", "pose", "crop"]
+NAMES += ["light", "blur", "noise", "hide", "jpeg", "shrink"]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
@@ -143,6 +144,15 @@ def test_draws_go_as_far_as_they_say(monkeypatch):
     point[..., 30, 30] = 1
     middle = [np.exp(-(np.arange(-2, 3) ** 2) / (2 * sigma**2)).sum() ** -2 for sigma in (1.5, 0.5)]
     assert extremes(lambda s: apply("blur", point, s)[0, 0, 30, 30]) == pytest.approx(middle, abs=0.01)
+    turned = extremes(lambda s: apply("pose", ramp, s)[0, 0, :, 30].diff()[30] * 59 / 2)
+    assert turned == pytest.approx([-np.sin(np.pi / 18) / 0.95, np.sin(np.pi / 18) / 0.95], abs=0.02)
+    hidden = extremes(lambda s: (apply("hide", white, s) == 0).double().mean())
+    assert hidden == pytest.approx([1 / 16, 1 / 16], abs=0.005)
+    assert extremes(lambda s: apply("noise", 0 * white, s).std()) == pytest.approx([0.05, 0.05], abs=0.003)
+    # a fine pattern is gone at half the size, and hardly weaker at nine tenths of it
+    fine = white * (torch.arange(60) // 2 % 2 * 2 - 1)
+    kept = extremes(lambda s: (apply("shrink", fine, s) * fine)[..., 10:50].mean())
+    assert kept[0] < 0.2 and kept[1] > 0.7
     monkeypatch.setattr(transforms, "compress", lambda images, quality: quality)
     qualities = {apply("jpeg", white, seed).item() for seed in seeds}
     assert qualities <= set(range(50, 96)) and min(qualities) < 53 and max(qualities) > 92
