@@ -17,7 +17,6 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -380,9 +379,7 @@ METHODS: dict[str, Method] = {
     "facelock": Method(facelock),
     "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(step_size=0.04, num_iters=16), mask="face"),
     "facelock-wide": Method(facelock_wide, l2_pgd, L2, run=WIDE, mask="face"),
-    "facelock-wash": Method(
-        facelock_wash, l2_pgd, L2, run=replace(WIDE, step_size=0.02, rms=0.065), mask="face"
-    ),
+    "facelock-wash": Method(facelock_wash, l2_pgd, L2, run=WIDE, mask="face"),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),
     "sds": Method(sds),

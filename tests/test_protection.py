@@ -63,7 +63,7 @@ SETTINGS = {  # method -> beside seed, defend_method, its version, attack_budget
     "facelock": {**RUN, **VAE, "faces": "largest"},
     "facelock-dim": OURS,
     "facelock-wide": WIDE,
-    "facelock-wash": {**WIDE, "step_size": 0.02, "rms": 0.065, "wash": WASHING},
+    "facelock-wash": {**WIDE, "wash": WASHING},
     "photoguard": {**RUN, **VAE, "unrolled": 4},
     "sds": {**RUN, **VAE, "targeted": True},
     "blurguard": {**RUN, **VAE, "targeted": True},
