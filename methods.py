@@ -148,7 +148,7 @@ def facelock_wide(
     face_window: Window,
     generators: Draws,
     transforms: str = LOOKS,
-    samples: int = 3,
+    samples: int = 2,
     wash: str = "none",
 ) -> Objective:
     """Takes the face from the reconstruction for recognisers that it never saw, by many wide looks T:
@@ -175,7 +175,7 @@ def facelock_wash(
     face_window: Window,
     generators: Draws,
     transforms: str = LOOKS,
-    samples: int = 3,
+    samples: int = 2,
     wash: str = WASHING,
 ) -> Objective:
     """Takes the face so that JPEG and other sizes don't bring it back: `facelock_wide` through such a W"""

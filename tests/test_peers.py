@@ -147,8 +147,7 @@ def wide(by, x, x_adv):
     def look(y, other):
         return transforms.hide(other(transforms.pose(y, g, w), g), g, w)
 
-    others = [transforms.grain, transforms.soften, transforms.grain]
-    return -sum(similarity(look(y, other))[0] / 3 for other in others)
+    return -sum(similarity(look(y, other))[0] / 2 for other in (transforms.grain, transforms.soften))
 
 
 EQUATIONS = {

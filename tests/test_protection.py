@@ -54,7 +54,7 @@ OURS = {
     **RUN, **VAE, "step_size": 0.04, "faces": "largest", "budget_mask": "face",
     "transforms": MIX, "samples": 4,
 }  # fmt: skip
-WIDE = {**OURS, "step_size": 0.015, "rms": 0.045, "transforms": LOOKS, "samples": 3, "wash": "none"}
+WIDE = {**OURS, "step_size": 0.015, "rms": 0.045, "transforms": LOOKS, "samples": 2, "wash": "none"}
 SETTINGS = {  # method -> beside seed, defend_method, its version, attack_budget and the paths of models
     "noise": {},
     "encoder": {**RUN, **VAE, "targeted": True},
@@ -115,7 +115,7 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--c 0.5": {"cw"},
     "--lr 0.1": {"cw"},
     "--unrolled 2": {"photoguard"},
-    "--samples 2": OURS_ALL,
+    "--samples 3": OURS_ALL,
     "--transforms jpeg": OURS_ALL,
     "--rms 0.01": L2,
     "--wash jpeg": L2,
@@ -191,7 +191,7 @@ def test_what_makes_the_same_files_is_no_setting(flag, protector):
         ("--untargeted", {"encoder", "cw", "sds", "blurguard", "dctshield"}),
         ("--unrolled 3", {"photoguard"}),
         ("--transforms light", OURS_ALL),
-        ("--samples 2", OURS_ALL),
+        ("--samples 3", OURS_ALL),
         ("--rms 0.01", L2),
         ("--wash jpeg", L2),
         ("--c 0.1", {"cw"}),
