@@ -30,8 +30,9 @@ from typing import Any
 import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
-from evaluation import eval_all, figure, purify, report, tables
+from evaluation import eval_all, figure, purify, report, summary, tables
 from evaluation.pairing import Edits, find_edits, find_references
+from evaluation.scoring import LATEX_HELP
 from images import images_by_stem
 from loops import Run
 from main_defend import protect_directory
@@ -56,8 +57,10 @@ from utils import UserError
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
 SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
-OF_TABLE = ("all_metric.csv", "all_metric.md", "all_metric_protected.csv", "per_image.csv", "figure.png")
+OF_TABLE = ("all_metric.csv", "all_metric.md", "all_metric.json", "per_image.csv", "figure.png")
+OF_TABLE += ("all_metric_protected.csv", "all_metric_minus_baseline.csv")
 OF_ALL = ("purified.csv", "purified.md", "purified.png", "transfer.csv", "transfer.md", "report.html")
+OF_LATEX = ("all_metric.tex", "purified.tex", "transfer.tex")
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -80,6 +83,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
     text = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
     add("--reference_dir", type=utils.path, help=text)
+    text = "a method, METHOD@B or clean, that the others are compared with, in pairs"
+    add("--baseline", metavar="METHOD[@B]", help=text)
+    add("--latex", action="store_true", help=LATEX_HELP)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -140,6 +146,8 @@ class Experiment:
     purifiers: Sequence[tuple[str, list[purify.Step]]]
     options: runs.Options
     reference_dir: Path | None = None  # other photos of the people
+    baseline: str | None = None  # a row
+    latex: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Experiment:
@@ -159,6 +167,7 @@ class Experiment:
         if not config.judges:
             raise UserError("the attack sees all the judges: name others with --judge")
         protectors = protectors_of(args)
+        baseline = find_baseline(args.baseline, list(protectors)) if args.baseline else None
         for protector in protectors.values():
             protector.preload()
         config.load_editor()
@@ -167,7 +176,8 @@ class Experiment:
         shown = [number for number in SOME_PROMPTS if number in prompts] or list(prompts)[:6]
         shown = list(prompts) if args.prompts else shown
         asked = args.image_dir, args.output_dir, prompts, args.prompt_file, shown, args.seed
-        return cls(*asked, protectors, config, others, args.purify, runs.Options.of(args), args.reference_dir)
+        how = runs.Options.of(args), args.reference_dir, baseline, args.latex
+        return cls(*asked, protectors, config, others, args.purify, *how)
 
     @property
     def protected(self) -> dict[str, Path]:
@@ -187,13 +197,17 @@ class Experiment:
 
     def check(self) -> None:
         """Refuses, before any work, to replace somebody else's files. Raises UserError."""
-        files = [self.output_dir / name for name in OF_ALL]
+        files = [self.output_dir / name for name in OF_ALL + (OF_LATEX[1:] if self.latex else ())]
         folders = [*self.protected.values()]
         for table in self.tables():
-            files += [table.root / name for name in OF_TABLE]
+            files += [table.root / name for name in OF_TABLE + (OF_LATEX[:1] if self.latex else ())]
             folders += [path for path in table.pictures.values() if path != self.image_dir]
             folders += [path / f"seed{seed}" for path in table.edits.values() for seed in self.seeds]
-        tables.check_outputs(files, suffixes=(".csv", ".md", ".png", ".html"))
+        tables.check_outputs(files, suffixes=(".csv", ".md", ".json", ".tex", ".png", ".html"))
+        by = eval_all.networks_of(self.config, self.config.editor.by_words)
+        for table in [] if self.options.overwrite else self.tables():
+            way_out = "give another --output_dir, or --overwrite"
+            tables.check_networks(table.root / "all_metric.csv", by, way_out)
         for folder in folders:
             runs.check_ours(folder)
         for folder in self.protected.values():
@@ -246,7 +260,9 @@ class Experiment:
         """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
         edits = self.pair(table, self.seeds, list(self.prompts), common=True)  # without what failed in a row
         judged = dataclasses.replace(self.config, dtype=utils.pick_dtype("fp32", self.config.device))
-        how = {"per_image": table.root / "per_image.csv"}
+        how = {"per_image": table.root / "per_image.csv", "latex": self.latex, "overwrite": True}
+        if self.baseline:
+            how["baseline"] = str(table.edits[self.baseline])
         if table.root == self.output_dir:  # else they are purified, and in no budget
             how["protected_dirs"] = list(self.protected.values())
         status = eval_all.evaluate(edits, judged, table.root / "all_metric.csv", **how)
@@ -268,13 +284,13 @@ class Experiment:
             attacked = {row: one for row, one in self.protectors.items() if "vae" in one.needs}
             names = {row: " + ".join(map(name_of, one.attacked)) for row, one in attacked.items()}
             roots = {name_of(table.editor): table.root for table in [main, *others[len(self.purifiers) :]]}
-            print(tables.transfer(roots, names, output / "transfer.csv"))
+            print(summary.transfer(roots, names, output / "transfer.csv", self.latex))
         if self.purifiers:
             roots = {"none": output, **{name: output / "purified" / name for name, _ in self.purifiers}}
-            print(tables.purified(roots, output / "purified.csv"))
+            print(summary.purified(roots, output / "purified.csv", self.latex))
             files = {name: root / "all_metric.csv" for name, root in roots.items()}
             status = beside(lambda: figure.make_plot(files, output / "purified.png", "left"))
-        print(tables.verdict(output, self.config.models, minutes))
+        print(summary.verdict(output, self.config.models, minutes))
         return max(status, beside(lambda: report.make_report(output, output / "report.html")))
 
 
@@ -291,6 +307,16 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
         f"{method}/budget_{budget}": Protector(settings, method=method, budget=budget, seed=args.seed[0])
         for method, budget in sorted(wanted, key=lambda pair: pair[1])
     }
+
+
+def find_baseline(wanted: str, rows: Sequence[str]) -> str:
+    """Finds the row that --baseline names, METHOD, METHOD@B or clean. Raises UserError unless it is one."""
+    name = wanted.replace("@", "/budget_")
+    found = [row for row in ["clean", *rows] if name in (row, row.partition("/")[0])]
+    if len(found) != 1:
+        known = " ".join(row.replace("/budget_", "@") for row in rows)
+        raise UserError(f"--baseline {wanted}: {len(found)} rows are that (there are clean {known})")
+    return found[0]
 
 
 def run(args: argparse.Namespace) -> int:

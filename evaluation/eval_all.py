@@ -23,7 +23,6 @@ import itertools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 if not __package__:  # run as a file
     import _path  # noqa: F401
@@ -39,14 +38,11 @@ from evaluation import (
     eval_ssim,
     tables,
 )
-from evaluation.features import Metric
-from evaluation.pairing import Edits, Row, check_edits, find_protected, find_row
-from evaluation.scoring import Scores, Tensor, edits_of, make_parser, rows_of, score
+from evaluation.features import Metric, networks
+from evaluation.pairing import Edits, check_edits, find_protected, find_row
+from evaluation.scoring import Scores, Tensor, directories, edits_of, make_parser, rows_of, said, score
 from runs import listed, read_record
 from utils import UserError
-
-if TYPE_CHECKING:
-    import pandas as pd
 
 METRICS = [  # without those of faces
     eval_clip_s.METRIC,
@@ -88,7 +84,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Evaluates what the flags name -> exit status."""
-    given = {flag: getattr(args, flag) for flag in ("per_image", "baseline", "protected_dirs", "batch_size")}
+    flags = ("per_image", "baseline", "protected_dirs", "batch_size", "latex")
+    given = {flag: getattr(args, flag) for flag in flags}
     config = models.config.resolve(models.config.ModelSettings.of(args))
     return evaluate(edits_of(args), config, args.output or Path("all_metric.csv"), **given)
 
@@ -102,16 +99,21 @@ def evaluate(
     baseline: str | None = None,
     protected_dirs: Sequence[Path] = (),
     batch_size: int = 16,
+    latex: bool = False,
+    overwrite: bool = False,
 ) -> int:
     """Scores edits by every metric, writes the tables and prints them -> exit status.
 
-    Raises UserError before anything is written: for bad outputs, and for pictures that don't belong together.
+    overwrite: replace a table that was measured by other networks. Raises UserError before anything is
+    written: for bad outputs, and for pictures that don't belong together.
     """
-    of_baseline, of_protected, text = check_outputs(output, per_image)
-    of_faces = eval_facial.groups(config)
+    of_baseline, of_protected, text = check_outputs(output, per_image, latex)
     by_words = utils.NO_WORDS not in edits.texts.values()
-    headline = [*of_faces.pop(""), *(METRICS if by_words else WITHOUT_CLIP)]
+    headline, of_faces = metrics_of(config, by_words)
     metrics = [*headline, *itertools.chain(*of_faces.values())]
+    by = networks_of(config, by_words)
+    if not overwrite:
+        tables.check_networks(output, by, "give another --output")
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
     check_edits(edits)
@@ -121,23 +123,31 @@ def evaluate(
         check_budgets(protected, visible)
     scores = score(edits, metrics, config, batch_size)
 
-    groups = {about(edits, scores, by_words): headline, **of_faces}
-    parts = [write(output, tables.means(scores.values), groups, rows)]
+    about_rows = edits.about(rows)
+    groups = {"; ".join([about(edits, scores, by_words), *said(by)]): headline, **of_faces}
+    table, parts = tables.all_metrics(tables.means(scores.values), groups, about_rows)
+    written = {output: table}
     if against:
         groups = {f"minus {against}, in pairs": headline}
         groups |= {f"{title}, minus {against}": own for title, own in of_faces.items()}
-        others = [row for row in rows if row.method != against]
-        parts.append(write(of_baseline, tables.differences(scores.values, against), groups, others, "+"))
+        pairs, others = tables.differences(scores.values, against), about_rows.drop(against)
+        written[of_baseline], more = tables.all_metrics(pairs, groups, others, "+")
+        parts += more
     if visible:
-        groups = {"protected images against their sources": VISIBILITY}
-        parts.append(write(of_protected, tables.means(visible.values), groups, protected.rows))
-    for path, is_new in ((of_baseline, against), (of_protected, visible)):
-        if path and path.exists() and not is_new:  # it would seem to belong to this table
+        groups, found = {"protected images against their sources": VISIBILITY}, tables.means(visible.values)
+        written[of_protected], more = tables.all_metrics(found, groups, protected.about(protected.rows))
+        parts += more
+    if per_image:
+        written[per_image] = tables.per_image(scores.values, metrics, about_rows)
+    for path in (of_baseline, of_protected):
+        if path and path.exists() and path not in written:  # it would seem to belong to this table
             path.unlink()
             print(utils.one_line(f"{path}: from an earlier run, removed"))
-    if per_image:
-        tables.write_csv(per_image, tables.per_image(scores.values, [metric.name for metric in metrics]))
-    whole = "\n\n".join(parts)
+    for path, frame in written.items():
+        if path:
+            tables.write_csv(path, frame)
+    tables.write_beside(output, parts, by, directories(rows, about_rows), latex)
+    whole = tables.as_page(parts)
     print(whole)
     if text:
         utils.write_own(text, f"{whole}\n".encode(errors="surrogateescape"))
@@ -160,30 +170,30 @@ def about(edits: Edits, scores: Scores, by_words: bool) -> str:
     return note
 
 
-def write(
-    path: Path | None,
-    means: pd.DataFrame,
-    groups: dict[str, Sequence[Metric]],
-    rows: Sequence[Row],
-    sign: str = "",
-) -> str:
-    """Writes a table, unless there is no path -> the same as Markdown."""
-    table, text = tables.all_metrics(means, groups, [row.method for row in rows], sign)
-    if path:
-        tables.write_csv(path, table)
-    return text
+def networks_of(config: models.config.ModelConfig, by_words: bool) -> dict[str, str]:
+    """Names the networks that measure for the tables, with hashes."""
+    headline, of_faces = metrics_of(config, by_words)
+    return networks([*headline, *itertools.chain(*of_faces.values())], config)
 
 
-def check_outputs(output: Path, per_image: Path | None) -> list[Path | None]:
+def metrics_of(
+    config: models.config.ModelConfig, by_words: bool
+) -> tuple[list[Metric], dict[str, list[Metric]]]:
+    """Lists the metrics of the first table, and of those for each recogniser, by title."""
+    of_faces = eval_facial.groups(config)
+    return [*of_faces.pop(""), *(METRICS if by_words else WITHOUT_CLIP)], of_faces
+
+
+def check_outputs(output: Path, per_image: Path | None, latex: bool) -> list[Path | None]:
     """Refuses bad outputs -> those beside the table; none beside a device. Raises UserError."""
     if utils.is_special(output):
         tables.check_outputs([per_image])
         return [None] * 3
     csv = [output.with_name(f"{output.stem}_{what}.csv") for what in ("minus_baseline", "protected")]
-    text = output.with_suffix(".md")
+    endings = (".md", ".json", ".tex") if latex else (".md", ".json")
     tables.check_outputs([output, per_image, *csv])
-    tables.check_outputs([text], suffixes=(".md",))
-    return [*csv, text]
+    tables.check_outputs([output.with_suffix(ending) for ending in endings], suffixes=endings)
+    return [*csv, output.with_suffix(".md")]
 
 
 def check_budgets(protected: Edits, visible: Scores) -> None:

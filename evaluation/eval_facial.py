@@ -104,7 +104,7 @@ def metric_of(what: str, recognizer: str, suffix: str) -> Metric:
     function, own, shared, column = WHATS[what]
     needs = (*(face_need(recognizer, need) for need in own), *shared)
     name = f"{column}_{suffix}" if suffix else column
-    return Metric(name, title_of(name), function, needs)
+    return Metric(name, title_of(name), function, needs, judge=suffix or "attacked")
 
 
 def is_of_faces(name: str) -> bool:
@@ -125,8 +125,8 @@ def metric_of_panel(what: str, judges: Sequence[str]) -> Metric:
     """Makes `left` of the judge who finds most, or whether any judge recognises or identifies the person."""
     function, own, shared, column = WHATS["left" if what == "similarity" else what]
     needs = (*(face_need(judge, need) for judge in judges for need in own), *shared)
-    name = column if column == "left" else f"{column}_by_any"
-    return Metric(name, title_of(name), by_any(function, len(judges), len(own)), needs)
+    name, by = (column, "hardest") if column == "left" else (f"{column}_by_any", "any")
+    return Metric(name, title_of(name), by_any(function, len(judges), len(own)), needs, judge=by)
 
 
 def names_of(config: ModelConfig) -> tuple[list[str], list[str]]:

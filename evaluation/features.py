@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,8 +12,9 @@ from images import load_image, to_tensor
 from models.clip import Clip, load_clip
 from models.config import ModelConfig
 from models.faces import Box, FaceDetector
+from models.loading import recorded
 from models.perceptual import load_perceptual
-from models.recognizers import Recognizer
+from models.recognizers import Recognizer, hashed_recognizer
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,17 @@ class Metric:
     smallest: int = 1  # px, of an image's sides
     infinite: bool = False  # for identical images, which are counted and left out of the mean
     counts: str = ""  # printed before the number of edits, for a metric that is 0 or 1
+    judge: str = ""  # of faces: a recogniser, or attacked (the first of those), hardest, any
+
+    @property
+    def kind(self) -> str:
+        """The name without the judge's, as tables with a column for the judge have it."""
+        return self.name.partition("_")[0] if self.judge else self.name
+
+    @property
+    def way(self) -> int:
+        """-1 if a defender wants it low, 1 if high, 0 if nobody says."""
+        return {"↓": -1, "↑": 1}.get(self.title[-1:], 0)
 
     @property
     def is_of_source(self) -> bool:
@@ -68,6 +80,26 @@ class Features:
         return self.given
 
 
+def panel_of(needs: Iterable[str], config: ModelConfig | None) -> dict[str, str]:
+    """Gives the recognisers that metrics need, by their names in tables."""
+    wanted = {need.split(":")[1] for need in needs if need.startswith(FACE)}
+    return {name: member for name, member in config.panel().items() if name in wanted} if wanted else {}
+
+
+def networks(metrics: Iterable[Metric], config: ModelConfig | None) -> dict[str, str]:
+    """Names the networks by which metrics measure, by their part, each with a hash of local weights."""
+    needs = {need for metric in metrics for need in metric.needs}
+    found: dict[str, list[str]] = {}
+    for member in panel_of(needs, config).values():
+        part = "judges" if member in config.judges else "attacked recognizers"
+        found.setdefault(part, []).append(hashed_recognizer(member))
+    if "clip_edits" in needs:
+        found["CLIP"] = [recorded(config.clip)]
+    if "perceptual" in needs:
+        found["LPIPS"] = [recorded(config.perceptual)]
+    return {part: ", ".join(names) for part, names in found.items()}
+
+
 def load_features(
     needs: set[str],
     config: ModelConfig | None,
@@ -86,8 +118,8 @@ def load_features(
     if "perceptual" in needs:
         network = load_perceptual(config.perceptual, config.device, config.dtype)  # itself: it takes pairs
         found.append(Features(perceptual=network))
-    if wanted := {need.split(":")[1] for need in needs if need.startswith(FACE)}:
-        panel = {name: config.load_recognizer(one) for name, one in config.panel().items() if name in wanted}
+    if wanted := panel_of(needs, config):
+        panel = {name: config.load_recognizer(member) for name, member in wanted.items()}
         detector = FaceDetector(config.device)
         found.append(FaceFeatures(panel, detector, config.device, gallery, references))
     return found

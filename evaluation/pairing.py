@@ -15,13 +15,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from itertools import product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import utils
 from images import image_size, images_by_stem
 from models.config import EDIT_KNOBS
 from runs import digest, listed, read_manifest, read_record
 from utils import UserError, warn
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 EDIT_SETTINGS = ("model", "model_id", "dtype", "resolution", "scheduler", *EDIT_KNOBS)
 NUMBER = r"\d*\.?\d+(?:e-?\d+)?"  # as in budget_0.03
@@ -123,6 +126,10 @@ class Edits:
         """Gives the file of an edit."""
         return self.files[row, key.seed, key.prompt][key.name]
 
+    def about(self, rows: Sequence[Row]) -> "pd.DataFrame":
+        """Tells what is known of rows, as `about_rows` does."""
+        return about_rows(rows, self.keys[0].seed)
+
     def place(self, row: Row, key: Key) -> tuple[Path, str]:
         """Gives the directory whose manifest lists an edit, and the edit's path in it."""
         directory = row.directory / f"seed{key.seed}"
@@ -139,6 +146,58 @@ class Edits:
         """Refuses prompts whose instruction is not known. Raises UserError."""
         if unknown := [f"prompt{number}" for number in self.prompts if number not in self.texts]:
             raise UserError(f"{', '.join(unknown)}: the instruction is not known; give --prompt_file")
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what made a row
+
+
+def made_by(row: Row, seed: int) -> dict[str, str]:
+    """Tells method, budget, editor and purifier of a row, by the run.json of each step; "" if not known.
+
+    Where none tells method and budget, the row's name does. What is done to an edit is no purifier.
+    """
+    method, budget = parse_row(row.method)
+    found = {"method": method, "budget": budget, "editor": "", "purifier": ""}
+    directory = row.directory / f"seed{seed}"
+    if not directory.is_dir():  # protected images have no seed
+        directory = row.directory
+    for _ in range(MOST_STEPS):
+        record = None
+        with suppress(UserError, OSError):
+            record = read_record(directory)
+        if record is None:
+            break
+        said = record["arguments"]
+        if "attack_budget" in said:
+            found["method"] = str(said.get("defend_method", method))
+            if isinstance(said["attack_budget"], int | float):
+                found["budget"] = f"{said['attack_budget']:g}"
+        elif "method" in said and found["editor"]:
+            found["purifier"] = "+".join(filter(None, (str(said["method"]), found["purifier"])))
+        elif "model" in said:
+            id_ = re.sub(r" [0-9a-f]{8}$", "", str(said.get("model_id")))  # without the hash
+            found["editor"] = f"{said['model']}={id_}"
+        directory = Path(record.get("sources", ""))
+        if re.fullmatch(r"prompt\d+", directory.name):  # an edit was altered
+            directory = directory.parent
+    return found
+
+
+def about_rows(rows: Sequence[Row], seed: int = 0) -> "pd.DataFrame":
+    """Tells what is known of rows, by their names: method, budget, editor and purifier, all texts.
+
+    No two rows have the same method and budget: a method is called as run.json says; like the row's directory
+    if two would be the same; and else by the row's whole name.
+    """
+    import pandas as pd
+
+    about = pd.DataFrame([made_by(row, seed) for row in rows], [row.method for row in rows], dtype=object)
+    whole = [re.sub(f"(?<=.)/budget_{NUMBER}/?$", "", row.method) for row in rows]
+    for names in ([parse_row(row.method)[0] for row in rows], whole):
+        same = about.duplicated(["method", "budget"], keep=False)
+        about["method"] = about["method"].mask(same, pd.Series(names, about.index, dtype=object))
+    return about
 
 
 # ---------------------------------------------------------------------------------------------------------

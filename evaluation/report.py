@@ -33,6 +33,7 @@ from evaluation.eval_all import METRICS, VISIBILITY
 from evaluation.eval_facial import NO_FACE, is_of_faces, title_of
 from evaluation.figure import difference
 from evaluation.pairing import parse_row
+from evaluation.summary import told_apart
 from evaluation.tables import EDIT
 from images import images_by_stem, load_image
 from runs import MANIFEST, digest, read_record
@@ -90,28 +91,20 @@ def make_report(root: Path, output: Path) -> int:
 # reading
 
 
-def read_texts(path: Path) -> pd.DataFrame:
-    """Reads a table, with escapes for bytes in names that are no text, which pandas and HTML refuse.
-
-    Raises UserError.
-    """
-    frame = tables.read_csv(path)
+def readable(frame: pd.DataFrame) -> pd.DataFrame:
+    """Escapes bytes in names that are no text, which pandas and HTML refuse."""
     for column in {"method", "name"} & {*frame.columns}:
         frame[column] = frame[column].map(lambda name: name.encode(errors="backslashreplace").decode())
     return frame
 
 
 def read_values(path: Path) -> pd.DataFrame:
-    """Reads per_image.csv, wide or long -> method, seed, prompt, name, metric, value. Raises UserError."""
+    """Reads per_image.csv -> method, seed, prompt, name, metric, value. Raises UserError."""
     import numpy as np
     import pandas as pd
 
-    frame = read_texts(path) if path.exists() else pd.DataFrame({key: [] for key in EDIT})
-    if lacking := [column for column in EDIT if column not in frame]:
-        raise UserError(f"{path}: no column {lacking[0]} in it")
-    if not {"metric", "value"} <= {*frame.columns}:
-        numbers = frame.drop(columns=EDIT).select_dtypes(["number", "bool"]).astype(float)
-        frame = pd.concat([frame[EDIT], numbers], axis=1).melt(EDIT, var_name="metric")
+    nothing = pd.DataFrame({key: [] for key in (*EDIT, "metric", "value")})
+    frame = readable(tables.read_values(path)) if path.exists() else nothing
     if frame.duplicated([*EDIT, "metric"]).any():
         raise UserError(f"{path}: two values of one edit and metric")
     finite = frame.loc[np.isfinite(frame["value"]), ["value"]]  # PSNR of the same picture is infinite
@@ -124,7 +117,7 @@ def read_means(path: Path, values: pd.DataFrame | None = None) -> Means:
     import numpy as np
     import pandas as pd
 
-    table = read_texts(path) if path.exists() else pd.DataFrame({"method": []})
+    table = readable(tables.read_csv(path)) if path.exists() else pd.DataFrame({"method": []})
     if "method" not in table:
         raise UserError(f"{path}: no column method in it")
     found: Means = {}
@@ -203,11 +196,11 @@ class Column(NamedTuple):
         return ends + (f" ({line.n_inf:.0f} inf)" if line.n_inf > 0 else "")
 
 
-def name_rows(found: Means) -> list[Row]:
-    """Names rows by the last part of their directory that is no budget; by all of it if two are the same."""
+def name_rows(found: Means, directories: dict[str, Any]) -> list[Row]:
+    """Names rows by method and budget; by the whole of the name if two are the same."""
     rows: list[Row] = []
     for method in dict.fromkeys(method for method, _ in found):
-        is_cheat = Path(method).parent.name == "cheats"
+        is_cheat = Path(str(directories.get(method, method))).parent.name == "cheats"
         kind = "clean" if method == "clean" else "cheat" if is_cheat else "method"
         rows.append(Row(method, *parse_row(method), kind, 0))
     labels = [row.label for row in rows]
@@ -265,8 +258,10 @@ class Report:
         self.purified = {file.parent.name: read_means(file) for file in purified}
         self.records, self.damaged = read_records(root)
 
-        self.rows, self.columns = name_rows(self.found), name_columns(self.found, [*METRICS, NO_FACE], values)
-        self.seen_rows = name_rows(self.visible)
+        self.directories = tables.read_about(root / "all_metric.json").get("rows", {})
+        self.rows = name_rows(self.found, self.directories)
+        self.columns = name_columns(self.found, [*METRICS, NO_FACE], values)
+        self.seen_rows = name_rows(self.visible, {})
         self.seen_columns = name_columns(self.visible, VISIBILITY, values[:0])
         self.main = [column for name in LEAD for column in self.columns if column.name == name]
         if self.main and self.main[0].name == "left":  # and beside it each judge's
@@ -309,6 +304,16 @@ class Report:
         means = tables.image_means(self.values[self.values["metric"] == column.name], ["method"])
         groups = means.groupby("method", observed=True)
         return {method: of.droplevel("method").to_dict() for method, of in groups}
+
+    def second(self) -> tuple[Row, str] | None:
+        """Finds the second best method, and whether the best can be told apart from it, in words."""
+        rivals = [row.method for row in self.methods]
+        there = self.values.loc[self.values["metric"] == self.lead.name, "method"].unique()
+        if len(rivals) < 2 or not {*rivals} <= {*there}:
+            return None
+        _, second, pairs = tables.best_two(self.values, self.lead.name, rivals, self.lead.way)
+        size = f"{self.lead.show(pairs.mean, '+')} {self.lead.ends(pairs, '+')}".rstrip()
+        return next(row for row in self.methods if row.method == second), told_apart(size, pairs)
 
     def tables(self, columns: Sequence[Column]) -> dict[str, list[Column]]:
         """Groups columns into tables: the headline, "", and one for each recogniser."""
@@ -354,7 +359,7 @@ class Report:
     def purifications(self, column: Column) -> Iterable[tuple[Any, ...]]:
         tones = {row.label: row.tone for row in self.shown}
         for name, means in {"as they are": self.found, **self.purified}.items() if self.purified else ():
-            rows = [row._replace(tone=tones[row.label]) for row in name_rows(means) if row.label in tones]
+            rows = [row._replace(tone=tones[row.label]) for row in name_rows(means, {}) if row.label in tones]
             yield name, self.marks(column, rows, means), []
 
     def instructions(self, column: Column) -> Iterable[tuple[Any, ...]]:
@@ -383,9 +388,10 @@ class Report:
         """Looks for a row's pictures by the end of its name below the experiment's, then where it says."""
         if kind == "protected" and row.kind == "clean":
             return self.sources
-        parts = [part for part in Path(row.method).parts if part not in ("/", "..")]
+        named = Path(str(self.directories.get(row.method, row.method)))
+        parts = [part for part in named.parts if part not in ("/", "..")]
         places = [self.root.joinpath(kind, *parts[start:]) for start in range(len(parts))]
-        places += [Path(row.method)] if kind == "edits" else []
+        places += [named] if kind == "edits" else []
         return next((place for place in places if place.is_dir()), self.root / "nowhere")
 
     def pixels(self, folder: Path, name: str) -> np.ndarray | None:

@@ -16,11 +16,13 @@ from PIL import Image
 import models.config
 import utils
 from evaluation import tables
-from evaluation.features import FACE, PIXELS, Features, Metric, load_features
+from evaluation.features import FACE, PIXELS, Features, Metric, load_features, networks
 from evaluation.pairing import Edits, Key, Row, check_edits, find_edits, find_row
 from images import load_image, to_tensor
 from runs import batches
 from utils import UserError
+
+LATEX_HELP = "also write each table as LaTeX (booktabs), a .tex beside it"
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -209,31 +211,49 @@ def script(
             several = {one.name: args.output.with_stem(f"{args.output.stem}_{one.name}") for one in wanted}
             files = several if len(wanted) > 1 else {wanted[0].name: args.output}
         tables.check_outputs([*files.values(), args.per_image])
+        endings = (".json", ".tex") if args.latex else (".json",)
+        others = [tables.beside(file, ending) for file in files.values() for ending in endings]
+        tables.check_outputs(others, suffixes=endings)
+        by = {one.name: networks([one], config) for one in wanted}
+        for one in wanted:
+            tables.check_networks(files[one.name], by[one.name], "give another --output")
         edits = edits_of(args)
         baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
         check_edits(edits)
         scores = score(edits, [*wanted, *also], config, args.batch_size)
         for one in wanted:
+            file, pairs = files[one.name], None
             values = scores.values[scores.values["metric"] == one.name]
-            found, rows = tables.means(values), values["method"].unique()
-            print(tables.all_metrics(found, {f"{len(edits.prompts)} prompts": [one]}, rows)[1])
-            pairs = None
+            rows = [row for row in edits.every_row if row.method in values["method"].unique()]
+            found, about = tables.means(values), edits.about(rows)
+            title = "; ".join([f"{len(edits.prompts)} prompts", *said(by[one.name])])
+            parts = tables.all_metrics(found, {title: [one]}, about)[1]
             if baseline:
-                pairs, others = tables.differences(values, baseline), rows[rows != baseline]
-                title = f"minus {baseline}, in pairs"
-                print("\n" + tables.all_metrics(pairs, {title: [one]}, others, "+")[1])
-            tables.write_csv(files[one.name], tables.one_metric(values, found, pairs, one.infinite))
-            print(utils.one_line(f"{files[one.name]}: {len(rows)} rows"))
-        if args.per_image and len(wanted) == 1:
-            tables.write_csv(args.per_image, values.drop(columns="metric"))
-        elif args.per_image:
-            tables.write_csv(args.per_image, tables.per_image(scores.values, list(files)))
+                pairs, against = tables.differences(values, baseline), f"minus {baseline}, in pairs"
+                parts += tables.all_metrics(pairs, {against: [one]}, about.drop(baseline), "+")[1]
+            print(tables.as_page(parts))
+            tables.write_csv(file, tables.one_metric(values, found, pairs, one, about))
+            tables.write_beside(file, parts, by[one.name], directories(rows, about), args.latex)
+            print(utils.one_line(f"{file}: {len(rows)} rows"))
+        if args.per_image:
+            about = edits.about(rows_of(edits, wanted))
+            tables.write_csv(args.per_image, tables.per_image(scores.values, wanted, about))
         return scores.report()
 
     def main(argv: Sequence[str] | None = None) -> int:
         return utils.run_command(run, parse_args(argv))
 
     return parse_args, main
+
+
+def said(networks: dict[str, str]) -> list[str]:
+    """Names the networks above a table."""
+    return [f"{part}: {names}" for part, names in networks.items()]
+
+
+def directories(rows: Sequence[Row], about: pd.DataFrame) -> dict[str, Path]:
+    """Gives the directory of each row, by the names that a table's reader makes of method and budget."""
+    return dict(zip(tables.row_names(about), (row.directory for row in rows), strict=True))
 
 
 def is_plain(metrics: Sequence[Metric]) -> bool:
@@ -258,7 +278,12 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--common", action="store_true", help="score the images that all directories have and name the rest")
     add("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
     add("--output", type=utils.path, help=f"a .csv (default: {name}_metric.csv in the working directory)")
-    add("--per_image", type=utils.path, metavar="FILE", help="also write a CSV with one line per edit")
+    text = "also write a CSV with one line per value: method, budget, editor, purifier (as far as run.json "
+    text += "tells), judge (of faces: a recogniser's name; attacked: the first of those that an attack sees; "
+    text += "hardest: the judge who finds most; any: whether any judge does), seed, prompt, name (the file's "
+    text += "stem), metric, value"
+    add("--per_image", type=utils.path, metavar="FILE", help=text)
+    add("--latex", action="store_true", help=LATEX_HELP)
     add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
     if "perceptual" in needs:
         models.config.add_perceptual_argument(parser)

@@ -1,21 +1,22 @@
-"""From values to tables: means over images, intervals, paired differences; as CSV, Markdown and text.
+"""From values to tables: means over images, intervals, paired differences; as CSV, Markdown and LaTeX.
 
-Values are a long DataFrame: method, seed, prompt, name, metric, value.
+Values are a long DataFrame: method, seed, prompt, name, metric, value. Here `method` is the name of a row. In
+files there are method, budget, editor and purifier instead, as `pairing.about_rows` tells them.
 """
 
 from __future__ import annotations
 
+import contextlib
+import json
 import math
 import os
-import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 import utils
-from evaluation.pairing import parse_row
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -30,6 +31,7 @@ FEWEST = 5  # images; below this there is no interval
 FEW_IMAGES = 30  # below this a bootstrap interval is approximate
 LARGEST = 1e9  # value of a metric that is shown
 EDIT = ["method", "seed", "prompt", "name"]  # columns that identify an edit
+ABOUT = ["method", "budget", "editor", "purifier"]  # what a row of a file begins with
 STATISTICS = ["mean", "low", "high", "n", "n_inf"]
 
 
@@ -80,6 +82,18 @@ def differences(values: pd.DataFrame, baseline: str) -> pd.DataFrame:
     return means(pairs)
 
 
+def best_two(values: pd.DataFrame, metric: str, rows: Sequence[str], way: int = -1) -> tuple[str, str, Any]:
+    """Finds the best of at least two rows by a metric, the second, and the second minus the best in pairs.
+
+    way: -1 if low is good, 1 if high. The last is a line of `means`.
+    """
+    own = values[(values["metric"] == metric) & values["method"].isin(rows)]
+    of_rows = image_means(own, ["method"]).groupby("method", observed=True).mean()
+    best, second = of_rows.sort_values(ascending=way < 0, kind="stable").index[:2]
+    (line,) = differences(own[own["method"].isin([best, second])], best).itertuples()
+    return best, second, line
+
+
 def interval(samples: Sequence[float]) -> tuple[float, float]:
     """Gives the ends of a mean's interval; NaN for fewer than 5 samples, or equal ones up to rounding."""
     from scipy import stats
@@ -95,12 +109,26 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
 # tables
 
 
-def one_metric(
-    values: pd.DataFrame, found: pd.DataFrame, pairs: pd.DataFrame | None, infinite: bool
-) -> pd.DataFrame:
-    """Makes the table of one metric: method, prompt{i}..., mean, ci_low, ci_high, n, n_inf, diff...
+class Part(NamedTuple):
+    """A table as texts: its title, its cells, and which of them are the best of their budget."""
 
-    found, pairs: `means` and `differences` of the values. n_inf is there if values may be `infinite`.
+    title: str
+    cells: pd.DataFrame
+    is_best: np.ndarray  # of bool, as large as the cells
+
+
+def named(table: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
+    """Replaces the column `method`, names of rows, by what is known of them."""
+    own = {column: table["method"].map(about[column]).astype("category") for column in about}
+    return table.drop(columns="method").pipe(lambda rest: table[[]].assign(**own).join(rest))
+
+
+def one_metric(
+    values: pd.DataFrame, found: pd.DataFrame, pairs: pd.DataFrame | None, metric: Metric, about: pd.DataFrame
+) -> pd.DataFrame:
+    """Makes the table of one metric: `ABOUT`, judge, metric, prompt{i}..., mean, ci_low, ci_high, n, diff...
+
+    found, pairs: `means` and `differences` of the values. n_inf is there if values may be infinite.
     """
     place = ["method", "prompt"]
     of_prompts = image_means(values, place).groupby(place, observed=True).mean().unstack("prompt")
@@ -109,48 +137,67 @@ def one_metric(
     table = of_prompts.reindex(index=found.index, columns=sorted(values["prompt"].unique()))
     table = table.add_prefix("prompt")
     table[["mean", "ci_low", "ci_high", "n"]] = found[["mean", "low", "high", "n"]]
-    if infinite:
+    if metric.infinite:
         table["n_inf"] = found["n_inf"]
     if pairs is not None:
         pairs = pairs.droplevel("metric").reindex(found.index).astype({"n": "Int64"})
         table[["diff", "diff_low", "diff_high", "diff_n"]] = pairs[["mean", "low", "high", "n"]]
-    return table.reset_index()
+    table.insert(0, "judge", metric.judge)
+    table.insert(1, "metric", metric.kind)
+    return named(table.reset_index(), about)
 
 
 def all_metrics(
-    found: pd.DataFrame, groups: dict[str, Sequence[Metric]], rows: Sequence[str], sign: str = ""
-) -> tuple[pd.DataFrame, str]:
-    """Makes the table of several metrics, and the same as Markdown, one table per group under its title.
+    found: pd.DataFrame, groups: dict[str, Sequence[Metric]], about: pd.DataFrame, sign: str = ""
+) -> tuple[pd.DataFrame, list[Part]]:
+    """Makes the table of several metrics, and the same as texts, one part per group under its title.
 
-    found: as `means` returns it. Columns: method, and for each metric its mean, _low, _high, _n and, if it
-    can be infinite, _n_inf.
+    found: as `means` returns it; about: of its rows. Columns: `ABOUT`, and for each metric its mean, _low,
+    _high, _n and, if it can be infinite, _n_inf.
     """
     import pandas as pd
 
     metrics = [metric for group in groups.values() for metric in group]
     columns = [(metric.name, statistic) for metric in metrics for statistic in STATISTICS]
     table = found.astype({"n": "Int64", "n_inf": "Int64"}).unstack("metric").swaplevel(axis=1)
-    table = table.reindex(index=pd.Index(rows, dtype=object), columns=pd.MultiIndex.from_tuples(columns))
+    table = table.reindex(index=about.index, columns=pd.MultiIndex.from_tuples(columns))
     parts, few = [], about_intervals(found["n"])
+    shown_of = ["method", *(column for column in ABOUT[1:] if about[column].nunique() > (column != "budget"))]
+    if not about["budget"].any():
+        shown_of.remove("budget")
     for title, group in groups.items():
-        text = pd.DataFrame({"method": pd.Series(rows, dtype=object)})
-        for metric in group:
-            lines = table[metric.name].astype(float).itertuples()
-            text[metric.title] = [shown_mean(line, metric.digits, sign) for line in lines]
+        cells = about[shown_of].replace("", "-")
+        is_best = np.zeros((len(about), len(shown_of) + len(group) + 1), bool)
+        for place, metric in enumerate(group, len(shown_of)):
+            lines = table[metric.name].astype(float)
+            cells[metric.title] = [shown_mean(line, metric.digits, sign) for line in lines.itertuples()]
+            is_best[:, place] = best_of_budgets(lines["mean"] * metric.way, about["budget"])
         counts = table[[(metric.name, "n") for metric in group]].astype("Int64")
         ranges = [sorted({*row.dropna()}) or [0] for _, row in counts.iterrows()]
-        text["n"] = [" to ".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ranges]
-        note = "; ".join(filter(None, (title, few if not parts else "")))
-        parts.append(f"{harmless(note)}:\n\n{as_markdown(text)}")
+        cells["n"] = [" to ".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ranges]
+        parts.append(Part("; ".join(filter(None, (title, few if not parts else ""))), cells, is_best))
     finite = [(metric.name, "n_inf") for metric in metrics if not metric.infinite]
     table = table.drop(columns=finite)
     table.columns = [name if what == "mean" else f"{name}_{what}" for name, what in table.columns]
-    return table.rename_axis("method").reset_index(), "\n\n".join(parts)
+    return named(table.rename_axis("method").reset_index(), about), parts
 
 
-def per_image(values: pd.DataFrame, metrics: Sequence[str]) -> pd.DataFrame:
-    """Makes a table with one line per edit and one column per metric."""
-    return values.pivot(index=EDIT, columns="metric", values="value").reindex(columns=metrics).reset_index()
+def best_of_budgets(goodness: pd.Series, budgets: pd.Series) -> np.ndarray:
+    """Tells which rows are the best of their budget, if there are others; never the unprotected one."""
+    goodness = goodness.mask((goodness.index == "clean") | (goodness == 0)).groupby(budgets)
+    best = goodness.transform("max")
+    return ((goodness.transform("count") > 1) & (goodness.obj == best)).to_numpy()
+
+
+def per_image(values: pd.DataFrame, metrics: Sequence[Metric], about: pd.DataFrame) -> pd.DataFrame:
+    """Makes a table with one line per value: `ABOUT`, judge, seed, prompt, name, metric, value."""
+    known = {metric.name: metric for metric in metrics}
+    table = named(values[values["metric"].isin([*known])], about)
+    names = table["metric"].astype(object)
+    judges = names.map({name: metric.judge for name, metric in known.items()})
+    kinds = names.map({name: metric.kind for name, metric in known.items()})
+    table = table.assign(judge=judges.astype("category"), metric=kinds.astype("category"))
+    return table[[*ABOUT, "judge", *EDIT[1:], "metric", "value"]]
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -168,11 +215,8 @@ def about_intervals(counts: Iterable[int]) -> str:
 
 
 def shown(value: float, digits: int = 3, sign: str = "") -> str:
-    """Formats a value for the screen; a small one has three significant digits instead of 0.000."""
-    if math.isnan(value):
-        return "-"
-    small = 0 < abs(value) < max(0.001, 10**-digits)
-    return f"{value:{sign}#.3g}" if small else f"{value:{sign}.{digits}f}"
+    """Formats a value with fixed digits; a zero has no minus."""
+    return "-" if math.isnan(value) else f"{value:{sign}z.{digits}f}"
 
 
 def shown_mean(line: Any, digits: int, sign: str) -> str:
@@ -195,23 +239,62 @@ def as_markdown(frame: pd.DataFrame) -> str:
     return cells.to_markdown(index=False, disable_numparse=True, colalign=sides)
 
 
+def as_page(parts: Sequence[Part]) -> str:
+    """Formats tables as Markdown, each under its title."""
+    return "\n\n".join(f"{harmless(part.title)}:\n\n{as_markdown(part.cells)}" for part in parts)
+
+
+def as_latex(parts: Sequence[Part]) -> str:
+    """Formats tables as LaTeX with booktabs: the best in bold, intervals as small print."""
+    found = [r"% needs \usepackage{booktabs}"]
+    for part in parts:
+        cells = part.cells.astype(object).map(utils.one_line).reset_index(drop=True)
+        style = cells.style.hide(axis="index")
+        style = style.format(small_print, escape="latex")
+        style = style.format_index(arrows, axis=1, escape="latex")
+        bold = np.where(part.is_best, "textbf:--rwrap;", "")
+        style = style.apply(lambda _, bold=bold: bold, axis=None)
+        sides = "".join("l" if column in ABOUT else "r" for column in cells)
+        table = style.to_latex(hrules=True, column_format=sides)
+        found.append(f"% {utils.one_line(part.title)}\n{table}")
+    return "\n".join(found)
+
+
+def small_print(cell: str) -> str:
+    """Sets what follows a value in a cell of LaTeX small; a bracket at a row's beginning is no option."""
+    value, space, more = cell.partition(" [")
+    return f"{value} {{\\scriptsize [{more}}}" if space else f"{{}}{cell}" if cell[:1] in ("[", "*") else cell
+
+
+def arrows(title: str) -> str:
+    """Writes the arrows of a title in LaTeX."""
+    return title.replace("↓", r"$\downarrow$").replace("↑", r"$\uparrow$")
+
+
 # ---------------------------------------------------------------------------------------------------------
 # files
 
 
+TEXTS = (*ABOUT, "judge", "name")  # columns of names, which may come from elsewhere
+
+
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
     """Writes a CSV file, whole or not at all: numbers with six digits, empty for NaN. Raises UserError."""
-    for column in {"method", "name"} & {*frame.columns}:
+    for column in {*TEXTS} & {*frame.columns}:
         frame = frame.assign(**{column: frame[column].astype(object).map(utils.csv_name)})
     text = frame.to_csv(index=False, float_format="%.6g", lineterminator="\n")
     utils.write_own(path, text.encode(errors="surrogateescape"))
 
 
 def read_csv(path: Path) -> pd.DataFrame:
-    """Reads a table that `write_csv` wrote; names are texts. Raises UserError."""
+    """Reads a table that `write_csv` wrote. Raises UserError.
+
+    The column `method` is METHOD/budget_{B}, or METHOD, and stands for all of `ABOUT`; in a table without a
+    column for the budget it is as it stands. Names are texts.
+    """
     import pandas as pd
 
-    texts = {"method": object, "name": object}
+    texts = dict.fromkeys(TEXTS, object)
     how = {"keep_default_na": False, "na_values": [""], "encoding_errors": "surrogateescape"}
     try:
         if utils.is_special(path):
@@ -221,7 +304,86 @@ def read_csv(path: Path) -> pd.DataFrame:
         raise UserError(f"{path}: not a readable table ({utils.first_line(error)})") from None
     for column in texts.keys() & {*frame.columns}:
         frame[column] = frame[column].fillna("").map(utils.name_of_csv)
-    return frame
+    if {"method", "budget"} <= {*frame.columns}:
+        frame["method"] = row_names(frame)
+    return frame.drop(columns=[column for column in ABOUT[1:] if column in frame])
+
+
+def row_names(about: pd.DataFrame) -> pd.Series:
+    """Names rows by method and budget, METHOD/budget_{B}."""
+    return about["method"].where(about["budget"] == "", about["method"] + "/budget_" + about["budget"])
+
+
+def read_values(path: Path) -> pd.DataFrame:
+    """Reads per_image.csv -> method, seed, prompt, name, metric, value, with a judge's name in the metric's.
+
+    One with a column per metric is read, too. Raises UserError.
+    """
+    import pandas as pd
+
+    frame = read_csv(path)
+    if lacking := [column for column in EDIT if column not in frame]:
+        raise UserError(f"{path}: no column {lacking[0]} in it")
+    if not {"metric", "value"} <= {*frame.columns}:
+        numbers = frame.drop(columns=EDIT).select_dtypes(["number", "bool"]).astype(float)
+        frame = pd.concat([frame[EDIT], numbers], axis=1).melt(EDIT, var_name="metric")
+    elif "judge" in frame:
+        pairs = frame.groupby(["metric", "judge"]).ngroup()
+        names = frame[["metric", "judge"]].groupby(pairs).first().apply(lambda pair: column_of(*pair), axis=1)
+        frame["metric"] = pairs.map(names)
+    try:
+        return frame[[*EDIT, "metric", "value"]].astype({"value": float})
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def column_of(metric: str, judge: str) -> str:
+    """Names a metric's column in a table with all metrics."""
+    endings = {"": "", "hardest": "", "attacked": "", "any": "_by_any"}
+    return metric + endings.get(judge, f"_{judge}")
+
+
+def beside(table: Path, suffix: str) -> Path | None:
+    """Names the file beside a table that has another ending; None for a device, such as /dev/null."""
+    return None if utils.is_special(table) else table.with_suffix(suffix)
+
+
+def write_beside(
+    table: Path, parts: Sequence[Part], networks: dict[str, str], rows: dict[str, Path], latex: bool
+) -> None:
+    """Writes beside a table, as JSON, its networks and the directory of each row; and the table as LaTeX.
+
+    Without `latex` that of an earlier run is removed. Raises UserError.
+    """
+    if utils.is_special(table):
+        return
+    found = {"networks": networks, "rows": {name: str(directory) for name, directory in rows.items()}}
+    utils.write_own(table.with_suffix(".json"), (json.dumps(found, indent=2) + "\n").encode())
+    typeset = table.with_suffix(".tex")
+    if latex:
+        utils.write_own(typeset, as_latex(parts).encode(errors="surrogateescape"))
+    elif typeset.is_file() and typeset.stat().st_size:
+        with contextlib.suppress(UserError):  # somebody else's
+            utils.check_own(typeset)
+            typeset.unlink()
+
+
+def read_about(path: Path) -> dict[str, Any]:
+    """Reads what `write_about` wrote; empty if it isn't there or isn't that."""
+    try:
+        found = utils.parse_json(utils.read_plain(path, utils.MOST_TEXT))
+        return found if all(isinstance(found[key], dict) for key in ("networks", "rows")) else {}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
+
+
+def check_networks(table: Path, networks: dict[str, str], way_out: str) -> None:
+    """Refuses to replace a table in which other networks measured the same. Raises UserError."""
+    page = beside(table, ".json")
+    known = read_about(page).get("networks", {}) if page and table.exists() else {}
+    parts = [part for part, names in networks.items() if known.get(part, names) != names]
+    if said := "; ".join(f"{part}: {known[part]} there, {networks[part]} now" for part in parts):
+        raise UserError(f"{table}: measured by other networks ({said}); {way_out}")
 
 
 def check_numbers(path: Path, numbers: pd.DataFrame) -> None:
@@ -254,108 +416,3 @@ def check_outputs(
         utils.check_own(path)
     if len({path.resolve() for path in given}) < len(given):
         raise UserError(f"one output would overwrite the other: {' '.join(map(str, given))}")
-
-
-# ---------------------------------------------------------------------------------------------------------
-# what an experiment shows
-
-
-ABOUT = "`left`: what the judge who finds most still finds, 1 the same picture, 0 a stranger; low is better."
-LEAST = 0.05  # of `left`, taken from the clean edits; for less, no share is given
-KEPT = "worst: the highest after any purification; kept: the share of its drop that survives it."
-
-
-def read_table(root: Path, name: str = "all_metric.csv") -> pd.DataFrame:
-    """Reads a table of an experiment, its rows named as METHOD/budget_{B}. Raises UserError."""
-    table = read_csv(root / name)
-    table["method"] = ["/budget_".join(filter(None, parse_row(row))) for row in table["method"]]
-    return table
-
-
-def read_left(roots: dict[str, Path]) -> pd.DataFrame:
-    """Reads `left` from tables, by label -> one row per method, one column per table. Raises UserError."""
-    import pandas as pd
-
-    read = {label: read_table(root).set_index("method") for label, root in roots.items()}
-    return pd.DataFrame({label: table["left"] for label, table in read.items()})
-
-
-def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path) -> str:
-    """Writes `left` by editor -> the table as text. Raises UserError.
-
-    roots: where each editor's table is; attacked: whose VAEs the protection of each row attacked.
-    """
-    table = read_left({f"edited by {editor}": root for editor, root in roots.items()})
-    table.insert(0, "attacked", [attacked.get(row, "none") for row in table.index])
-    return side_by_side(table, output)
-
-
-def purified(roots: dict[str, Path], output: Path) -> str:
-    """Writes `left` by purifier, with `none` first, and what survives the worst one -> the table as text.
-
-    Raises UserError.
-    """
-    table = read_left(roots)
-    taken = (table.loc["clean"] - table).drop("clean")
-    table["worst"] = table.drop(columns="none").max(axis=1)
-    share = taken.drop(columns="none").min(axis=1) / taken["none"]
-    table["kept"] = share.where(taken["none"] > LEAST)
-    return side_by_side(table, output, KEPT)
-
-
-def side_by_side(table: pd.DataFrame, output: Path, more: str = "") -> str:
-    """Writes a table by method as CSV and as Markdown -> its text. Raises UserError."""
-    page = output.with_suffix(".md")
-    check_outputs([output, page], suffixes=(".csv", ".md"))
-    table = table.rename_axis("method").reset_index()
-    write_csv(output, table)
-    text = table.to_markdown(index=False, floatfmt=".2f")
-    whole = f"{f'{ABOUT} {more}'.rstrip()}\n\n{text}\n"
-    utils.write_own(page, whole.encode(errors="surrogateescape"))
-    return text
-
-
-def by_person(root: Path) -> pd.DataFrame:
-    """Measures the people of each row: `known`, the share whom some judge recognises in most of their edits,
-    and `worst`, the mean `left` of the tenth with the highest. Raises UserError.
-    """
-    import pandas as pd
-
-    edits = read_table(root, "per_image.csv")
-    rows = edits.groupby(["method", "name"])[["left", "recognised_by_any"]].mean().groupby("method")
-    worst = rows["left"].agg(lambda people: people.nlargest(math.ceil(len(people) / 10)).mean())
-    known = rows["recognised_by_any"].agg(lambda shares: (shares > 0.5).where(shares.notna()).mean())
-    return pd.DataFrame({"known": known, "worst": worst})
-
-
-def verdict(root: Path, models: str, minutes: float) -> str:
-    """Says in words what came out, from the tables that were written. Raises UserError."""
-    table, people, lines = read_table(root).set_index("method"), by_person(root), []
-    recognizers = [name[6:] for name in table if re.match(r"facial(?!.*_(low|high|n)$)", name)]
-    for row, line in table.iterrows():
-        known, worst = people.loc[row]
-        told = "" if math.isnan(known) else f"; {known:.0%} of the people recognised in most of their edits"
-        lines.append(f"  {row}: left {line['left']:.2f}, {worst:.2f} of the worst tenth of the people{told}")
-        for end in sorted(recognizers, key=lambda end: not end):  # the attacked one, "", comes last
-            found, nearest = (line[f"{what}{end}"] for what in ("recognised", "identified"))
-            taken = "no threshold" if math.isnan(found) else f"recognised in {found:.0%} of the edits"
-            who = end[1:] or "the attacked recogniser"
-            if models == "mini" and end == "_judge":
-                who += " (trained here, like the attacked recogniser: not counted)"
-            still = line.get(f"left{end}", math.nan) if end else math.nan
-            size = f"FR {line[f'facial{end}']:.2f}" + ("" if math.isnan(still) else f" (left {still:.2f})")
-            lines.append(f"    {who}: {size}, {taken}, identified in {nearest:.0%}")
-    worth = "Weigh the judges' lines: the attack knows its recogniser, and other judges may find more."
-    if models == "mini":
-        worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
-    return f"""
-How much of the person is left in the edits, by judges that no attack sees. left: 1 is the same picture, 0 a
-stranger's, by the judge who finds most; FR: the cosine similarity by each; recognised: above the threshold
-for one person; identified: nearest to its own source among all sources. Lower is better for all of it:
-{chr(10).join(lines)}
-Look at {root / "figure.png"}: a protected portrait should look like its source, and its edits
-should not show the person whom the edits of the source (clean) show. Don't expect that each
-face is gone; what a judge still finds, others may find, too.
-{worth}
-It took {minutes:.1f} minutes; all metrics are in {root / "all_metric.md"}.
-Next: python defend.py --input_path=PHOTO, or every method in one table: make table IMAGES=DIR"""

