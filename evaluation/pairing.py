@@ -192,7 +192,8 @@ def about_rows(rows: Sequence[Row], seed: int = 0) -> "pd.DataFrame":
     """
     import pandas as pd
 
-    about = pd.DataFrame([made_by(row, seed) for row in rows], [row.method for row in rows], dtype=object)
+    found, names = [made_by(row, seed) for row in rows], [row.method for row in rows]
+    about = pd.DataFrame(found, names, ["method", "budget", "editor", "purifier"], dtype=object)
     whole = [re.sub(f"(?<=.)/budget_{NUMBER}/?$", "", row.method) for row in rows]
     for names in ([parse_row(row.method)[0] for row in rows], whole):
         same = about.duplicated(["method", "budget"], keep=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -95,20 +96,18 @@ def call(world, tiny_models, capsys):
         eval_all: f"{loads} {sources} {clip} {lpips} {faces}",
     }
 
-    def run(script, line: str = "", output: str = "t.csv") -> SimpleNamespace:
+    def run(script, line: str = "", output: str = "t.csv", keep: bool = False) -> SimpleNamespace:
         capsys.readouterr()
-        for name in (output, "each.csv"):
+        for name in () if keep else (output, "each.csv"):
             Path(name).unlink(missing_ok=True)
         words = f"{edits} {more_of.get(script, '')} --output {output} --per_image each.csv {line}".split()
         found = SimpleNamespace(status=script.main(words))
         found.out, found.err = capsys.readouterr()
         if Path(output).exists():
-            found.table = pd.read_csv(output)
-            found.table.index = [row.removeprefix(f"{world}/edits/") for row in found.table["method"]]
+            found.table = tables.read_csv(Path(output)).set_index("method")
         if Path("each.csv").exists():
-            found.each = pd.read_csv("each.csv")
-            found.each["row"] = found.each["method"].str.removeprefix(f"{world}/edits/")
-            found.each = found.each.set_index(["row", "prompt", "name"])
+            each = tables.read_values(Path("each.csv"))
+            found.each = each.pivot_table("value", ["method", "prompt", "name"], "metric")
         return found
 
     return run
@@ -132,9 +131,10 @@ def test_psnr_of_known_differences():
 
 def test_psnr_table(call):
     found = call(eval_psnr)
-    assert found.status == 0 and WEAK in found.out
-    columns = ["method", "prompt0", "prompt3", "mean", "ci_low", "ci_high", "n", "n_inf"]
-    assert list(found.table) == columns and list(found.table.index) == [WEAK, STRONG]
+    assert found.status == 0 and "| facelock | 0.03" in " ".join(found.out.split())
+    columns = ["method", "budget", "editor", "purifier", "judge", "metric", "prompt0", "prompt3"]
+    assert list(pd.read_csv("t.csv")) == [*columns, "mean", "ci_low", "ci_high", "n", "n_inf"]
+    assert list(found.table.index) == [WEAK, STRONG]
     of_images = [(level_psnr(1 + i) + level_psnr(4 + i)) / 2 for i in range(3)]
     weak, strong = found.table.loc[WEAK], found.table.loc[STRONG]
     assert weak["prompt0"] == pytest.approx(np.mean([level_psnr(1 + i) for i in range(3)]), abs=1e-3)
@@ -142,7 +142,9 @@ def test_psnr_table(call):
     assert min(of_images) - 1e-3 <= weak["ci_low"] < weak["mean"] < weak["ci_high"]
     assert (weak["n"], weak["n_inf"], strong["n"]) == (3, 0, 3)
     assert math.isnan(strong["ci_low"])  # three equal images: nothing to resample
-    assert list(found.each) == ["method", "seed", "value"] and len(found.each) == 2 * 2 * 3
+    columns[-2:] = ["value"]
+    columns[5:5] = ["seed", "prompt", "name"]
+    assert list(pd.read_csv("each.csv")) == columns and len(found.each) == 2 * 2 * 3
 
 
 def test_identical_edits_are_counted_and_left_out(world, call):
@@ -156,7 +158,7 @@ def test_identical_edits_are_counted_and_left_out(world, call):
     ("given", "rows"),
     [
         (STRONG, [STRONG]),
-        (f"{STRONG}/seed5", [f"{STRONG}/seed5"]),
+        (f"{STRONG}/seed5", [STRONG]),
         (".", [WEAK, STRONG]),  # two levels above, beside the clean edits
         (f"facelock {{0}}/{WEAK}/seed5 {{0}}/{STRONG}/../../facelock", [WEAK, STRONG]),  # each is one row
     ],
@@ -188,7 +190,7 @@ def test_pairing_is_by_stem(world, call):
         Image.open(folder / "anna.png").save(folder / f"zoe{'.png' if row == 'clean' else '.bmp'}")
         (folder / "anna.png").unlink()
     each = call(eval_psnr, "--prompts 0").each
-    assert each.loc[(WEAK, 0, "zoe"), "value"] == pytest.approx(level_psnr(1), abs=1e-3)
+    assert each["psnr"][WEAK, 0, "zoe"] == pytest.approx(level_psnr(1), abs=1e-3)
 
 
 def twin(world: Path) -> None:
@@ -383,7 +385,7 @@ def test_clip_scripts(world, call, tiny_models):
     edit = np.array(Image.open(world / f"edits/{STRONG}/seed5/prompt3/ben.png"))
     a, b = clip.embed_images(np.stack([tiny.portrait(32, seed=1), edit]))
     text = clip.embed_texts([utils.edit_prompts[3]])[0]
-    found = [one.each.loc[(STRONG, 3, "ben"), "value"] for one in (of_i, of_s)]
+    found = [one.each.loc[(STRONG, 3, "ben")].item() for one in (of_i, of_s)]
     expected = [torch.cosine_similarity(a, b, dim=0), torch.cosine_similarity(b - a, text, dim=0)]
     assert found == pytest.approx([value.item() for value in expected], abs=1e-4)
 
@@ -441,7 +443,7 @@ def test_eval_all_says_what_the_single_scripts_say(call):
     others = ["no face (FDFR)", "CLIP-S ↓", "PSNR ↓", "SSIM ↓", "LPIPS ↑", "CLIP-I ↓"]
     of_judge = [f"{what}, judge ↓" for what in ("FR", "left", "recognised", "identified (rank-1)")]
     of_attacked = ["FR ↓", "recognised ↓", "identified (rank-1) ↓"]
-    assert titles == [["method", *some, "n"] for some in (panel + others, of_judge, of_attacked)]
+    assert titles == [["method", "budget", *some, "n"] for some in (panel + others, of_judge, of_attacked)]
     assert list(found.table.index) == ["clean", WEAK, STRONG]
     assert math.isnan(found.table.loc["clean", "psnr"]) and found.table.loc[WEAK, "psnr_n_inf"] == 0
     for metric, script, flags in (
@@ -459,7 +461,7 @@ def test_eval_all_says_what_the_single_scripts_say(call):
         np.testing.assert_allclose(own.astype(float), single.astype(float), atol=2e-5)
     assert len(found.each) == 3 * 2 * 3
     assert {metric.name for metric in eval_all.METRICS} < {*found.each} > {"left", "facial_judge", "facial"}
-    means = found.each.groupby("row")["facial"].mean()
+    means = found.each.groupby("method")["facial"].mean()
     np.testing.assert_allclose(means[found.table.index], found.table["facial"], atol=2e-6)
 
 
@@ -513,7 +515,7 @@ def test_eval_all_tells_how_visible_a_protection_is(world, call):
     flags = f"--protected_dirs {world}/protected/facelock --baseline clean"
     found = call(eval_all, flags, "o/t.csv")
     visible = pd.read_csv("o/t_protected.csv")
-    assert found.status == 0 and visible["method"][0].endswith("facelock/budget_0.02")
+    assert found.status == 0 and visible["budget"].tolist() == [0.02, 0.03]
     assert visible["linf"].tolist() == pytest.approx([4 / 255, 6 / 255], rel=1e-5)
     assert visible["psnr"][0] == pytest.approx(level_psnr(2), abs=1e-3)
     pairs = pd.read_csv("o/t_minus_baseline.csv")
@@ -521,7 +523,9 @@ def test_eval_all_tells_how_visible_a_protection_is(world, call):
     text = Path("o/t.md").read_text()
     assert "minus clean, in pairs" in text and "protected images against their sources" in text
     found = call(eval_all, "", "o/t.csv")  # nothing of the earlier one is left
-    assert sorted(path.name for path in Path("o").iterdir()) == [".facelock.jsonl", "t.csv", "t.md"]
+    assert sorted(path.name for path in Path("o").iterdir()) == [
+        ".facelock.jsonl", "t.csv", "t.json", "t.md"
+    ]  # fmt: skip
     assert "o/t_protected.csv: from an earlier run, removed" in found.out
     (world / f"protected/{STRONG}/ben.png").write_text("x")
     found = call(eval_all, flags, "o/t.csv")  # and the rest is there
@@ -550,6 +554,66 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(world, call, monkeyp
     (world / "out/folder").mkdir()
     found = call(eval_all, flags.format(world))
     assert found.status == 1 and says in found.err
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what made a table, and who measured
+
+
+def write_run(directory: Path, sources: Path, **arguments: object) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "run.json").write_text(json.dumps({"arguments": arguments, "sources": str(sources)}))
+
+
+def test_a_row_is_what_its_records_say(tmp_path):
+    """Protected, purified, edited, and the edit altered; two rows that would be the same keep their names."""
+    protected, purified = tmp_path / "here", tmp_path / "there"
+    write_run(protected, tmp_path, defend_method="facelock", attack_budget=0.06)
+    write_run(purified, protected, method="jpeg:75")
+    for row in ("a/mine", "b/mine", "b/other/budget_0.1"):
+        write_run(tmp_path / row / "seed0", purified, model="flux-kontext", model_id="me/ed 0123abcd")
+    write_run(tmp_path / "c/mirrored/seed0", tmp_path / "b/mine/seed0/prompt3", method="mirror")
+    (tmp_path / "d/vae/budget_0.03/seed0").mkdir(parents=True)
+    names = ["a/mine", "b/other/budget_0.1", "d/vae/budget_0.03"]
+    found = pairing.about_rows([pairing.Row(name, tmp_path / name) for name in names], 0)
+    editor = ["flux-kontext=me/ed", "jpeg:75"]
+    assert found.to_numpy().tolist() == [
+        ["mine", "0.06", *editor], ["other", "0.06", *editor], ["vae", "0.03", "", ""]
+    ]  # fmt: skip
+    names = ["a/mine", "b/mine", "c/mirrored"]
+    found = pairing.about_rows([pairing.Row(name, tmp_path / name) for name in names], 0)
+    assert found["method"].tolist() == ["a/mine", "b/mine", "mirrored"]
+    (row,) = pairing.about_rows([pairing.Row("a/mine", tmp_path / "a/mine")], 0).to_numpy().tolist()
+    assert row == ["facelock", "0.06", *editor]
+
+
+@pytest.mark.parametrize(
+    ("script", "line", "table"),
+    [(eval_facial, "--by judge", "t_left.csv"), (eval_facial, "", "t.csv"), (eval_all, "", "t.csv")],
+)
+def test_a_run_with_another_judge_does_not_replace_a_table(call, tiny_models, script, line, table):
+    assert call(script, line).status == 0
+    before = Path(table).read_bytes()
+    assert re.search(r"(recognizer|judge) [0-9a-f]{8}", Path(table).with_suffix(".json").read_text())
+    other = f"{line} --recognizer {tiny_models.judge} --judge {tiny_models.recognizer}"
+    found = call(script, other, keep=True)
+    assert found.status == 1 and "measured by other networks" in found.err
+    assert Path(table).read_bytes() == before and call(script, line, keep=True).status == 0
+
+
+def test_latex_has_booktabs_the_best_in_bold_and_escaped_names(world, call):
+    (world / "edits/facelock").rename(world / "edits/50%_#1")
+    found = call(eval_all, f"--defend_edit_dirs {world}/edits --latex --baseline clean")
+    assert found.status == 0
+    text = Path("t.tex").read_text()
+    heads = [line for line in text.splitlines() if line.startswith("method &")]
+    assert text.count(r"\toprule") == text.count(r"\bottomrule") == len(heads) == 6
+    assert all(r"$\downarrow$" in head and head.endswith(r" \\") for head in heads)
+    lines = [line for line in text.splitlines() if line.startswith(r"50\%\_\#1 &")]
+    assert len(lines) == 12 and r"{\scriptsize [" in "".join(lines)
+    assert "textbf" not in text  # each budget has one method: nothing to be better than
+    call(eval_psnr, f"--defend_edit_dirs {world}/edits")
+    assert not Path("t.tex").exists()  # it would seem to belong to this table
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -602,11 +666,10 @@ def test_thirty_images_are_enough_and_five_the_fewest():
     assert not any(math.isnan(end) for end in tables.interval([1.0, 2.0, 3.0, 4.0, 5.0]))
 
 
-def test_small_values_keep_their_digits_on_the_screen():
-    known = {0.5: "0.500", 0.000123456: "0.000123", 0.0003: "0.000300", 0.0: "0.000", 1e-5: "1.00e-05"}
-    assert {value: tables.shown(value) for value in known} == known
-    assert (tables.shown(-0.0004, 3, "+"), tables.shown(33.333, 2)) == ("-0.000400", "33.33")
-    assert (tables.shown(math.nan), tables.shown(0.004, 2)) == ("-", "0.00400")
+def test_values_have_fixed_digits_and_zero_no_minus():
+    assert [tables.shown(value) for value in (0.5, 0.0004, -0.000332)] == ["0.500", "0.000", "0.000"]
+    assert (tables.shown(-0.0016, 3, "+"), tables.shown(33.333, 2)) == ("-0.002", "33.33")
+    assert tables.shown(math.nan) == "-"
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -625,8 +688,8 @@ def test_fr_is_the_cosine_to_the_source(world, call, tiny_models):
     assert found.table.loc["clean", "mean"] == pytest.approx(1.0, abs=1e-5)  # the edits are the sources
     place = world / f"edits/{STRONG}/seed5/prompt3/ben.png"
     a, b = embed(tiny_models.recognizer, world / "portraits/ben.png", place)
-    assert found.each.loc[(STRONG, 3, "ben"), "value"] == pytest.approx((a @ b).item(), abs=1e-4)
-    assert found.each.loc[(STRONG, 3, "ben"), "value"] < 0.99999
+    assert found.each.loc[(STRONG, 3, "ben")].item() == pytest.approx((a @ b).item(), abs=1e-4)
+    assert found.each.loc[(STRONG, 3, "ben")].item() < 0.99999
     of_judge = call(eval_facial, "--by judge", "x.csv").each["facial_judge"]
     assert abs(of_judge[STRONG, 3, "ben"] - (a @ b).item()) > 1e-3
     assert Path("x_left.csv").exists() and Path("x_facial_judge.csv").exists()
@@ -712,12 +775,12 @@ def test_a_source_without_a_face_is_named_and_the_rest_is_scored(world, call, mo
 def test_left_is_the_same_scale_for_all_judges_and_the_panels_is_the_highest(call, tiny_models):
     panel = f"--recognizer vggface2 --judge {tiny_models.judge} {tiny_models.recognizer} --by judge"
     found = call(eval_facial, panel)  # the attacked one isn't loaded
-    assert list(found.each)[2:] == ["left", "facial_judge", "facial_recognizer"]
+    assert {*found.each} == {"left", "facial_judge", "facial_recognizer"}
     on_scale = (found.each[["facial_judge", "facial_recognizer"]] - 0.25) / 0.75  # tiny.py's strangers
     np.testing.assert_allclose(found.each["left"], on_scale.max(axis=1), atol=1e-5)
     assert (on_scale["facial_judge"] - on_scale["facial_recognizer"]).abs().max() > 1e-3
-    means = pd.read_csv("t_left.csv")["mean"]
-    np.testing.assert_allclose(means, found.each.groupby("method", sort=False)["left"].mean(), atol=1e-5)
+    means = tables.read_csv(Path("t_left.csv")).set_index("method")["mean"].sort_index()
+    np.testing.assert_allclose(means, found.each.groupby("method")["left"].mean(), atol=1e-5)
     assert call(eval_facial, f"{panel} --what identified", "rank.csv").status == 0
     names = ["rank_identified_by_any.csv", "rank_identified_judge.csv", "rank_identified_recognizer.csv"]
     of_any, *of_judges = (pd.read_csv(name)["mean"] for name in names)
@@ -753,7 +816,7 @@ def test_people_are_compared_with_their_other_photos(world, call, tiny_models):
     photos = {"anna": ["anna/1", "anna/2"], "ben": ["ben"], "cleo": ["cleo/x"]}
     for number, name in enumerate(file for files in photos.values() for file in files):
         write(others / f"{name}.png", tiny.portrait(48, seed=20 + number))
-    each = call(eval_facial, f"--reference_dir {others}").each["value"]
+    each = call(eval_facial, f"--reference_dir {others}").each["facial"]
     for name, files in photos.items():
         paths = [others / f"{file}.png" for file in files]
         edit, *known = embed(tiny_models.recognizer, world / f"edits/clean/seed5/prompt3/{name}.png", *paths)

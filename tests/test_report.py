@@ -6,6 +6,7 @@ import html
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,9 @@ from PIL import Image
 from evaluation import report, tables
 from evaluation.eval_all import METRICS, VISIBILITY
 from evaluation.eval_facial import NO_FACE, metric_of, metric_of_panel
+from evaluation.features import Metric
+from evaluation.pairing import Row, about_rows
+from evaluation.scoring import directories
 
 NAMES = [f"person{number}" for number in range(7)]
 HOSTILE = "<script>alert(1)</script>"
@@ -55,10 +59,15 @@ def write_tables(root, values):
     rows = list(dict.fromkeys(values["method"]))
     of_faces = [metric_of_panel("left", ["judge"]), NO_FACE, metric_of("similarity", "recognizer", "")]
     of_faces += [metric_of(what, "judge", "judge") for what in ("similarity", "left")]
-    known = [metric for metric in (*METRICS, *of_faces) if metric.name in names]
-    table, _ = tables.all_metrics(tables.means(values), {"": known}, rows)
+    known = {metric.name: metric for metric in (*METRICS, *of_faces)}
+    metrics = [known.get(name, Metric(name, name, None, ("edits",))) for name in names]
+    of_rows = [Row(row, Path(row)) for row in rows]
+    about = about_rows(of_rows)
+    known = [metric for metric in known.values() if metric.name in names]
+    table, _ = tables.all_metrics(tables.means(values), {"": known}, about)
     tables.write_csv(root / "all_metric.csv", table)
-    tables.write_csv(root / "per_image.csv", tables.per_image(values, names))
+    tables.write_csv(root / "per_image.csv", tables.per_image(values, metrics, about))
+    tables.write_beside(root / "all_metric.csv", [], {}, directories(of_rows, about), False)
 
 
 def write_picture(path, seed):
@@ -93,7 +102,8 @@ def whole(tmp_path_factory):
     visible = values[(values["method"] != "clean") & (values["metric"] == "psnr")]
     visible = visible.assign(method=visible["method"].str.replace("/edits/", "/protected/"))
     rows = list(dict.fromkeys(visible["method"]))
-    frame, _ = tables.all_metrics(tables.means(visible), {"": VISIBILITY[:1]}, rows)
+    about = about_rows([Row(row, Path(row)) for row in rows])
+    frame, _ = tables.all_metrics(tables.means(visible), {"": VISIBILITY[:1]}, about)
     frame.to_csv(root / "all_metric_protected.csv", index=False)
     purified = root / "purified/jpeg-75"
     purified.mkdir(parents=True)
@@ -169,7 +179,7 @@ def test_paired_differences_are_those_of_tables(whole, page):
     # of the unprotected edits there is no PSNR
     lines = table_of(page, f"{OF_JUDGE}, {MINUS}, minus unprotected")
     values = report.read_values(whole / "per_image.csv")
-    found = tables.differences(values, "clean").loc[f"{whole}/edits/{METHODS[2]}", "facial_judge"]
+    found = tables.differences(values, "clean").loc[METHODS[2], "facial_judge"]
     assert words_of(lines[2]["FR, judge ↓"]) == f"{found['mean']:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
     assert "PSNR ↓" not in table_of(page, f"Minus unprotected, {MINUS}")[0]
 
@@ -177,9 +187,10 @@ def test_paired_differences_are_those_of_tables(whole, page):
 def test_an_unknown_metric_is_shown_and_zeros_and_ones_are_a_share(whole, page):
     values = pd.read_csv(whole / "per_image.csv")
     lines = table_of(page, HEADLINE)
-    of_method = values[values["method"] == f"{whole}/edits/{METHODS[2]}"]
-    assert words_of(lines[3]["odd"]).startswith(tables.shown(of_method["odd"].mean()))
-    assert words_of(lines[3]["taken"]).startswith(f"{of_method['taken'].mean():.0%}".replace("%", " %"))
+    own = values[(values["method"] == "facelock") & (values["budget"] == 0.06)]
+    odd, taken = (own.loc[own["metric"] == name, "value"].mean() for name in ("odd", "taken"))
+    assert words_of(lines[3]["odd"]).startswith(tables.shown(odd))
+    assert words_of(lines[3]["taken"]).startswith(f"{taken:.0%}".replace("%", " %"))
     assert words_of(lines[0]["no face (FDFR)"]) == "0 %"
     assert "Not a metric of FaceLock" in words_of(page)
 
@@ -197,7 +208,7 @@ def test_three_sentences_say_what_came_out(page):
     sentences = [words_of(text) for text in re.findall(r"<p>.*?</p>", lead, re.DOTALL)]
     assert len(sentences) == 3
     assert "facelock 0.06 does best of 3 protections" in sentences[0]
-    assert "which is more than chance" in sentences[0]
+    assert "which is more than chance" in sentences[0] and "Second is facelock 0.03: +0." in sentences[0]
     assert "(person0)" in sentences[1] and "(<script>alert(1)<script>)" in sentences[1]
     assert "after jpeg-75" in sentences[2] and "PSNR" in sentences[2]
 
@@ -303,9 +314,10 @@ def test_little_is_enough(tmp_path, lines, said):
     assert re.search(said, words_of(make(tmp_path, tmp_path / "out.html")))
 
 
-def test_the_long_table_is_read_too(experiment, page):
-    values = report.read_values(experiment / "per_image.csv")
-    values.to_csv(experiment / "per_image.csv", index=False)
+def test_a_table_with_a_column_per_metric_is_read_too(experiment, page):
+    values = report.read_values(experiment / "per_image.csv").astype(dict.fromkeys(tables.EDIT, object))
+    wide = values.pivot(index=tables.EDIT, columns="metric", values="value").reset_index()
+    wide.to_csv(experiment / "per_image.csv", index=False)
     caption = f"Minus unprotected, {MINUS}"
     assert table_of(make(experiment), caption) == table_of(page, caption)
 
@@ -343,7 +355,7 @@ def test_no_file_of_another_kind_is_overwritten(experiment, capsys):
 
 def test_rows_are_named_by_the_last_part_of_their_directory():
     methods = ["clean", "x/edits/vae/budget_0.03", "y/vae/budget_0.03", "e/mist", "x/cheats/mirrored"]
-    rows = report.name_rows(dict.fromkeys([(method, "facial") for method in methods]))
+    rows = report.name_rows(dict.fromkeys([(method, "facial") for method in methods]), {})
     assert rows[0].label == "unprotected" and rows[3].label == "mist"
     assert rows[1].name == methods[1]  # two of the same name
     assert [row.kind for row in rows] == ["clean", "method", "method", "method", "cheat"]

@@ -1,11 +1,11 @@
-"""evaluation/tables.py: `left` side by side and the verdict, of made-up tables."""
+"""evaluation/summary.py: `left` side by side and the verdict, of made-up tables."""
 
 from __future__ import annotations
 
 import pandas as pd
 import pytest
 
-from evaluation import tables
+from evaluation import summary, tables
 from utils import UserError
 
 ROWS = ["clean", "facelock/budget_0.06", "noise/budget_0.06"]
@@ -22,14 +22,31 @@ def write(root, judge, recognised=(1, 0, 1)):
     table.to_csv(root / "all_metric.csv", index=False)
     edits = pd.DataFrame(
         [
-            (method, f"p{person}", value + (person == 0) * (edit + 1), known * (person < 8 or not edit))
+            (method, 0, edit, f"p{person}", value + add, known * (person < 8 or not edit))
             for method, value, known in zip(methods, judge, recognised, strict=True)
             for person in range(10)
             for edit in range(2)
+            for add in [(person == 0) * (edit + 1)]
         ],
-        columns=["method", "name", "left", "recognised_by_any"],
+        columns=[*tables.EDIT, "left", "recognised_by_any"],
     )
     edits.astype({"recognised_by_any": float}).to_csv(root / "per_image.csv", index=False)
+    return root
+
+
+def write_people(root, **of_rows):
+    """A table of experiment.py's as it is now: one value of `left` for each person of each row."""
+    root.mkdir(parents=True, exist_ok=True)
+    lines = [
+        (*row.split("__"), "", "", "hardest", 0, 0, f"p{person}", "left", value)
+        for row, people in of_rows.items()
+        for person, value in enumerate(people)
+    ]
+    values = pd.DataFrame(lines, columns=[*tables.ABOUT, "judge", *tables.EDIT[1:], "metric", "value"])
+    values["budget"] = values["budget"].str.replace("_", ".")
+    values.to_csv(root / "per_image.csv", index=False)
+    means = values.groupby(tables.ABOUT, sort=False)["value"].mean().rename("left").reset_index()
+    means.to_csv(root / "all_metric.csv", index=False)
     return root
 
 
@@ -37,26 +54,64 @@ def test_purified_says_what_is_left_in_the_worst_case(tmp_path):
     roots = {"none": write(tmp_path / "a", [0.8, 0.2, 0.78])}
     roots["jpeg-75"] = write(tmp_path / "b", [0.7, 0.4, 0.7])
     roots["blur"] = write(tmp_path / "c", [0.75, 0.35, 0.6])
-    text = tables.purified(roots, tmp_path / "purified.csv")
-    table = pd.read_csv(tmp_path / "purified.csv").set_index("method")
-    assert list(table.columns) == ["none", "jpeg-75", "blur", "worst", "kept"] and list(table.index) == ROWS
-    assert table.loc[ROWS[1], ["worst", "kept"]].tolist() == pytest.approx([0.4, 0.5])  # 0.3 of 0.6, not 0.4
-    assert table.loc["clean", "worst"] == 0.75 and table["kept"].isna().tolist() == [True, False, True]
+    text = summary.purified(roots, tmp_path / "purified.csv")
+    table = pd.read_csv(tmp_path / "purified.csv")
+    assert list(table["method"]) == ["clean", "facelock", "noise"] and table["budget"].tolist()[1] == 0.06
+    facelock, clean = table.loc[1], table.loc[0]
+    assert facelock[["worst", "kept"]].tolist() == pytest.approx([0.4, 0.5])  # 0.3 of 0.6, not 0.4
+    assert clean["worst"] == 0.75 and table["kept"].isna().tolist() == [True, False, True]
     page = (tmp_path / "purified.md").read_text()
-    assert text in page and "of its drop that survives it" in page
+    assert text in page and "knowing attacker" in page and not (tmp_path / "purified.tex").exists()
     (tmp_path / "purified.md").write_text("my notes")
     with pytest.raises(UserError, match="was not made by this script"):
-        tables.purified(roots, tmp_path / "purified.csv")
+        summary.purified(roots, tmp_path / "purified.csv")
+
+
+def test_a_knowing_attacker_picks_a_purifier_for_each_picture(tmp_path):
+    roots = {
+        name: write_people(tmp_path / name, clean__=[0.9, 0.9], facelock__0_06=people, vae__0_06=[0.5, 0.5])
+        for name, people in {"none": [0.1, 0.1], "jpeg-75": [0.8, 0.2], "blur": [0.2, 0.6]}.items()
+    }
+    summary.purified(roots, tmp_path / "purified.csv", latex=True)
+    table = pd.read_csv(tmp_path / "purified.csv").set_index("method").loc["facelock"]
+    wanted = {"average": 0.45, "worst": 0.5, "knowing_attacker": 0.7}  # .8 and .6, by different purifiers
+    assert table[list(wanted)].to_dict() == pytest.approx(wanted)
+    lines = (tmp_path / "purified.tex").read_text().splitlines()
+    assert r"\toprule" in lines
+    (line,) = [line for line in lines if line.startswith("facelock")]
+    assert r"\textbf{0.10}" in line and r"\textbf{0.70}" not in line  # to a knowing attacker, vae leaves less
+
+
+@pytest.mark.parametrize(
+    ("second", "says"),
+    [
+        ([0.2, 0.3, 0.2, 0.3, 0.2, 0.3], "facelock/budget_0.06 leaves least, then vae/budget_0.06: +0.05"),
+        ([0.5, 0.0, 0.4, 0.1, 0.4, 0.1], "they can't be told apart, since the interval contains 0"),
+        ([0.3, 0.3], "with so few portraits they can't be told apart"),
+    ],
+)
+def test_the_headline_says_whether_best_and_second_differ(tmp_path, second, says):
+    people = len(second)
+    own = [0.15, 0.24, 0.16, 0.25, 0.15, 0.25][:people]
+    rows = {"clean__": [0.9] * people, "facelock__0_06": own, "vae__0_06": second, "cw__0_06": [0.8] * people}
+    values = tables.read_values(write_people(tmp_path, **rows) / "per_image.csv")
+    (line,) = summary.headlines(values)
+    assert says in line and "clean" not in line
+    rows["facelock__0_03"] = [0.6] * people  # of several budgets, each that has rivals
+    values = tables.read_values(write_people(tmp_path, **rows) / "per_image.csv")
+    (line,) = summary.headlines(values)
+    assert line.startswith("At budget 0.06, ") and says in line
 
 
 def test_people_are_known_whose_edits_are_mostly_recognised_and_the_worst_tenth_is_their_mean(tmp_path):
-    people = tables.by_person(write(tmp_path, [0.8, 0.2, 0.8]))
+    values = tables.read_values(write(tmp_path, [0.8, 0.2, 0.8]) / "per_image.csv")
+    people = summary.by_person(values.assign(method=values["method"].map(summary.row_name)))
     assert people.loc[ROWS, "known"].tolist() == pytest.approx([0.8, 0, 0.8])  # half is not most
     assert people.loc[ROWS, "worst"].tolist() == pytest.approx([0.8 + 1.5, 0.2 + 1.5, 0.8 + 1.5])
 
 
 def test_the_verdict_speaks_of_edits_and_people(tmp_path):
-    text = tables.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
+    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8]), "mini", 1.25)
     of_judge = "judge (trained here, like the attacked recogniser: not counted): FR 0.20 (left 0.20)"
     assert f"{of_judge}, recognised in 0% of the edits, identified in 25%" in text
     assert "    dlib: FR 0.25, recognised in 0% of the edits, identified in 25%" in text
@@ -64,6 +119,6 @@ def test_the_verdict_speaks_of_edits_and_people(tmp_path):
     told = "clean: left 0.80, 2.30 of the worst tenth of the people; 80% of the people recognised in most"
     assert told in text
     assert "stand-in" in text and "It took 1.2 minutes" in text
-    text = tables.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
+    text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
     assert "no threshold" in text and "of the people recognised" not in text and "stand-in" not in text
     assert "clean: left 0.80, 2.30 of the worst tenth of the people\n" in text and "trained here" not in text
