@@ -100,7 +100,7 @@ def side_by_side(table: pd.DataFrame, output: Path, note: str, latex: bool) -> s
         if values.dtype == float:
             cells[title] = values.map(lambda value: tables.shown(value, 2))
             way = 1 if name == "kept" else -1
-            is_best[title] = tables.best_of_budgets(way * values, about["budget"])
+            is_best[title] = tables.best_of_budgets(values, way, about["budget"])
     part = tables.Part(note.rstrip("."), cells, is_best.to_numpy())
     text = tables.as_markdown(part.cells)
     utils.write_own(page, f"{note}\n\n{text}\n".encode(errors="surrogateescape"))

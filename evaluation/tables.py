@@ -120,7 +120,7 @@ class Part(NamedTuple):
 def named(table: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
     """Replaces the column `method`, names of rows, by what is known of them."""
     own = {column: table["method"].map(about[column]).astype("category") for column in about}
-    return table.drop(columns="method").pipe(lambda rest: table[[]].assign(**own).join(rest))
+    return table[[]].assign(**own).join(table.drop(columns="method"))
 
 
 def one_metric(
@@ -162,16 +162,15 @@ def all_metrics(
     table = found.astype({"n": "Int64", "n_inf": "Int64"}).unstack("metric").swaplevel(axis=1)
     table = table.reindex(index=about.index, columns=pd.MultiIndex.from_tuples(columns))
     parts, few = [], about_intervals(found["n"])
-    shown_of = ["method", *(column for column in ABOUT[1:] if about[column].nunique() > (column != "budget"))]
-    if not about["budget"].any():
-        shown_of.remove("budget")
+    names = ["method", *(["budget"] if about["budget"].any() else [])]
+    names += [column for column in ("editor", "purifier") if about[column].nunique() > 1]
     for title, group in groups.items():
-        cells = about[shown_of].replace("", "-")
-        is_best = np.zeros((len(about), len(shown_of) + len(group) + 1), bool)
-        for place, metric in enumerate(group, len(shown_of)):
+        cells = about[names].replace("", "-")
+        is_best = np.zeros((len(about), len(names) + len(group) + 1), bool)
+        for place, metric in enumerate(group, len(names)):
             lines = table[metric.name].astype(float)
             cells[metric.title] = [shown_mean(line, metric.digits, sign) for line in lines.itertuples()]
-            is_best[:, place] = best_of_budgets(lines["mean"] * metric.way, about["budget"])
+            is_best[:, place] = best_of_budgets(lines["mean"], metric.way, about["budget"])
         counts = table[[(metric.name, "n") for metric in group]].astype("Int64")
         ranges = [sorted({*row.dropna()}) or [0] for _, row in counts.iterrows()]
         cells["n"] = [" to ".join(map(str, dict.fromkeys((own[0], own[-1])))) for own in ranges]
@@ -182,11 +181,14 @@ def all_metrics(
     return named(table.rename_axis("method").reset_index(), about), parts
 
 
-def best_of_budgets(goodness: pd.Series, budgets: pd.Series) -> np.ndarray:
-    """Tells which rows are the best of their budget, if there are others; never the unprotected one."""
-    goodness = goodness.mask((goodness.index == "clean") | (goodness == 0)).groupby(budgets)
-    best = goodness.transform("max")
-    return ((goodness.transform("count") > 1) & (goodness.obj == best)).to_numpy()
+def best_of_budgets(values: pd.Series, way: int, budgets: pd.Series) -> np.ndarray:
+    """Tells which rows are the best of their budget, if there are others; never the unprotected one.
+
+    way: -1 if low is good, 1 if high; 0: nothing is best.
+    """
+    goodness = (way * values).where((values.index != "clean") & (way != 0))
+    groups = goodness.groupby(budgets)
+    return ((groups.transform("count") > 1) & (goodness == groups.transform("max"))).to_numpy()
 
 
 def per_image(values: pd.DataFrame, metrics: Sequence[Metric], about: pd.DataFrame) -> pd.DataFrame:
