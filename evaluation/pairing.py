@@ -173,8 +173,9 @@ def made_by(row: Row, seed: int) -> dict[str, str]:
             found["method"] = str(said.get("defend_method", method))
             if isinstance(said["attack_budget"], int | float):
                 found["budget"] = f"{said['attack_budget']:g}"
-        elif "method" in said and found["editor"]:
-            found["purifier"] = "+".join(filter(None, (str(said["method"]), found["purifier"])))
+        elif "method" in said:
+            if found["editor"]:
+                found["purifier"] = "+".join(filter(None, (str(said["method"]), found["purifier"])))
         elif "model" in said:
             id_ = re.sub(r" [0-9a-f]{8}$", "", str(said.get("model_id")))  # without the hash
             found["editor"] = f"{said['model']}={id_}"

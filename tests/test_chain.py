@@ -277,7 +277,7 @@ def test_a_table_leaves_what_lies_beside_it(call):
     for _ in range(2):  # its own are made again
         assert call(eval_all, "--output", "t.csv", "--baseline", "clean").status == 0
     assert sorted(path.name for path in Path().iterdir()) == [
-        ".facelock.jsonl", "t.csv", "t.md", "t_minus_baseline.csv", "t_protected.csv"
+        ".facelock.jsonl", "t.csv", "t.json", "t.md", "t_minus_baseline.csv", "t_protected.csv"
     ]  # fmt: skip
 
 
@@ -314,9 +314,9 @@ def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
     lines = [line for line in text.splitlines() if "=cmd" in line]
     assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
     # the tables of the attacked recogniser, of a judge, and of all
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {6, 7, 12}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7, 8, 13}
     each = tables.read_csv(Path("each.csv"))
-    assert set(each["method"]) == {"clean", *(str(odd / budget) for budget in BUDGETS)}  # exact
+    assert set(each["method"]) == {"clean", *(f"{odd.name}/{budget}" for budget in BUDGETS)}  # exact
     assert set(each["name"]) == {"anna", "-1+1", "cleo"}
 
 

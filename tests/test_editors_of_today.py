@@ -458,24 +458,34 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     line += ["encoder", "noise", *flags[:cut]]
     line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]
     line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models", *flags[cut + 1 :]]
+    line[2:2] = ["--latex", "--baseline=noise"]
     assert experiment.main(line) == 0
+    assert pd.read_csv(root / "all_metric_minus_baseline.csv")["method"].tolist() == ["clean", "encoder"]
+    assert "toprule" in (root / "all_metric.tex").read_text() and (root / "transfer.tex").exists()
     table = pd.read_csv(root / "transfer.csv")
-    assert list(table["method"]) == ["clean", "encoder/budget_0.03", "noise/budget_0.03"]
+    assert list(table["method"]) == ["clean", "encoder", "noise"] and table["budget"][1] == 0.03
     assert list(table["attacked"]) == ["none", "instruct-pix2pix-editor", "none"]
     other = root / "editors" / "flux-kontext-flux-kontext"
     columns = {"edited by instruct-pix2pix-editor": root, "edited by flux-kontext-flux-kontext": other}
-    assert list(table.columns[2:]) == list(columns)
+    assert list(table.columns[3:]) == list(columns)
     for column, place in columns.items():
         own = pd.read_csv(place / "all_metric.csv")["left"]
         np.testing.assert_allclose(table[column], own, atol=1e-5)
         made = read_record(place / "edits" / "noise" / "budget_0.03" / "seed0")["arguments"]
         assert column.startswith(f"edited by {made['model']}-")
+        editor = pd.read_csv(place / "per_image.csv")["editor"].unique().tolist()
+        assert len(editor) == 1 and editor[0].startswith(f"{made['model']}=")
     assert not (other / "protected").exists()
     assert editors._load_pipeline.cache_info().currsize == 1  # the first one made room
     assert "edited by flux-kontext" in (root / "transfer.md").read_text()
     capsys.readouterr()
     assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
     assert "--edit_models: one of them twice" in capsys.readouterr().err
+    other = [f"--judge={tiny_models.recognizer}", f"--recognizer={tiny_models.judge}"]
+    assert experiment.main([*line, *other]) == 1
+    assert "all_metric.csv: measured by other networks (attacked recog" in capsys.readouterr().err
+    assert experiment.main([*line, "--baseline=vae"]) == 1
+    assert "--baseline vae: 0 rows are that (there are clean encoder@0.03" in capsys.readouterr().err
     line[1] = f"--output_dir={tmp_path / 'new'}"
     assert experiment.main([*line[:-1], "/no/such"]) == 1  # before anything is protected
     assert "'/no/such' can't be loaded" in capsys.readouterr().err and not (tmp_path / "new").exists()
