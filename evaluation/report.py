@@ -33,7 +33,7 @@ from evaluation.eval_all import METRICS, VISIBILITY
 from evaluation.eval_facial import NO_FACE, is_of_faces, title_of
 from evaluation.figure import difference
 from evaluation.pairing import parse_row
-from evaluation.summary import told_apart
+from evaluation.summary import knowing_attacker, row_name, told_apart
 from evaluation.tables import EDIT
 from images import images_by_stem, load_image
 from runs import MANIFEST, digest, read_record
@@ -314,6 +314,13 @@ class Report:
         _, second, pairs = tables.best_two(self.values, self.lead.name, rivals, self.lead.way)
         size = f"{self.lead.show(pairs.mean, '+')} {self.lead.ends(pairs, '+')}".rstrip()
         return next(row for row in self.methods if row.method == second), told_apart(size, pairs)
+
+    def knowing(self) -> float | None:
+        """Gives what the best method leaves to an attacker who picks a purification for each picture."""
+        roots = {name: self.root / "purified" / name for name in self.purified} | {"none": self.root}
+        if self.lead.name != "left" or not all((root / "per_image.csv").exists() for root in roots.values()):
+            return None
+        return knowing_attacker(roots).get(row_name(self.best.method))
 
     def tables(self, columns: Sequence[Column]) -> dict[str, list[Column]]:
         """Groups columns into tables: the headline, "", and one for each recogniser."""

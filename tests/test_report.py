@@ -210,7 +210,7 @@ def test_three_sentences_say_what_came_out(page):
     assert "facelock 0.06 does best of 3 protections" in sentences[0]
     assert "which is more than chance" in sentences[0] and "Second is facelock 0.03: +0." in sentences[0]
     assert "(person0)" in sentences[1] and "(<script>alert(1)<script>)" in sentences[1]
-    assert "after jpeg-75" in sentences[2] and "PSNR" in sentences[2]
+    assert all(words in sentences[2] for words in ("after jpeg-75", "to a knowing attacker", "PSNR"))
 
 
 def test_nothing_is_called_more_than_chance_that_is_not(experiment):
