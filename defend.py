@@ -1,11 +1,13 @@
 """Protects one portrait against instruction-based diffusion editing.
 
-    python defend.py --input_path=portrait.png --defend_method=facelock
+    python defend.py portrait.png
     python defend.py --input_path=portrait.png --defend_method=facelock --attack_budget=0.02 --step_size=0.003
     python defend.py --input_path=assets/portraits/mini/portrait_1000000.png --models=mini \\
         --output_path=out.png
 
-Writes protected_NAME.png beside the input (protected_NAME_2.png and so on if that exists), or --output_path.
+Writes protected_NAME.png beside the input (protected_NAME_2.png and so on if that exists; with the stand-ins
+of --models=mini protected_mini_NAME.png), or --output_path. Where faces are looked at, each judge says at the
+end what a round trip through the autoencoder leaves of them.
 Most methods load only the editor's VAE (docs/methods.md); facelock also loads the face recogniser and LPIPS.
 Budgets and steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
 """
@@ -32,6 +34,7 @@ from models.config import (
 from protection import NUMBERS, Protector, Settings, readers
 from transforms import chains
 from utils import UserError, defaults_help, warn
+from verdict import ADVICE
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -121,7 +124,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    parser.add_argument("--input_path", type=utils.path, required=True, help="the portrait, an image file")
+    utils.add_input_argument(parser, "the portrait, an image file")
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: protected_NAME.png beside the input)"
     )
@@ -164,18 +167,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Protects the portrait that the flags name -> exit status."""
     why_png = "JPEG and its like would destroy the perturbation"
-    output = choose_output(args.output_path, args.input_path, "protected", why_png)
+    prefix = "protected_mini" if args.models == "mini" else "protected"
+    output = choose_output(args.output_path, args.input_path, prefix, why_png)
     args.seed = utils.draw_seed(args.seed)
     protector = Protector(settings_of(args))
     if args.face_box and not protector.looks_at_faces:
         raise UserError(f"--face_box: {protector.name} looks at no face; facelock, masks and --check do")
     boxes = args.face_box or ()
     subject = protector.load(args.input_path, boxes)  # a bad file is reported before models are loaded
-    protector.preload()
-    protector.config.warn_of([subject.portrait.size])
+    config, size = protector.config, subject.portrait.size
+    if protector.needs:
+        config.warn_of_cpu(args.device)
+    with config.offering_mini([size]):
+        protector.preload()
+    config.warn_of([size])
     with progress_bar(protector.run.num_iters, protector.name) as step:
         (report,) = protector.save([subject], [output], step)
     print(report)
+    told = report.verdict("" if args.models == "mini" else ADVICE)
+    if report.n_found > len(subject.boxes):
+        what = "protected" if protector.needs_face else "measured"
+        told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}: --faces all")
+    for line in [*told, config.last_word()]:
+        if line:
+            print(line)
     return 0
 
 

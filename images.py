@@ -202,6 +202,12 @@ def png_bytes(pixels: np.ndarray, alpha: np.ndarray | None = None) -> bytes:
     return buffer.getvalue()
 
 
+def side_by_side(pictures: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
+    """Puts pictures (H, W, 3) uint8 of one size beside each other, with white between them."""
+    white = np.full((pictures[0].shape[0], gap, 3), 255, np.uint8)
+    return np.concatenate([part for one in pictures for part in (white, one)][1:], axis=1)
+
+
 def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -> Path:
     """Gives the PNG to write: `given`, else PREFIX_NAME.png beside the source, or the next free number.
 

@@ -25,11 +25,12 @@ from models.config import ModelConfig, ModelSettings, resolve_vaes
 from models.denoiser import PIPELINES, Denoiser
 from models.editors import Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
-from models.loading import recorded
+from models.loading import load_all, recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
 from transforms import around
 from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
+from verdict import Face, face_of, numbered
 
 if TYPE_CHECKING:
     import torch
@@ -82,6 +83,7 @@ class Subject:
 
     portrait: Portrait
     boxes: list[Box]
+    n_found: int = 0  # faces, not all of which need be in `boxes`
 
 
 @dataclass
@@ -96,6 +98,8 @@ class Report:
     # By recogniser, the attacked ones first: cos(f(D(E(.))), f(source)) of the source and the protected file
     similarity: dict[str, tuple[float, float] | None] = field(default_factory=dict)
     faceless: bool = False  # no face was found, so that there is nothing to compare
+    faces: list[Face] = field(default_factory=list)  # the same for each face
+    n_found: int = 0  # faces in the portrait
 
     def __str__(self) -> str:
         size = f"L-infinity {self.linf:.4f} (budget {self.budget:g})"
@@ -108,6 +112,11 @@ class Report:
         if values:
             text += f"\n  face similarity after a VAE round trip, source -> protected: {', '.join(values)}"
         return text
+
+    def verdict(self, advice: str = "") -> list[str]:
+        """Says, by each judge with a threshold, what the round trip leaves of each face."""
+        told = [face.verdict("round trip", advice) for face in self.faces if face.has_judges]
+        return [f"{number}{verdict}" for number, verdict in zip(numbered(told), told, strict=True)]
 
     def facts(self) -> dict[str, Any]:
         """Gives its numbers, for a table."""
@@ -238,11 +247,16 @@ class Protector:
         return FaceDetector(self.device)
 
     def preload(self) -> None:
-        """Loads what the method can't do without, before anything is written. Raises UserError."""
+        """Loads what the method can't do without, before anything is written.
+
+        Raises UserError; one of weights that can't be had names all of them, those of the report, too.
+        """
+        needed, asked = [], []
         for one in self.attacked:
-            for need, load in self.loaders(one).items():
-                if need in self.needs:
-                    load()
+            needed += [load for need, load in self.loaders(one).items() if need in self.needs]
+        if self.looks_at_faces:
+            asked = [partial(self.recognizer_of, member) for member in self.config.judges]
+        load_all(needed, asked)
 
     # -----------------------------------------------------------------------------------------------------
     # from a portrait to a protected file
@@ -278,11 +292,12 @@ class Protector:
         path, size = portrait.path, portrait.size
         if outside := [box for box in boxes if not clip_box(box, size)]:
             raise UserError(f"{path}: the face box {outside[0]} is outside the {size[1]}x{size[0]} image")
-        found = boxes or self.detector(portrait.pixels)[: 1 if self.wanted.faces == "largest" else None]
+        there = boxes or self.detector(portrait.pixels)
+        found = there if boxes or self.wanted.faces == "all" else there[:1]
         found = scale_boxes(found, size, self.config.editor.working_size(size, self.resolution))
         if not found and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
-        return Subject(portrait, found)
+        return Subject(portrait, found, len(there))
 
     def perturb(
         self,
@@ -362,28 +377,28 @@ class Protector:
         size = linf(saved, source)
         if size > self.run.budget + 1e-9:
             raise UserError(f"{output}: differs by {size:.4f} from its source, over the budget")
-        similarity = self._round_trip(subject, saved) if self.looks_at_faces else {}
+        faces = self._round_trip(subject, saved) if self.looks_at_faces else []
+        similarity = {}
+        for name in self.config.panel() if self.looks_at_faces else ():
+            pairs = [face.values[name] for face in faces if name in face.values]
+            similarity[name] = tuple(np.mean(pairs, axis=0).tolist()) if pairs else None
         facts = self.name, self.run.budget, size, psnr(source, saved)
-        return Report(output, *facts, similarity, faceless=not subject.boxes)
+        return Report(output, *facts, similarity, not subject.boxes, faces, subject.n_found)
 
-    def _round_trip(self, subject: Subject, saved: np.ndarray) -> dict[str, tuple[float, float] | None]:
-        """cos(f(D(E(.))), f(source)) of the source and of the protected file, by recognizers and judges."""
+    def _round_trip(self, subject: Subject, saved: np.ndarray) -> list[Face]:
+        """Measures faces in D(E(.)) of the source and of the protected file, by recognizers and judges."""
         import torch
 
-        panel = self.config.panel()
-        found: dict[str, tuple[float, float] | None] = dict.fromkeys(panel)
         vae = self._if_there("vae", self.loaders(self.config)["vae"]) if subject.boxes else None
         if vae is None:
-            return found
+            return []
+        loaders = {name: partial(self.recognizer_of, member) for name, member in self.config.panel().items()}
+        panel = {name: one for name, load in loaders.items() if (one := self._if_there(name, load))}
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
         with torch.no_grad():
             working = self.config.editor.to_working(pair[:1], self.resolution)
-            trips = vae.round_trip(pair)
-            for name, member in panel.items():
-                if recognizer := self._if_there(name, partial(self.recognizer_of, member)):
-                    similarity = face_similarity_to([recognizer], working, [subject.boxes])
-                    found[name] = tuple(similarity(trip[None]).item() for trip in trips)
-        return found
+            images = torch.cat([working, vae.round_trip(pair)])
+        return [face_of(self.config, panel, images, [box] * 3) for box in subject.boxes]
 
     def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
         """Loads a member for a report; one that can't be had is tried and reported once, and gives None."""

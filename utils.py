@@ -59,7 +59,12 @@ USUAL_BUDGET = 0.3  # above it somebody has probably given 8-bit levels
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right; shown as one line, without a traceback."""
+    """Something the person at the keyboard can put right; shown as one line, without a traceback.
+
+    One that lists several things has them in `lines`.
+    """
+
+    lines: Sequence[str] = ()
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
@@ -85,6 +90,22 @@ def defaults_help(text: str, own: Mapping[str, Any], everyone: Collection[str] =
         who = f"{', '.join(reads)} only" if len(reads) < len(ignores) else f"not {', '.join(ignores)}"
         about = f"{who}; {about}"
     return f"{text} ({about})"
+
+
+class _Positional(argparse.Action):
+    """Sets its flag's value where it is given at all; it would undo the flag's own else."""
+
+    def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
+        if values is not None:
+            setattr(namespace, self.dest, values)
+
+
+def add_input_argument(parser: argparse.ArgumentParser, text: str) -> None:
+    """Adds --input_path, which may also be given as a word alone, as everybody types it first."""
+    one = parser.add_mutually_exclusive_group(required=True)
+    one.add_argument("--input_path", type=path, metavar="FILE", help=text)
+    word = {"dest": "input_path", "nargs": "?", "metavar": "FILE", "action": _Positional}
+    one.add_argument(**word, type=path, help="the same, without --input_path=")
 
 
 def number(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:
@@ -178,7 +199,8 @@ def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespa
             where = traceback.extract_tb(error.__traceback__)[-1]
             place = f"{type(error).__name__} at {Path(where.filename).name}:{where.lineno}"
             text = f"{place}: {first_line(error)} (--debug shows all)"
-        print(f"error: {one_line(text)}", file=sys.stderr)
+        first, *more = getattr(error, "lines", ()) or [text]
+        print("\n  ".join(map(one_line, [f"error: {first}", *more])), file=sys.stderr)
         return 1
 
 

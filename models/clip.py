@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.loading import check_tokenizer, complete, from_hub, frozen, loading
+from models.loading import check_tokenizer, complete, from_hub, frozen, hub_way, loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,7 +45,7 @@ def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
     """Loads a transformers CLIPModel with its processor, once a process. Raises UserError."""
     from transformers import CLIPModel, CLIPProcessor
 
-    with loading("CLIP", member):
+    with loading("CLIP", member, hub_way(member)):
         name, where = from_hub(member)
         how = {"dtype": dtype, "output_loading_info": True, **where}
         network = complete("CLIP", CLIPModel.from_pretrained(name, **how))

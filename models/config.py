@@ -7,14 +7,15 @@ except what the set or a flag names.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import utils
 from models.editors import EDITORS, Editor
-from models.loading import ROOT, from_hub, loading, quiet, recorded, shown
+from models.loading import ROOT, Missing, from_hub, hub_way, loading, quiet, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
 from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
 from models.vaes import WorkingVAE, load_vae
@@ -79,6 +80,7 @@ MODEL_SETS = {
 }
 
 
+STAND_IN = "By the bundled stand-ins: it says nothing about how well a real photo is protected."
 TRAINED_HERE = MODEL_SETS["mini"].judges[:1]  # judges that were trained like the bundled recogniser
 
 
@@ -150,7 +152,7 @@ class ModelConfig:
 
     def check_editor(self) -> None:
         """Raises UserError if the editing pipeline can't be had, which `load_editor` would find out later."""
-        with loading("the editor", self.model_id):
+        with loading("the editor", self.model_id, hub_way(self.model_id)):
             from_hub(self.model_id)
 
     def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
@@ -174,6 +176,36 @@ class ModelConfig:
         """Gives what decides about an edit's pixels beside image, instruction and seed, for run.json."""
         id_ = recorded(self.model_id)
         return {"model": self.kind, "model_id": id_, "dtype": self.dtype_name, **self.settings}
+
+    def last_word(self) -> str:
+        """Says what a result is worth at most: of stand-ins nothing, of an autoencoder alone no edit."""
+        if self.models == "mini":
+            return STAND_IN
+        if self.vae_id is None and self.editor.by_words:
+            return ""
+        name, editors = Path(self.vae.partition("@")[0]).name, editors_of(self.vae)
+        stands = f"stands for {' and '.join(editors) or 'no editor that is known here'}"
+        return f"Asked was an autoencoder alone, {name}, which {stands}; the editor itself was not asked."
+
+    def warn_of_cpu(self, wanted: str) -> None:
+        """Warns of what a CPU costs where a GPU was looked for (--device auto) and the networks are large."""
+        is_large = self.models == "full" and self.vae_id is None and self.editor.by_words
+        if is_large and wanted == "auto" and self.device.type == "cpu":
+            warn(
+                "no GPU found: two CPU cores take some 9 s an iteration at 512 px, a quarter of an hour for "
+                "100 (docs/speed.md), and an edit longer; a tiny autoencoder is faster (--vae tiny)"
+            )
+
+    @contextlib.contextmanager
+    def offering_mini(self, sizes: Iterable[Sequence[int]]) -> Iterator[None]:
+        """Adds to missing weights that the bundled models work, if images (H, W) have the size for them."""
+        try:
+            yield
+        except Missing as error:
+            side = MODEL_SETS["mini"].only_size
+            if self.models == "full" and {tuple(size) for size in sizes} == {(side, side)}:
+                error.more.append("for the bundled synthetic portraits, --models mini works offline")
+            raise
 
     def warn_of(self, sizes: Iterable[Sequence[int] | None], texts: Iterable[str] = ()) -> None:
         """Warns of image sizes (H, W) and instructions that the set's models were not made for."""
@@ -273,6 +305,18 @@ def _autoencoder(wanted: ModelSettings, name: str) -> str:
             raise UserError(f"--vae tiny: there is none for {wanted.model}; name one by its id or directory")
         return tiny
     return (id_ or _own_id(replace(wanted, model=kind))) if kind in EDITORS else name
+
+
+def editors_of(member: str) -> list[str]:
+    """Lists the editors in whose latent space an autoencoder works, by the name of it or of its files."""
+    names = {Path(member.partition("@")[0]).name}
+    if Path(member).is_dir() and any(Path(member).glob("taef2*.*")):
+        names.add("taef2")
+    found = []
+    for kind, id_ in MODEL_SETS["full"].editors.items():
+        if names & {Path(id_).name, Path(EDITORS[kind].tiny_vae or id_).name}:
+            found.append(kind)
+    return found
 
 
 def prompts_of(kind: str, numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:

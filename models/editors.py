@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from images import from_working, resize, to_uint8, to_working, working_size
-from models.loading import check_tokenizer, from_hub, load_network, loading
+from models.loading import check_tokenizer, from_hub, hub_way, load_network, loading
 from models.vaes import load_vae
 from utils import UserError, warn
 
@@ -286,6 +286,7 @@ class RoundTrip(Editor):
     """
 
     pipeline_class = ""
+    tiny_vae = "madebyollin/taef2"  # the newest, and the one that photos were measured with here
     by_words = False
     scheduler = None
     multiple = 16  # FLUX.2's takes no other; those with 8 take it, too
@@ -340,7 +341,7 @@ def _load_pipeline(
     """An editor's pipeline of frozen networks, with the scheduler asked for."""
     import diffusers
 
-    with loading("the editor", model_id):
+    with loading("the editor", model_id, hub_way(model_id)):
         name, where = from_hub(model_id)
         kind = getattr(diffusers, editor.pipeline_class)
         index = kind.load_config(name, **where).items()  # part -> [library, class], and more

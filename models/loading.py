@@ -11,7 +11,7 @@ import functools
 import hashlib
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,22 @@ SIZES = re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$")
 MOST_STEPS, MOST_SIZE = 100_000, 10_000_000
 MOST_LAYERS = 1000  # where no index of tensors says how many there can be
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
+
+MORE = "HF_ENDPOINT=URL names a mirror of the hub; docs/models.md says more"
+HALVES = "taef2_encoder.pth and taef2_decoder.pth of github.com/madebyollin/taesd"
+WAYS = {  # hub id -> GB of it all and of its VAE alone, and another way
+    "timbrooks/instruct-pix2pix": (4.3, 0.3, ""),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (4.3, 0.3, ""),
+    "diffusers/sdxl-instructpix2pix-768": (12, 0.3, ""),
+    "black-forest-labs/FLUX.1-Kontext-dev": (34, 0.2, ""),
+    "black-forest-labs/FLUX.2-klein-4B": (16, 0.2, ""),
+    "Qwen/Qwen-Image-Edit-2509": (58, 0.3, ""),
+    "openai/clip-vit-base-patch32": (0.6, None, ""),
+    "madebyollin/taesd": (0.01, None, ""),
+    "madebyollin/taesdxl": (0.01, None, ""),
+    "madebyollin/taef1": (0.01, None, ""),
+    "madebyollin/taef2": (0.01, None, f", or put {HALVES} into a directory, and name that instead"),
+}
 
 
 def quiet() -> None:
@@ -126,9 +142,47 @@ def check_numbers(said: Any, most: int) -> None:
             raise ValueError(f"{key} has {len(value)} entries, its weights {most} tensors")
 
 
+class Missing(UserError):
+    """Weights that can't be had: which, why, and how to get them; several are named on lines of their own."""
+
+    def __init__(self, missing: Iterable[str]) -> None:
+        super().__init__()
+        self.missing = list(dict.fromkeys(missing))
+        self.more = [MORE]
+
+    @property
+    def lines(self) -> list[str]:
+        if len(self.missing) == 1:
+            return [str(self)]
+        return [f"{len(self.missing)} networks are missing:", *self.missing, *self.more]
+
+    def __str__(self) -> str:
+        return "; ".join([*self.missing, *self.more])
+
+
+def hub_way(member: str, is_vae: bool = False) -> str:
+    """Writes the command that fetches a hub id, or its VAE alone, and how much that is."""
+    name, _, revision = member.partition("@")
+    whole, of_vae, other = WAYS.get(name, (None, None, ""))
+    size = of_vae if is_vae and of_vae else whole
+    command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+    part = ' --include "vae/*"' if is_vae and of_vae else ""
+    return f"{f'{size:g} GB, ' if size else ''}{command}{part}{other}"
+
+
+def file_way(size: float, url: str) -> str:
+    """Writes where a file of torch's hub comes from and goes to."""
+    import torch
+
+    return f"{size:g} GB, {url} into {torch.hub.get_dir()}/checkpoints"
+
+
 @contextlib.contextmanager
-def loading(what: str, member: str) -> Iterator[None]:
-    """Turns whatever a library raises for weights that can't be had into one clear line."""
+def loading(what: str, member: str, way: str = "") -> Iterator[None]:
+    """Turns whatever a library raises for weights that can't be had into one clear line.
+
+    way: where they come from, and how large they are; of those that are no local files.
+    """
     try:
         if Path(member).is_dir():
             check_configs(Path(member))
@@ -137,7 +191,38 @@ def loading(what: str, member: str) -> Iterator[None]:
         raise
     except Exception as error:  # OSError, HTTP errors, KeyError of a wrong state dict, unpickling errors...
         text = f"{what} '{shown(member)}' can't be loaded ({_reason(error)})"
-        raise UserError(f"{text}; the bundled --models mini work offline") from None
+        if not way or is_local(member):
+            raise UserError(text) from None
+        raise Missing([f"{text}: {way}"]) from None
+
+
+def is_local(member: str) -> bool:
+    """Tells a path, there or not, from a hub id."""
+    path = Path(member)
+    return path.exists() or path.is_absolute() or member.startswith(".") or member.count("/") > 1
+
+
+def load_all(needed: Iterable[Callable[[], Any]], asked: Iterable[Callable[[], Any]] = ()) -> None:
+    """Calls loaders, and names all that is missing at once. Raises UserError.
+
+    asked: those that are tried only where something else is missing, since one can do without.
+    """
+    missing: list[str] = []
+    for load in needed:
+        try:
+            load()
+        except Missing as error:
+            missing += error.missing
+    if not missing:
+        return
+    for load in asked:
+        try:
+            load()
+        except Missing as error:
+            missing += error.missing
+        except UserError:
+            pass  # said when it is asked
+    raise Missing(missing)
 
 
 def _reason(error: Exception) -> str:
@@ -179,9 +264,8 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
             HfApi().auth_check(name)
     except GatedRepoError:
         page = f"https://huggingface.co/{name}"
-        raise UserError(
-            f"'{name}' is gated: accept its licence at {page}, log in by `hf auth login`, and run this again"
-        ) from None
+        how = f"accept its licence at {page}, log in by `hf auth login`, and run this again"
+        raise Missing([f"'{name}' is gated: {how}"]) from None
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE

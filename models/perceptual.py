@@ -9,12 +9,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from models.loading import compiled, frozen, loading, read_state
+from models.loading import compiled, file_way, frozen, loading, read_state
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+LPIPS_GB = {"vgg": 0.5, "alex": 0.2, "squeeze": 0.005}
 LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # lpips name -> torchvision's
 
 
@@ -61,7 +62,8 @@ def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compi
     """
     import lpips
 
-    with loading("LPIPS", member):
+    way = file_way(LPIPS_GB[member], _trunk_url(member)) if member in LPIPS_TRUNKS else ""
+    with loading("LPIPS", member, way):
         if member in LPIPS_TRUNKS:
             network = lpips.LPIPS(net=member, pnet_rand=True, verbose=False)
             network.net.load_state_dict(_trunk_state(member, network.net))
@@ -79,14 +81,19 @@ def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compi
     return network
 
 
+def _trunk_url(member: str) -> str:
+    import torchvision
+
+    return torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
+
+
 def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
     """torchvision's ImageNet weights under lpips' names: slice2.5.weight is features.5.weight there.
 
     lpips would load them itself, but without `weights_only`.
     """
     import torch
-    import torchvision
 
-    url = torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
+    url = _trunk_url(member)
     state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
     return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}

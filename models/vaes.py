@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from images import to_working
-from models.loading import compiled, find_file, from_hub, frozen, load_network, loading
+from models.loading import compiled, find_file, from_hub, frozen, hub_way, load_network, loading
 from utils import MOST_TEXT, UserError, parse_json, read_plain
 
 if TYPE_CHECKING:
@@ -143,7 +143,7 @@ def load_vae(
 
     if editor.fp32_vae and dtype == torch.float16:
         dtype = torch.float32
-    with loading("the VAE of", member):
+    with loading("the VAE of", member, hub_way(member, is_vae=True)):
         vae = _network(member, device, dtype)
     if checkpointing:
         _checkpoint(vae)
