@@ -27,8 +27,10 @@ from defend import add_defense_arguments, face_box, settings_of
 from images import image_size, load_image
 from loops import CHECK_EVERY
 from methods import METHODS
+from models.config import editors_of
 from models.loading import ROOT
-from studio import AMPLIFY, SHOWN_SIDE, Face, Studio, amplified, given, measured, notes, shown, table_of
+from protection import methods_for
+from studio import AMPLIFY, SHOWN_SIDE, Studio, amplified, given, judged, measured, notes, shown, table_of
 from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts
 from visits import Cancelled, Picture, Visit, Visits
 
@@ -63,7 +65,11 @@ def run(args: argparse.Namespace) -> int:
     own = set(map(str, bundled(args.models)))
 
     def page(visits: Visits) -> tuple[Any, dict]:
-        return build(Studio(settings_of(args)), visits, args.debug), {"theme": theme(), "css": CSS}
+        studio = Studio(settings_of(args))
+        studio.config.warn_of_cpu(args.device)
+        for line in studio.missing:
+            utils.warn(line)
+        return build(studio, visits, args.debug), {"theme": theme(), "css": CSS}
 
     serve(page, args.port, own)
     return 0
@@ -78,9 +84,17 @@ edits it as a stranger would, and says what is left. Everything happens on the m
 nothing is kept: your pictures are deleted when you close this page, or leave it idle for an hour.</p>{}"""
 STAND_IN = """<p class="note">These are the bundled mini models, made for 128x128 synthetic portraits. They
 show how the thing works, and say nothing about how well a real photo is protected.</p>"""
+MISSING = """<div class="trouble" role="alert"><p>Nothing can be protected yet: {}</p><ul>{}</ul>
+<p>Get them, then start app.py again.</p></div>"""
+ABOUT_TINY = """<p class="note">What is attacked is an autoencoder alone, {}. {}{}</p>"""
 ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the same seed.</p>"
+ABOUT_TRIPS = """<p>Both pictures go through the autoencoder and back, as an edit in its latent space has them
+go at the least. The editor itself is not asked, and no instruction is followed.</p>"""
 WORTH = """<p>This is one instruction and one seed, with one editor. Another editor, or a copy that was
-resized, compressed or cleaned, can give another result: this is a test, not a promise.{}</p>"""
+resized, compressed or cleaned, can give another result: this is a test, not a promise.</p>"""
+WORTH_OF_TRIPS = """<p>This is one autoencoder, and no edit was made. An editor, or a copy that was resized,
+compressed or cleaned, can give another result: this is a test, not a promise.</p>"""
+NO_FACE = '<section class="verdict nothing" role="status"><h3>No face, nothing to compare</h3></section>'
 ABOUT_TABLE = """FR, without → with protection: the cosine similarity of the face in the edit to the one in
 your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges.
 *left* is the same on a scale that recognisers share: 1 the same picture, 0 a stranger."""
@@ -108,6 +122,29 @@ def theme() -> Any:
     )  # fmt: skip
 
 
+def notes_of(studio: Studio) -> str:
+    """Says what the page can't do, and whom it asks."""
+    config, text = studio.config, STAND_IN if studio.settings.models == "mini" else ""
+    if config.vae_id or not studio.by_words:
+        name, editors = Path(config.vae.partition("@")[0]).name, " and ".join(editors_of(config.vae))
+        text += ABOUT_TINY.format(
+            html.escape(name),
+            f"It stands for {editors}." if editors else "Which editor it stands for is not known here.",
+            "" if studio.by_words else " The editor itself is not asked, so there is no instruction to give.",
+        )
+    if studio.missing:
+        first, *more = studio.missing
+        first, more = ("", [first]) if not more else (first, more)
+        text += MISSING.format(html.escape(first), "".join(f"<li>{html.escape(one)}</li>" for one in more))
+    return text
+
+
+def last_word(studio: Studio) -> str:
+    """Says what a verdict is worth by this page's models."""
+    is_edit = studio.by_words and studio.settings.models == "full"
+    return "" if is_edit else f'<p class="note">{html.escape(studio.config.last_word())}</p>'
+
+
 def bundled(models: str) -> list[Path]:
     """Lists the portraits that come with a set of models."""
     return sorted(path for path in PORTRAITS.glob(BUNDLED[models]) if path.is_file())
@@ -117,7 +154,9 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
     """Lays the page out and connects it to the studio -> gradio.Blocks. debug: errors show a traceback."""
     import gradio as gr
 
-    usual = studio.settings
+    usual, config, by_words = studio.settings, studio.config, studio.by_words
+    about_edits = ABOUT_EDITS if by_words else ABOUT_TRIPS
+    made = "Edit" if by_words else "Round trip"
     portraits = bundled(usual.models)
 
     def view(label: str, alt: str, height: int | None = None) -> gr.Image:
@@ -136,7 +175,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
 
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
     with gr.Blocks(title="FaceLock", analytics_enabled=False) as page:
-        gr.HTML(HEAD.format(STAND_IN if usual.models == "mini" else ""), elem_id="head")
+        gr.HTML(HEAD.format(notes_of(studio)), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 gr.HTML("<h2>1. A portrait</h2>")
@@ -157,14 +196,16 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                         info="in pixels, then Enter; or click on two opposite corners in the picture above",
                     )  # fmt: skip
                 gr.HTML("<h2>2. Its protection</h2>")
-                method = gr.Dropdown(list(METHODS), value=usual.method, label="Method")
+                method = gr.Dropdown(methods_for(config.editor), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
                 budget = gr.Number(usual.budget, step=0.005, label="Budget, in [-1, 1]")
                 n_iters = gr.Number(iterations_of(usual.method), step=1, label="Iterations")
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
-                    start = gr.Button("Protect", variant="primary", min_width=120)
+                    start = gr.Button(
+                        "Protect", variant="primary", min_width=120, interactive=not studio.missing
+                    )  # fmt: skip
                     stop = gr.Button("Cancel", interactive=False, min_width=120)
                 status = gr.HTML("Choose a portrait to begin with.", elem_id="status")
                 with gr.Row():
@@ -173,23 +214,27 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                     difference = view(f"Difference x{AMPLIFY}", "What has changed, around grey", 200)
                 compare = gr.HTML()
                 download = gr.DownloadButton("Download the protected PNG", interactive=False)
-        gr.HTML("<h2>4. What would a stranger get?</h2>")
+        what = "What would a stranger get?" if by_words else "What is left after the autoencoder?"
+        gr.HTML(f"<h2>4. {what}</h2>")
         with gr.Row(equal_height=True):
             grouped = [
                 (f"{group}: {edit_prompts[i]}", edit_prompts[i]) for group in GROUPS for i in GROUPS[group]
             ]
-            prompt = gr.Dropdown(grouped, value=grouped[0][1], label="Instruction", scale=3, min_width=260)
+            prompt = gr.Dropdown(
+                grouped, value=grouped[0][1], label="Instruction", scale=3, min_width=260, visible=by_words
+            )  # fmt: skip
             own = gr.Textbox(
                 label="Or your own", placeholder="instead of the one chosen", max_lines=1, scale=3,
-                min_width=260,
+                min_width=260, visible=by_words,
             )  # fmt: skip
-            seed = gr.Number(0, label="Seed", step=1, min_width=90)
-            edit = gr.Button("Edit both", variant="primary", min_width=140)
-        verdict = gr.HTML(ABOUT_EDITS)
+            seed = gr.Number(0, label="Seed", step=1, min_width=90, visible=by_words)
+            text = "Edit both" if by_words else "Through the autoencoder and back"
+            edit = gr.Button(text, variant="primary", min_width=140, interactive=not studio.missing)
+        verdict = gr.HTML(about_edits)
         with gr.Row():
             edits = [
-                view("Edit, unprotected", "The edit of your picture", 320),
-                view("Edit, protected", "The edit of the protected picture", 320),
+                view(f"{made}, unprotected", f"The {made.lower()} of your picture", 320),
+                view(f"{made}, protected", f"The {made.lower()} of the protected picture", 320),
             ]
         table = gr.Markdown(elem_id="table")
 
@@ -210,11 +255,11 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 text = re.sub(rf"{re.escape(str(visits.folder))}/\S*/", "", text)  # a visit's folder
                 shows[place] = TROUBLE.format(html.escape(utils.one_line(text)))
 
-        idle = {start: gr.update(interactive=True), stop: gr.update(interactive=False)}
+        idle = {start: gr.update(interactive=not studio.missing), stop: gr.update(interactive=False)}
 
         def cleared() -> dict:
             nothing = dict.fromkeys([protected, difference, compare, *edits, table])
-            return idle | nothing | {download: gr.update(value=None, interactive=False), verdict: ABOUT_EDITS}
+            return idle | nothing | {download: gr.update(value=None, interactive=False), verdict: about_edits}
 
         def look(request: gr.Request, find: Callable[[Visit], Path] | None) -> dict:
             nothing = {picture: None, source: None, faces: None, which: gr.update(visible=False), status: ""}
@@ -319,15 +364,19 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         bar = gr.Progress()
 
         def protect(request: gr.Request, progress: Any = bar) -> dict:
+            from tqdm.std import EMA
+
             began, objective, shows = time.monotonic(), "", {}
+            pace, last = EMA(0.1), began  # of late: the first iterations of some methods are cheaper
 
             def step(i: int, values: "Tensor") -> None:
-                nonlocal objective
+                nonlocal objective, last
+                seconds, last = pace(time.monotonic() - last), time.monotonic()
                 total = job.settings["num_iters"]
                 if (i + 1) % CHECK_EVERY == 0 or i + 1 == total:  # where the loop waits for the device anyway
                     objective = f"objective {values.mean().item():.4g}, "
-                left = (time.monotonic() - began) / (i + 1) * (total - i - 1)
-                text = f"iteration {i + 1} of {total}, {objective}about {left:.0f} s left"
+                text = f"iteration {i + 1} of {total}, {objective}"
+                text += f"about {seconds * (total - i - 1):.0f} s left"
                 progress((i + 1) / total, desc=text)
 
             with telling(shows, status), contextlib.redirect_stderr(io.StringIO()) as heard:
@@ -336,7 +385,8 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                     raise Cancelled
                 with visit.doing(job):
                     report = studio.protect(visit, job, step)
-                    text = measured(report, time.monotonic() - began)
+                    counts = len(job.picture.boxes), len(job.faces)
+                    text = measured(report, *counts, time.monotonic() - began)
                     before, after = (load_image(path).pixels for path in (job.picture.source, report.path))
                     pair = shown(visit, "before", before), shown(visit, "after", after)
                     shows |= {
@@ -353,19 +403,17 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             with telling(shows, verdict), contextlib.redirect_stderr(io.StringIO()) as heard:
                 number = given(utils.known_seed, "Seed", number)
                 visit = visits.find(request.session_hash)
+                text = (written or "").strip() or chosen if by_words else utils.NO_WORDS
                 it = visit.picture
                 if it is None or it.protected is None:
                     raise UserError("protect a portrait first")
                 with visit.making(lambda was=it.protected: visit.picture is it and it.protected is was):
-                    pair = studio.edit(it, (written or "").strip() or chosen, number)
+                    pair = studio.edit(it, text, number)
                     shows |= {edits[i]: shown(visit, f"edit {i}", pair[i]) for i in range(2)}
                     found = studio.compare(it, pair)
-                numbers = [f"Face {i + 1}: " if len(found) > 1 else "" for i in range(len(found))]
-                told = zip(numbers, map(Face.verdict, found), strict=True)
-                parts = [f"<h3>{number}{headline}</h3><p>{why}</p>" for number, (headline, why) in told]
-                worth = WORTH.format(" And the models are stand-ins." if usual.models == "mini" else "")
-                parts = [*(parts or ["<h3>No face, nothing to compare</h3>"]), worth, notes(heard.getvalue())]
-                shows[verdict] = f'<section class="verdict" role="status">{"".join(parts)}</section>'
+                told = judged(studio.verdicts(found)) or NO_FACE
+                worth, last = WORTH if by_words else WORTH_OF_TRIPS, last_word(studio)
+                shows[verdict] = "".join([told, worth, last, notes(heard.getvalue())])
                 if found:
                     rows = table_of(found).to_markdown(missingval="-", disable_numparse=True)
                     shows[table] = f"{rows}\n\n{ABOUT_TABLE}"

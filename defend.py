@@ -31,7 +31,7 @@ from models.config import (
     add_model_arguments,
     add_perceptual_argument,
 )
-from protection import NUMBERS, Protector, Settings, readers
+from protection import NUMBERS, Protector, Settings, output_prefix, readers
 from transforms import chains
 from utils import UserError, defaults_help, warn
 from verdict import ADVICE
@@ -167,8 +167,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Protects the portrait that the flags name -> exit status."""
     why_png = "JPEG and its like would destroy the perturbation"
-    prefix = "protected_mini" if args.models == "mini" else "protected"
-    output = choose_output(args.output_path, args.input_path, prefix, why_png)
+    output = choose_output(args.output_path, args.input_path, output_prefix(args.models), why_png)
     args.seed = utils.draw_seed(args.seed)
     protector = Protector(settings_of(args))
     if args.face_box and not protector.looks_at_faces:

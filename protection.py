@@ -57,6 +57,11 @@ def methods_for(editor: type[Editor]) -> list[str]:
     return [name for name, method in METHODS.items() if lacking.isdisjoint(method.parameters)]
 
 
+def output_prefix(models: str) -> str:
+    """Begins the name of a protected file; what the stand-ins made is not mistaken for a protection."""
+    return "protected_mini" if models == "mini" else "protected"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
     """How portraits are protected, and by which models. None: the method's own."""

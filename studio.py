@@ -8,16 +8,17 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import verdict
 from edit import edit_portraits
-from images import image_size, load_image, png_bytes, to_tensor
-from models.config import TRAINED_HERE, identity
+from images import image_size, load_image, png_bytes
 from models.faces import Box, clip_box
-from protection import Protector, Report, Settings
+from models.loading import Missing, load_all
+from protection import Protector, Report, Settings, output_prefix
 from utils import LEVEL, UserError
+from verdict import Face, Verdict
 from visits import Cancelled, Job, Picture, Visit
 
 if TYPE_CHECKING:
@@ -25,64 +26,29 @@ if TYPE_CHECKING:
     import pandas as pd
     from torch import Tensor
 
-EDITS = ("your picture", "the protected picture")
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 AMPLIFY = 10  # of the difference, which is shown around grey
-
-
-@dataclass
-class Face:
-    """What is left of one face in the edit of the source and in that of the protected picture."""
-
-    found: list[bool]  # whether the detector finds it there
-    values: dict[str, list[float]] = field(default_factory=dict)  # FR, by judges and attacked recognisers
-    thresholds: dict[str, float | None] = field(default_factory=dict)  # above: taken for the same person
-    left: dict[str, list[float]] = field(default_factory=dict)  # FR on the scale that recognisers share
-    attacked: tuple[str, ...] = ()  # those of them that the protection has seen, which are no judges
-    trained_here: tuple[str, ...] = ()  # judges that were trained like the attacked recogniser
-
-    def verdict(self) -> tuple[str, str]:
-        """Says what this means by the judges -> a headline and the reasons."""
-        judges = [name for name in self.values if name not in self.attacked]
-        unknown = [name for name in judges if self.thresholds[name] is None]
-        judges = [name for name in judges if name not in unknown]
-        if not judges:
-            less = unknown and all(self.values[name][1] < self.values[name][0] for name in unknown)
-            return f"With protection, the edited face is {'' if less else 'not clearly '}less like yours", (
-                "That is which way the similarity moved. No verification threshold is published for these "
-                "recognisers, so whether the face still passes for the same person is not known."
-            )
-        told, takers = [], []
-        for i, edit in enumerate(EDITS):
-            who = [name for name in judges if self.values[name][i] > self.thresholds[name]]
-            takes = f"{' and '.join(who)} take{'s' if len(who) == 1 else ''}" if who else "no judge takes"
-            face = "the face is found" if self.found[i] else "no face is found"
-            told.append(f"In the edit of {edit} {face}, and {takes} it for the same person.")
-            takers.append(who)
-        if not takers[0]:
-            told.append("This edit hides the person even without protection: try another, or another seed.")
-            return "Nothing to compare in this edit", " ".join(told)
-        if blind := [name for name in judges if name not in takers[0]]:
-            told.append(f"{' and '.join(blind)} can't judge this face, even your own edit isn't you to it.")
-        if takers[1]:
-            told.append("Try a larger budget, more iterations or another method.")
-            return "The protection did not hold in this edit", " ".join(told)
-        return "The protection held in this edit", " ".join(told)
 
 
 class Studio:
     """Does what the page asks for, by the scripts' own functions. Raises UserError, as they do.
 
-    The networks are loaded at once, so that what is wrong with them is said before anybody waits.
+    The networks are loaded at once, so that what is wrong with them is said before anybody waits. `missing`
+    says which can't be had; without them the studio finds faces, and no more.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self.at_work = threading.Lock()  # one job at a time, also beside one that was cancelled and ends soon
         protector = Protector(settings)
-        protector.preload()
         self.detector, self.config = protector.detector, protector.config
-        self.editor = self.config.load_editor()
+        self.by_words = self.config.editor.by_words
+        self.missing: list[str] = []
+        try:
+            load_all([protector.preload, self.config.load_editor])
+            self.editor = self.config.load_editor()
+        except Missing as error:
+            self.missing = error.lines
 
     def look(self, picture: Picture) -> None:
         """Finds the faces in a picture."""
@@ -102,6 +68,8 @@ class Studio:
 
     def plan(self, visit: Visit, settings: dict[str, Any], faces: Sequence[int]) -> Job:
         """Begins to protect the visit's picture. settings: not the page's own; faces: numbers of boxes."""
+        if self.missing:
+            raise UserError("networks are missing, as the top of this page says")
         if (picture := visit.picture) is None:
             raise UserError("choose a portrait first")
         boxes = picture.boxes
@@ -130,7 +98,8 @@ class Studio:
             subject = protector.load(job.picture.source, job.faces)
             protector.preload()
             protector.config.warn_of([subject.portrait.size])
-            output = visit.place("protected", f"protected_{job.picture.source.stem}.png")
+            prefix = output_prefix(self.settings.models)
+            output = visit.place("protected", f"{prefix}_{job.picture.source.stem}.png")
             (report,) = protector.save([subject], [output], step, write)
         job.picture.protected, job.picture.chosen = output, job.faces
         return report
@@ -143,53 +112,42 @@ class Studio:
             return edit_portraits(pair, [prompt] * 2, self.editor, seed)
 
     def compare(self, picture: Picture, edits: np.ndarray) -> list[Face]:
-        """Measures FR of both edits by recognisers and judges, for each face that was chosen.
+        """Measures both edits by recognisers and judges, for each face that was chosen. Raises UserError."""
+        source = load_image(picture.source).pixels
+        return verdict.compare(self.config, self.detector, source, edits, picture.chosen)
 
-        As in evaluation/, the detector looks at the edits, too; where it finds none, the source's box counts.
-        """
-        import numpy as np
-        import torch
-
-        images = to_tensor(np.stack([load_image(picture.source).pixels, *edits])).to(self.config.device)
-        detected = [self.detector(edit) for edit in edits]
-        faces = []
-        for box in picture.chosen:
-            overlapping = [[other for other in boxes if shared(box, other)] for boxes in detected]
-            nearest = [max(boxes, key=lambda other: shared(box, other), default=box) for boxes in overlapping]
-            panel = self.config.panel()
-            attacked = tuple(name for name, member in panel.items() if member in self.config.recognizers)
-            siblings = tuple(name for name, member in panel.items() if identity(member) in TRAINED_HERE)
-            face = Face([bool(boxes) for boxes in overlapping], attacked=attacked, trained_here=siblings)
-            for name, member in panel.items():
-                recognizer = self.config.load_recognizer(member, torch.float32)
-                with torch.no_grad():
-                    source, *of_edits = recognizer.embed(images, [[one] for one in (box, *nearest)])
-                face.values[name] = [float(source @ one) for one in of_edits]
-                face.thresholds[name] = recognizer.threshold
-                face.left[name] = recognizer.left(torch.tensor(face.values[name])).tolist()
-            faces.append(face)
-        return faces
-
-
-def shared(box: Box, other: Box) -> int:
-    """Counts the pixels that two boxes share."""
-    across = min(box[2], other[2]) - max(box[0], other[0])
-    down = min(box[3], other[3]) - max(box[1], other[1])
-    return max(0, across) * max(0, down)
+    def verdicts(self, faces: Sequence[Face]) -> list[Verdict]:
+        """Says by the judges what is left of each face; with advice, unless by stand-ins."""
+        made = "edit" if self.by_words else "round trip"
+        advice = "" if self.settings.models == "mini" else verdict.ADVICE
+        return [face.verdict(made, advice) for face in faces]
 
 
 # ---------------------------------------------------------------------------------------------------------
 # words and pictures
 
 
-def measured(report: Report, seconds: float) -> str:
+def judged(verdicts: Sequence[Verdict]) -> str:
+    """Shows a verdict on each face, which looks like what it says."""
+    parts = []
+    for number, one in zip(verdict.numbered(verdicts), verdicts, strict=True):
+        reasons = "".join(f"<p>{html.escape(reason)}</p>" for reason in one.reasons)
+        heading = f"<h3>{number}{html.escape(one.headline)}</h3>"
+        parts.append(f'<section class="verdict {one.outcome}" role="status">{heading}{reasons}</section>')
+    return "".join(parts)
+
+
+def measured(report: Report, n_found: int, n_chosen: int, seconds: float) -> str:
     """Says what a saved file measures."""
+    text = f" {n_found} faces found, <b>{n_chosen} protected</b>: tick the others under Faces, to the left."
+    faces = text if n_found > n_chosen else ""
     pairs = [f"{name} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two]
     return (
         "Saved, read back and measured: no colour of a pixel differs from your picture by more than "
         f"<b>{round(report.linf / LEVEL)} of 255 levels</b> (L-infinity {report.linf:.4f} in [-1, 1], "
         f"allowed {report.budget:g}); <b>PSNR {report.psnr:.1f} dB</b>. It took {seconds:.1f} s."
         + (f" Face similarity after the editor's autoencoder alone: {', '.join(pairs)}." if pairs else "")
+        + faces
     )
 
 

@@ -34,19 +34,24 @@ MOST_LAYERS = 1000  # where no index of tensors says how many there can be
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
 MORE = "HF_ENDPOINT=URL names a mirror of the hub; docs/models.md says more"
-HALVES = "taef2_encoder.pth and taef2_decoder.pth of github.com/madebyollin/taesd"
-WAYS = {  # hub id -> GB of it all and of its VAE alone, and another way
-    "timbrooks/instruct-pix2pix": (4.3, 0.3, ""),
-    "stable-diffusion-v1-5/stable-diffusion-v1-5": (4.3, 0.3, ""),
-    "diffusers/sdxl-instructpix2pix-768": (12, 0.3, ""),
-    "black-forest-labs/FLUX.1-Kontext-dev": (34, 0.2, ""),
-    "black-forest-labs/FLUX.2-klein-4B": (16, 0.2, ""),
-    "Qwen/Qwen-Image-Edit-2509": (58, 0.3, ""),
-    "openai/clip-vit-base-patch32": (0.6, None, ""),
+OF_SD = '--include "*.json" --include "*.txt" --include "*/*.safetensors" --exclude "*.fp16.*"'
+OF_SD += ' --exclude "*non_ema*" --exclude "safety_checker/*"'
+IN_FOLDERS = '--include "*.json" --include "*/*"'
+OF_CLIP = '--include "*.json" --include "*.txt" --include "*.safetensors" --include "pytorch_model.bin"'
+OF_VAE = '--include "vae/*" --exclude "*.fp16.*"'
+PTH = "or the two .pth files of TAEF2 of github.com/madebyollin/taesd in a directory, named by --vae"
+WAYS = {  # hub id -> GB of what is loaded, of its VAE alone, and what to fetch
+    "timbrooks/instruct-pix2pix": (4.3, 0.3, OF_SD),
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": (4.3, 0.3, OF_SD),
+    "diffusers/sdxl-instructpix2pix-768": (12, 0.3, OF_SD),
+    "black-forest-labs/FLUX.1-Kontext-dev": (34, 0.2, IN_FOLDERS),
+    "black-forest-labs/FLUX.2-klein-4B": (16, 0.2, IN_FOLDERS),
+    "Qwen/Qwen-Image-Edit-2509": (58, 0.3, IN_FOLDERS),
+    "openai/clip-vit-base-patch32": (0.6, None, OF_CLIP),
     "madebyollin/taesd": (0.01, None, ""),
     "madebyollin/taesdxl": (0.01, None, ""),
     "madebyollin/taef1": (0.01, None, ""),
-    "madebyollin/taef2": (0.01, None, f", or put {HALVES} into a directory, and name that instead"),
+    "madebyollin/taef2": (0.01, None, f", {PTH}"),
 }
 
 
@@ -163,11 +168,10 @@ class Missing(UserError):
 def hub_way(member: str, is_vae: bool = False) -> str:
     """Writes the command that fetches a hub id, or its VAE alone, and how much that is."""
     name, _, revision = member.partition("@")
-    whole, of_vae, other = WAYS.get(name, (None, None, ""))
-    size = of_vae if is_vae and of_vae else whole
+    whole, of_vae, files = WAYS.get(name, (None, None, ""))
+    size, files = (of_vae, OF_VAE) if is_vae and of_vae else (whole, files)
     command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
-    part = ' --include "vae/*"' if is_vae and of_vae else ""
-    return f"{f'{size:g} GB, ' if size else ''}{command}{part}{other}"
+    return f"{f'{size:g} GB, ' if size else ''}{command} {files}".strip().replace(" ,", ",")
 
 
 def file_way(size: float, url: str) -> str:
