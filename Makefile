@@ -1,5 +1,6 @@
 # make demo         the main job on the embedded models: a verdict, and a picture to look at, demo/figure.png
 # make table IMAGES=DIR BUDGETS="0.03" MODELS=full   the paper's experiment on your portraits
+# make photo IMAGE=FILE   protects a photo against a tiny autoencoder: photo/comparison.png; TINY=DIR if you have its files
 # make app          a page on this machine alone: protect a photo, and see what a stranger would get
 # make experiment   the tables of docs/results.md, on the embedded models
 # make test         the tests, at most 3 minutes; make test-all adds the slow ones; make lint
@@ -20,9 +21,16 @@ BATCH ?= 8
 TABLE ?= table
 EXPERIMENT ?= experiment
 OURS = facelock-dim@0.11 facelock-wide@0.2 facelock-wash@0.2
+
+# What `make photo` protects with, and against: the recommended method, a hub id or directory of a tiny autoencoder,
+# and flags like --judge
+PHOTO = --defend_method=facelock-wide --attack_budget=0.2
+TINY ?= madebyollin/taef2
+TRIP = --model=round-trip --vae="$(TINY)"
+PANEL ?=
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 
-.PHONY: install demo app table experiment test test-all lint clean
+.PHONY: install demo photo app table experiment test test-all lint clean
 
 install: $(VENV)/installed $(VENV)/installed-dev
 
@@ -41,6 +49,14 @@ $(VENV)/installed-%: requirements-%.txt $(VENV)/installed
 demo: $(VENV)/installed
 	rm -rf demo && mkdir -p demo/portraits && cp assets/portraits/mini/portrait_100000[0-3].png demo/portraits
 	$(MINI) --image_dir=demo/portraits --output_dir=demo --methods facelock facelock-dim@0.11 --prompts=0,5,13,19
+
+# photo/comparison.png: the photo, its protection, and what the autoencoder makes of either
+photo: $(VENV)/installed
+	$(if $(IMAGE),,$(error Which photo? make photo IMAGE=FILE))
+	mkdir -p photo
+	$(RUN) defend.py "$(IMAGE)" $(TRIP) $(PHOTO) $(PANEL) --output_path=photo/protected.png
+	$(RUN) edit.py photo/protected.png --source="$(IMAGE)" $(TRIP) $(PANEL) --output_path=photo/round_trip.png \
+		--comparison=photo/comparison.png
 
 table: $(VENV)/installed
 	$(RUN) experiment.py --models=$(MODELS) --image_dir="$(IMAGES)" --output_dir="$(TABLE)" --budgets $(BUDGETS) \
@@ -67,4 +83,4 @@ lint: $(VENV)/installed-dev
 	$(VENV)/bin/ruff check .
 
 clean:
-	rm -rf demo
+	rm -rf demo photo

@@ -39,7 +39,7 @@ OF_SD += ' --exclude "*non_ema*" --exclude "safety_checker/*"'
 IN_FOLDERS = '--include "*.json" --include "*/*"'
 OF_CLIP = '--include "*.json" --include "*.txt" --include "*.safetensors" --include "pytorch_model.bin"'
 OF_VAE = '--include "vae/*" --exclude "*.fp16.*"'
-PTH = "or the two .pth files of TAEF2 of github.com/madebyollin/taesd in a directory, named by --vae"
+PTH = "or TAEF2's two .pth files (github.com/madebyollin/taesd) in a DIR: --vae=DIR, make photo TINY=DIR"
 WAYS = {  # hub id -> GB of what is loaded, of its VAE alone, and what to fetch
     "timbrooks/instruct-pix2pix": (4.3, 0.3, OF_SD),
     "stable-diffusion-v1-5/stable-diffusion-v1-5": (4.3, 0.3, OF_SD),

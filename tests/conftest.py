@@ -73,10 +73,11 @@ def whole_images(monkeypatch):
     """Takes all of an image for its face: MTCNN rightly sees none in the blobs of `tiny.portrait`."""
     import tiny
 
+    import edit
     import protection
     from evaluation import features
 
-    for module in (protection, features):
+    for module in (protection, features, edit):
         monkeypatch.setattr(module, "FaceDetector", tiny.WholeImage)
 
 

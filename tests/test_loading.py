@@ -65,7 +65,8 @@ def test_no_network_is_one_line_at_once(what, monkeypatch, tmp_path, fresh_loade
         load()
     text = str(caught.value)
     assert time.monotonic() - begun < 20  # no waiting for retries
-    assert f"'{member}' can't be loaded (" in text and "--models mini" in text and "\n" not in text
+    assert f"'{member}' can't be loaded (" in text and "\n" not in text
+    assert "docs/models.md" in text and "--models mini" not in text
     assert len(text.split("(", 1)[1].split(")")[0]) > 10  # a reason
 
 

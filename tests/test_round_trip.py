@@ -132,7 +132,7 @@ TINY = {
     "flux-kontext": "madebyollin/taef1",
     "flux2-klein": "madebyollin/taef2",
     "qwen-image-edit": None,
-    "round-trip": None,
+    "round-trip": "madebyollin/taef2",
 }
 
 

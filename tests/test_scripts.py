@@ -153,7 +153,7 @@ PAPER = ("noise", "encoder", "vae", "cw", "facelock")
 )
 def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, budget, allowed):
     done = call(defend, f"--input_path {face} --defend_method {method} --attack_budget {budget}")
-    protected = face.with_name("protected_face0.png")
+    protected = face.with_name("protected_mini_face0.png")
     assert done.status == 0 and done.errors == []
     assert 1 <= levels(face, protected) <= allowed
     found = re.search(r"L-infinity ([\d.]+) \(budget ([\d.]+)\), PSNR ([\d.]+) dB", done.out)
@@ -195,15 +195,74 @@ def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
     done = call(defend, line)
     assert done.status == 0 and "judge not measured" in done.out
     assert sum("not measured: " in warning for warning in done.warnings) == 1  # the VAE, and so the rest
-    assert (face.parent / f"protected_{face.name}").exists()
+    assert (face.parent / f"protected_mini_{face.name}").exists()
 
 
 def test_default_outputs_are_beside_the_input(call, folder):
     call(defend, f"--input_path {folder}/face0.png --defend_method noise")
     done = call(edit, f"--input_path {folder}/face1.png --prompt hat --seed 3")
-    names = ["edit_face1.png", "face0.png", "face1.png", "face2.png", "protected_face0.png"]
+    names = ["edit_face1.png", "face0.png", "face1.png", "face2.png", "protected_mini_face0.png"]
     assert sorted(path.name for path in folder.iterdir()) == names
-    assert done.out == f"{folder}/edit_face1.png: 'hat', seed 3\n"
+    assert done.out.startswith(f"{folder}/edit_face1.png: 'hat', seed 3\n")
+
+
+@pytest.mark.parametrize(("script", "more"), [(defend, "--defend_method noise"), (edit, "--prompt hat")])
+def test_a_file_may_be_named_by_a_word_alone(call, face, script, more):
+    for line in (f"{face} {more}", f"{more} {face}", f"{more} --input_path {face}"):
+        assert call(script, f"{line} --seed 0 --output_path {face.with_name('out.png')}").status == 0
+    for line in (f"{face} --input_path {face} {more}", more):
+        done = call(script, line)
+        assert done.status == 2 and "--input_path" in done.errors[0]
+
+
+def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_path):
+    """By each judge, with the numbers of the report above it; the stand-ins say last what they are."""
+    flags = f"--judge {ROOT}/assets/mini/judge dlib"
+    done = call(defend, f"{face} {flags} --output_path {tmp_path}/p.png")
+    lines = done.out.splitlines()
+    assert done.status == 0 and "stand-ins" in lines[-1] and "larger budget" not in done.out
+    for name in ("judge", "dlib"):
+        (said,) = [line for line in lines if line.startswith(f"  {name}")]
+        assert re.search(r"can't judge this face|held: .* the same above", said)
+    assert "in this round trip" in done.out
+    line = f"{tmp_path}/p.png --source {face} --prompt hat --seed 0 {flags} --output_path {tmp_path}/e.png"
+    done = call(edit, f"{line} --comparison {tmp_path}/c.png")
+    assert done.status == 0 and "in this edit" in done.out and "stand-ins" in done.out.splitlines()[-1]
+    sources = [pixels(path) for path in (face, tmp_path / "p.png")]
+    shown = pixels(tmp_path / "c.png")
+    assert np.array_equal(shown[:, :64], sources[0]) and np.array_equal(shown[:, 72:136], sources[1])
+    assert np.array_equal(shown[:, -64:], pixels(tmp_path / "e.png"))
+    again = call(edit, f"{face} --prompt hat --seed 0 --output_path {tmp_path}/clean.png")
+    assert again.status == 0 and np.array_equal(shown[:, 144:208], pixels(tmp_path / "clean.png"))
+    done = call(edit, f"{tmp_path}/p.png --source {tmp_path}/c.png --prompt hat")
+    assert done.status == 1 and "another size" in done.errors[0]
+
+
+def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
+    class Two(tiny.WholeImage):
+        def __call__(self, pixels):
+            return [(0, 0, 40, 40), (40, 40, 64, 64)]
+
+    monkeypatch.setattr(protection, "FaceDetector", Two)
+    assert "2 faces found, 1 protected: --faces all" in call(defend, f"{face}").out
+    assert "faces found" not in call(defend, f"{face} --faces all").out
+    assert "2 faces found, 1 measured" in call(defend, f"{face} --defend_method vae --check").out
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_all_weights_that_are_missing_are_named_at_once(call, tmp_path, monkeypatch, size):
+    """With size and place; the stand-ins are offered for a picture of theirs alone."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    (path,) = tiny.write_portraits(tmp_path, 1, size)
+    line = f"{path} --models full --model_id timbrooks/instruct-pix2pix --lpips alex --device auto"
+    done = call(defend, f"{line} --recognizer vggface2 --judge casia-webface")
+    assert done.status == 1 and "4 networks are missing" in done.errors[0]
+    assert '0.3 GB, hf download timbrooks/instruct-pix2pix --include "vae/*"' in done.err
+    assert len(re.findall(rf"0.\d GB, https://\S+ into {tmp_path}", done.err)) == 3
+    assert "HF_ENDPOINT" in done.err and "docs/models.md" in done.err
+    assert ("--models mini" in done.err) == (size == 128)
+    if not torch.cuda.is_available():
+        assert [text for text in done.warnings if "no GPU found" in text]
 
 
 def exif_rotated(path: Path) -> None:
@@ -281,7 +340,7 @@ def test_a_drawn_seed_is_printed_and_repeats_the_edit(call, face):
     written.unlink()
     call(edit, f"--input_path {face} --prompt hat --seed {seed}")
     assert written.read_bytes() == first
-    assert f"seed {seed}" in drawn.out.splitlines()[-1]
+    assert f"edit_face0.png: 'hat', seed {seed}" in drawn.out
 
 
 def test_the_start_depends_on_seed_and_name_alone(call, folder, tmp_path):
@@ -295,7 +354,7 @@ def test_the_start_depends_on_seed_and_name_alone(call, folder, tmp_path):
     renamed = shutil.copy(alone, alone.with_name("other.png"))
     for path in (alone, renamed):
         assert call(defend, f"--defend_method noise --input_path {path}").status == 0
-    single, other = (path.with_name(f"protected_{path.name}") for path in (alone, renamed))
+    single, other = (path.with_name(f"protected_mini_{path.name}") for path in (alone, renamed))
     assert all(np.array_equal(pixels(path), pixels(single)) for path in made)
     assert not np.array_equal(pixels(other), pixels(single))
 
@@ -615,7 +674,7 @@ def test_defend_as_a_command_from_another_directory(face, defend_flags, call, tm
     monkeypatch.chdir(tmp_path)
     done = run("defend.py", defend_flags, "--input_path", face.name, "--face_box", "0,0,32,32")
     assert done.returncode == 0, done.stderr
-    assert 1 <= levels(face, face.with_name("protected_face0.png")) <= 3
+    assert 1 <= levels(face, face.with_name("protected_mini_face0.png")) <= 3
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr  # of the libraries'
 
 
