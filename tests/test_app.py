@@ -258,8 +258,9 @@ def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, t
     assert set(face.values) == {"recognizer", "judge"} and "round trip" in found.headline
 
 
-def test_a_page_without_weights_opens_and_says_what_is_missing(visits, defend_flags):
+def test_a_page_without_weights_opens_and_says_what_is_missing(visits, defend_flags, tmp_path, monkeypatch):
     pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is cached
     line = [*defend_flags, "--models=full", "--lpips=alex", "--model_id=me/<b>", "--defend_method=facelock"]
     bare = app.Studio(defend.settings_of(app.parse_args(line)))
     page = app.build(bare, visits)

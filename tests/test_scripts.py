@@ -234,7 +234,8 @@ def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_pat
     assert np.array_equal(shown[:, -64:], pixels(tmp_path / "e.png"))
     again = call(edit, f"{face} --prompt hat --seed 0 --output_path {tmp_path}/clean.png")
     assert again.status == 0 and np.array_equal(shown[:, 144:208], pixels(tmp_path / "clean.png"))
-    done = call(edit, f"{tmp_path}/p.png --source {tmp_path}/c.png --prompt hat")
+    (other,) = tiny.write_portraits(tmp_path / "other", 1, (64, 48))
+    done = call(edit, f"{tmp_path}/p.png --source {other} --prompt hat")
     assert done.status == 1 and "another size" in done.errors[0]
 
 
