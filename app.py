@@ -30,7 +30,19 @@ from methods import METHODS
 from models.config import editors_of
 from models.loading import ROOT
 from protection import methods_for
-from studio import AMPLIFY, SHOWN_SIDE, Studio, amplified, given, judged, measured, notes, shown, table_of
+from studio import (
+    AMPLIFY,
+    SHOWN_SIDE,
+    Studio,
+    amplified,
+    given,
+    judged,
+    left_out,
+    measured,
+    notes,
+    shown,
+    table_of,
+)  # fmt: skip
 from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts
 from visits import Cancelled, Picture, Visit, Visits
 
@@ -385,8 +397,9 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                     raise Cancelled
                 with visit.doing(job):
                     report = studio.protect(visit, job, step)
-                    counts = len(job.picture.boxes), len(job.faces)
-                    text = measured(report, *counts, time.monotonic() - began)
+                    text = measured(report, time.monotonic() - began)
+                    n_found = len(job.picture.boxes) if report.n_found else 0  # else the method sees no face
+                    others = left_out(n_found, len(job.faces))
                     before, after = (load_image(path).pixels for path in (job.picture.source, report.path))
                     pair = shown(visit, "before", before), shown(visit, "after", after)
                     shows |= {
@@ -394,7 +407,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                         difference: shown(visit, "difference", amplified(after, before)),
                         compare: COMPARE.format(*(f"/gradio_api/file={path}" for path in pair)),
                         download: gr.update(value=str(report.path), interactive=True),
-                        status: f"<p>{text}</p>{notes(heard.getvalue())}",
+                        status: f"<p>{text}</p>{others}{notes(heard.getvalue())}",
                     }
             return shows or gr.skip()
 

@@ -137,17 +137,20 @@ def judged(verdicts: Sequence[Verdict]) -> str:
     return "".join(parts)
 
 
-def measured(report: Report, n_found: int, n_chosen: int, seconds: float) -> str:
+def left_out(n_found: int, n_chosen: int) -> str:
+    """Says that faces were found which are not protected."""
+    text = f'<p class="note">{n_found} faces found, {n_chosen} protected: tick the others under Faces.</p>'
+    return text if n_found > n_chosen else ""
+
+
+def measured(report: Report, seconds: float) -> str:
     """Says what a saved file measures."""
-    text = f" {n_found} faces found, <b>{n_chosen} protected</b>: tick the others under Faces, to the left."
-    faces = text if n_found > n_chosen else ""
     pairs = [f"{name} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two]
     return (
         "Saved, read back and measured: no colour of a pixel differs from your picture by more than "
         f"<b>{round(report.linf / LEVEL)} of 255 levels</b> (L-infinity {report.linf:.4f} in [-1, 1], "
         f"allowed {report.budget:g}); <b>PSNR {report.psnr:.1f} dB</b>. It took {seconds:.1f} s."
         + (f" Face similarity after the editor's autoencoder alone: {', '.join(pairs)}." if pairs else "")
-        + faces
     )
 
 
