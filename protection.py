@@ -20,10 +20,8 @@ import masks
 from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
 from loops import GradientError, Objective, Run, random_start
 from methods import METHODS, NEED
-from models.attention import FAMILIES, Attention, family_of
 from models.config import ModelConfig, ModelSettings, resolve_vaes
-from models.denoiser import PIPELINES, Denoiser
-from models.editors import Editor
+from models.editors import DENOISERS, Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import load_all, recorded
 from models.perceptual import load_perceptual, perceptual_distance_to
@@ -35,6 +33,9 @@ from verdict import Face, face_of, numbered
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+    from models.attention import Attention
+    from models.denoiser import Denoiser
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
@@ -52,8 +53,7 @@ def readers(name: str) -> dict[str, Any]:
 
 def methods_for(editor: type[Editor]) -> list[str]:
     """Lists the methods that work on a kind of editor."""
-    there = {"editor": PIPELINES, "attention": FAMILIES}  # need -> the pipelines that have it
-    lacking = {need for need, pipelines in there.items() if editor.pipeline_class not in pipelines}
+    lacking = DENOISERS - {editor.denoiser and editor.denoiser.need}
     return [name for name, method in METHODS.items() if lacking.isdisjoint(method.parameters)]
 
 
@@ -166,17 +166,16 @@ class Protector:
         self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
         # what the objective averages over
         self.attacked = resolve_vaes(replace(wanted, edit={}))
-        for one in self.attacked if {"editor", "attention"} & {*self.needs} else ():
-            if one.vae_id or not one.editor.by_words:
-                text = f"{self.name} needs an editor's denoiser, which {one.vae} has not"
-                raise UserError(f"{text}: name an editor instead, KIND or KIND=ID, or another method")
+        if needed := DENOISERS & {*self.needs}:
+            for one in self.attacked:
+                one.check_denoiser(self.name, needed)
         if self.method.fp32:
             if wanted.dtype not in ("auto", "fp32"):
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
         self.config = self.attacked[0]
         self.device, self.resolution = self.config.device, self.config.resolution
-        self.denoisers: dict[str, Denoiser | Attention] = {}  # which of them, the method's needs say
+        self.denoisers: dict[str, Denoiser | Attention] = {}
         self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
 
     def settings(self) -> dict[str, Any]:
@@ -221,24 +220,16 @@ class Protector:
         config, compile = self.config, self.wanted.compile
         lpips = config.perceptual, config.device, config.dtype, compile
         return {
-            "attention": lambda: self.attention_of(one),  # first: it refuses editors before they are loaded
             "vae": lambda: one.load_vae(self.wanted.checkpointing, compile),
-            "editor": lambda: self.editor_of(one),
+            **dict.fromkeys(DENOISERS, lambda: self.denoiser_of(one)),
             "face_similarity": lambda: [self.recognizer_of(member) for member in config.recognizers],
             "perceptual_distance": lambda: load_perceptual(*lpips),
         }
 
-    def editor_of(self, one: ModelConfig) -> Denoiser:
+    def denoiser_of(self, one: ModelConfig) -> Denoiser | Attention:
         """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
         if one.model_id not in self.denoisers:
-            self.denoisers[one.model_id] = Denoiser(one.load_editor(), self.wanted.checkpointing)
-        return self.denoisers[one.model_id]
-
-    def attention_of(self, one: ModelConfig) -> Attention:
-        """Loads an editor's attention, or takes it from an earlier call. Raises UserError."""
-        if one.model_id not in self.denoisers:
-            family = family_of(one.editor)
-            self.denoisers[one.model_id] = family(one.load_editor(), self.wanted.checkpointing)
+            self.denoisers[one.model_id] = one.editor.denoiser(one.load_editor(), self.wanted.checkpointing)
         return self.denoisers[one.model_id]
 
     def recognizer_of(self, member: str) -> Recognizer:

@@ -56,8 +56,6 @@ import transforms
 import utils
 from evaluation.pairing import folders
 from images import Portrait, images_by_stem, load_image, save_png, to_tensor, to_uint8
-from models.attention import family_of
-from models.denoiser import PIPELINES, Denoiser
 from models.loading import recorded
 from utils import UserError
 
@@ -154,9 +152,9 @@ def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
 
 def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the way to noise and back, at the editor's working size. Raises UserError."""
-    is_unet = config.editor.pipeline_class in PIPELINES
-    view = (Denoiser if is_unet else family_of(config.editor))(config.load_editor())
-    vae = replace(config, vae_id=None).load_vae()  # the editor's own
+    own = replace(config, vae_id=None)  # the editor's autoencoder, whatever --vae says
+    own.check_denoiser("denoise")
+    view, vae = own.editor.denoiser(own.load_editor()), own.load_vae()
 
     def there_and_back(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
         import torch

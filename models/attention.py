@@ -13,8 +13,6 @@ import itertools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
-from utils import UserError
-
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
@@ -62,6 +60,7 @@ class Attention:
     words have a stream of their own or share that of the images. Guidance is the editor's default.
     """
 
+    need: ClassVar[str] = "attention"  # what defenses call it
     place: ClassVar[int] = 1  # of the image, on the axis of positions on which a canvas is at 0
 
     def __init__(self, editor: Editor, checkpointing: bool = False) -> None:
@@ -236,17 +235,6 @@ class Flux2Attention(Attention):
 
         n = self._words["encoder_hidden_states"].shape[1]
         return torch.nn.functional.pad(torch.arange(n)[:, None], (3, 0))
-
-
-FAMILIES = {"FluxKontextPipeline": Attention, "Flux2KleinPipeline": Flux2Attention}
-
-
-def family_of(editor: type[Editor]) -> type[Attention]:
-    """Gives the view that suits a kind of editor. Raises UserError for one that has none."""
-    if editor.pipeline_class not in FAMILIES:
-        text = "this method works on the attention of FLUX.1 Kontext and FLUX.2 [klein] alone"
-        raise UserError(f"{editor.pipeline_class}: {text}; another --model, or another method")
-    return FAMILIES[editor.pipeline_class]
 
 
 class _Enough(Exception):

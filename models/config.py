@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import utils
-from models.editors import EDITORS, Editor
+from models.editors import DENOISERS, EDITORS, Editor
 from models.loading import ROOT, Missing, from_hub, hub_way, loading, quiet, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
 from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
@@ -155,6 +155,14 @@ class ModelConfig:
         with loading("the editor", self.model_id, hub_way(self.model_id)):
             from_hub(self.model_id)
 
+    def check_denoiser(self, who: str, needs: Collection[str] = DENOISERS) -> None:
+        """Raises UserError unless the editor has one of the denoisers that `who` needs."""
+        if self.vae_id or self.editor.denoiser is None or self.editor.denoiser.need not in needs:
+            kinds = [kind for kind, one in EDITORS.items() if one.denoiser and one.denoiser.need in needs]
+            text = f"{who} needs the denoiser of {' or '.join(kinds)}"
+            which = self.vae_id or self.kind
+            raise UserError(f"{text}, which {which} has not; name another --model or --vae")
+
     def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
         """Loads the autoencoder alone, or takes it from an earlier call. Raises UserError."""
         where = self.resolution, self.device, self.dtype
@@ -277,9 +285,8 @@ def resolve_vaes(wanted: ModelSettings) -> list[ModelConfig]:
     """
     found = []
     for name in several(wanted.vae):
-        kind, is_kind, id_ = name.partition("=")
-        if kind in EDITORS and EDITORS[wanted.model].by_words:
-            found.append(resolve(wanted, model=kind, model_id=id_ if is_kind else None))
+        if name.partition("=")[0] in EDITORS and EDITORS[wanted.model].by_words:
+            found.append(resolve_editor(wanted, name))
         else:
             found.append(replace(resolve(wanted), vae_id=_autoencoder(wanted, name)))
     return found or [resolve(wanted)]
@@ -289,7 +296,8 @@ def _own_id(wanted: ModelSettings) -> str:
     """Gives the id of the set's editor of a kind, or of the autoencoder that is an editor without words."""
     editors, kind = MODEL_SETS[wanted.models].editors, wanted.model
     if not EDITORS[kind].by_words:
-        if not (names := several(wanted.vae)):
+        names = several(wanted.vae)
+        if not names or names[0] == kind:
             raise UserError(f"--model {kind} needs an autoencoder: --vae=ID or --vae=DIRECTORY")
         return _autoencoder(wanted, names[0])
     if kind not in editors:
@@ -299,12 +307,11 @@ def _own_id(wanted: ModelSettings) -> str:
 
 def _autoencoder(wanted: ModelSettings, name: str) -> str:
     """Gives the id or directory that a name of --vae stands for. Raises UserError."""
-    kind, _, id_ = name.partition("=")
     if name == "tiny":
         if not (tiny := EDITORS[wanted.model].tiny_vae):
             raise UserError(f"--vae tiny: there is none for {wanted.model}; name one by its id or directory")
         return tiny
-    return (id_ or _own_id(replace(wanted, model=kind))) if kind in EDITORS else name
+    return resolve_editor(replace(wanted, edit={}), name).model_id
 
 
 def editors_of(member: str) -> list[str]:

@@ -6,7 +6,7 @@ A latent z is what the VAE's encoder gives (its mean), z_k what the diffusion wo
 from __future__ import annotations
 
 import functools
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 from utils import UserError
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 # Of the image, at the noisiest timestep that counts. Stable Diffusion ends at .0047; where a schedule ends
 # at 0, the noise that is found there is z_k itself, whatever the network says.
 LEAST_SHARE = 0.004
-PIPELINES = ("StableDiffusionInstructPix2PixPipeline", "StableDiffusionImg2ImgPipeline")  # whose UNet it is
 CONVERSIONS = {  # prediction type -> the noise in z_k, from the network's output, with a = alphas_cumprod[k]
     "epsilon": lambda output, z_k, a: output,
     "v_prediction": lambda output, z_k, a: a.sqrt() * output + (1 - a).sqrt() * z_k,
@@ -35,14 +34,14 @@ class Denoiser:
     Raises UserError for an editor that works in another way.
     """
 
+    need: ClassVar[str] = "editor"  # what defenses call it
+
     def __init__(self, editor: Editor, checkpointing: bool = False) -> None:
         pipeline = self.pipeline = editor.pipeline
-        unet, config = getattr(pipeline, "unet", None), pipeline.scheduler.config
-        channels = getattr(pipeline.vae.config, "latent_channels", None)
-        self.convert = CONVERSIONS.get(config.get("prediction_type"))
+        unet, channels = pipeline.unet, pipeline.vae.config.latent_channels
+        self.convert = CONVERSIONS.get(pipeline.scheduler.config.get("prediction_type"))
         if (
-            unet is None
-            or self.convert is None
+            self.convert is None
             or unet.config.in_channels not in (channels, 2 * channels)
             or unet.config.addition_embed_type is not None
             or unet.config.encoder_hid_dim_type is not None

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from images import from_working, resize, to_uint8, to_working, working_size
+from models.attention import Attention, Flux2Attention
+from models.denoiser import Denoiser
 from models.loading import check_tokenizer, from_hub, hub_way, load_network, loading
 from models.vaes import load_vae
 from utils import UserError, warn
@@ -41,7 +43,8 @@ class Editor:
     tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and the tokens that its pipeline takes
     knobs: ClassVar[dict[str, float]] = {}  # keywords of the pipeline's call, with their defaults
     tiny_vae: ClassVar[str | None] = None  # hub id of an autoencoder that was distilled from its own
-    by_words: ClassVar[bool] = True  # whether it takes instructions and seeds, and has a denoiser
+    by_words: ClassVar[bool] = True  # whether it takes instructions and seeds
+    denoiser: ClassVar[type[Denoiser | Attention] | None] = Denoiser  # as defenses see it, if they can
 
     @classmethod
     def check(cls, settings: dict[str, Any]) -> None:
@@ -145,6 +148,7 @@ class SDXLInstructPix2Pix(Editor):
     tiny_vae = "madebyollin/taesdxl"
     options: ClassVar = {"add_watermarker": False}  # else edits depend on what else is installed
     scheduler = None
+    denoiser = None
     resolution = 768
     fp32_vae = True
     knobs: ClassVar = {"num_inference_steps": 100, "guidance_scale": 5.0, "image_guidance_scale": 1.5}
@@ -162,6 +166,7 @@ class TokenEditor(Editor):
 
     options: ClassVar = {}
     scheduler = None
+    denoiser = None
     resolution = 1024
     multiple = 16
     half = "bf16"
@@ -216,6 +221,7 @@ class FluxKontext(TokenEditor):
 
     pipeline_class = "FluxKontextPipeline"
     tiny_vae = "madebyollin/taef1"
+    denoiser = Attention
     tokenizer = ("tokenizer_2", 512)  # the other one's gives no more than a summary
     knobs: ClassVar = {"num_inference_steps": 28, "guidance_scale": 2.5}
 
@@ -242,6 +248,7 @@ class Flux2Klein(TokenEditor):
 
     pipeline_class = "Flux2KleinPipeline"
     tiny_vae = "madebyollin/taef2"
+    denoiser = Flux2Attention
     tokenizer = ("tokenizer", 512)
     enlarges = False
     knobs: ClassVar = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -288,6 +295,7 @@ class RoundTrip(Editor):
     pipeline_class = ""
     tiny_vae = "madebyollin/taef2"  # the newest, and the one that photos were measured with here
     by_words = False
+    denoiser = None
     scheduler = None
     multiple = 16  # FLUX.2's takes no other; those with 8 take it, too
     half = "fp32"
@@ -316,6 +324,7 @@ EDITORS: dict[str, type[Editor]] = {
     "qwen-image-edit": QwenImageEdit,
     "round-trip": RoundTrip,
 }
+DENOISERS = {one.denoiser.need for one in EDITORS.values() if one.denoiser}  # what defenses need of them
 
 
 @functools.cache

@@ -18,7 +18,6 @@ import main_defend
 from images import load_image
 from loops import Run, mi_pgd, random_start
 from methods import METHODS
-from models.attention import family_of
 from models.editors import EDITORS
 from models.vaes import load_vae
 from protection import Protector, methods_for
@@ -71,7 +70,7 @@ def generators(seeds=SEEDS):
 
 
 def offers(editor, vae, seeds=SEEDS, checkpointing=False):
-    attention = family_of(type(editor))(editor, checkpointing)
+    attention = editor.denoiser(editor, checkpointing)
     return {"vae": vae, "attention": attention, "generators": generators(seeds)}
 
 
@@ -254,7 +253,7 @@ def test_draws_are_the_generators_alone(name, loaded):
 def test_canvases_are_what_the_editor_denoises(kind, loaded):
     """Noise alone at first, and at the end the image as its pipeline encodes it."""
     editor, vae = loaded(kind)
-    attention = family_of(type(editor))(editor)
+    attention = editor.denoiser(editor)
     z, noise = vae.encode(image(1)).latent_dist.mean, torch.randn(1).double()
     sigmas = attention.schedule(z, 4)
     assert sigmas[0] == 1 and len(sigmas) == 4 and sigmas == sorted(sigmas, reverse=True)
@@ -269,7 +268,7 @@ def test_canvases_are_what_the_editor_denoises(kind, loaded):
 def test_to_noise_and_back_by_a_perfect_transformer_is_the_latent(share, kind, loaded, monkeypatch):
     """Which finds the direction from image to noise, in the tokens that a canvas has."""
     editor, vae = loaded(kind)
-    attention = family_of(type(editor))(editor)
+    attention = editor.denoiser(editor)
     z = vae.encode(image(2)).latent_dist.mean
     noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(1)).double()
     away = attention._tokens(attention.noised(z, 1, noise) - attention.noised(z, 0, noise))
@@ -369,7 +368,7 @@ def test_an_editor_without_such_a_transformer_is_refused_in_one_line(kind, portr
     line = f"--model={kind} --model_id=nobody/nothing --defend_method=decontext --device=cpu".split()
     assert defend.main([f"--input_path={portraits}/face0.png", *line]) == 1
     (told,) = capsys.readouterr().err.splitlines()
-    assert EDITORS[kind].pipeline_class in told and "FLUX.1 Kontext and FLUX.2 [klein]" in told
+    assert f"the denoiser of flux-kontext or flux2-klein, which {kind} has not" in told
 
 
 def test_all_methods_are_those_that_suit_the_editor():

@@ -126,7 +126,7 @@ def test_an_editor_of_another_kind_is_one_clear_error():
     sdxl = SimpleNamespace(config=SimpleNamespace(**channels | {"addition_embed_type": "text_time"}))
     inpainting = SimpleNamespace(config=SimpleNamespace(**channels | {"in_channels": 9}))
     adapted = SimpleNamespace(config=SimpleNamespace(**channels | {"encoder_hid_dim_type": "image_proj"}))
-    unets = [{"unet": unet} for unet in (None, sdxl, inpainting, adapted)]
+    unets = [{"unet": unet} for unet in (sdxl, inpainting, adapted)]
     for parts in ({"scheduler": flow}, *unets):
         with pytest.raises(UserError, match="SimpleNamespace: this method works on InstructPix2Pix's"):
             Denoiser(other(**parts))

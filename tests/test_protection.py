@@ -354,7 +354,7 @@ def test_preload_loads_what_the_method_needs(method, flags, missing, protector):
 
 def test_only_who_names_the_editor_loads_its_denoiser(protector, monkeypatch):
     loaded = []
-    monkeypatch.setattr("protection.Denoiser", lambda *given: loaded.append(given))
+    monkeypatch.setattr(InstructPix2Pix.denoiser, "__init__", lambda _, *given: loaded.append(given))
     for method in methods_for(InstructPix2Pix):
         loaded.clear()
         protector(f"--defend_method {method} --checkpointing").preload()

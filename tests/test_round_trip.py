@@ -165,13 +165,14 @@ def test_a_round_trip_goes_through_the_first(folders):
     first, second = resolve_vaes(ModelSettings(**trip))
     assert first.kind == second.kind == "round-trip" and second.vae == "me/tiny"
     assert resolve(**trip, model_id="me/full").model_id == "me/full"
-    with pytest.raises(UserError, match="--model round-trip needs an autoencoder: --vae"):
-        resolve(model="round-trip")
+    for own in ({"model": "round-trip"}, {"model": "round-trip", "vae": "round-trip"}, {"vae": "round-trip"}):
+        with pytest.raises(UserError, match="--model round-trip needs an autoencoder: --vae"):
+            resolve_vaes(ModelSettings(**own))
 
 
 @pytest.mark.parametrize("flags", ["--vae tiny", "--model round-trip --vae me/vae"])
 def test_a_denoiser_is_not_to_be_had_of_an_autoencoder(flags, protector):
-    with pytest.raises(UserError, match="photoguard needs an editor's denoiser, which .* has not") as caught:
+    with pytest.raises(UserError, match="photoguard needs the denoiser of .*, which .* has not") as caught:
         protector(f"--defend_method photoguard {flags}")
     assert "\n" not in str(caught.value)
 
