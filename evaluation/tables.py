@@ -330,9 +330,8 @@ def read_values(path: Path) -> pd.DataFrame:
         numbers = frame.drop(columns=EDIT).select_dtypes(["number", "bool"]).astype(float)
         frame = pd.concat([frame[EDIT], numbers], axis=1).melt(EDIT, var_name="metric")
     elif "judge" in frame:
-        pairs = frame.groupby(["metric", "judge"]).ngroup()
-        names = frame[["metric", "judge"]].groupby(pairs).first().apply(lambda pair: column_of(*pair), axis=1)
-        frame["metric"] = pairs.map(names)
+        pairs = zip(frame["metric"], frame["judge"], strict=True)
+        frame["metric"] = [column_of(*pair) for pair in pairs]
     try:
         return frame[[*EDIT, "metric", "value"]].astype({"value": float})
     except ValueError as error:
@@ -342,7 +341,7 @@ def read_values(path: Path) -> pd.DataFrame:
 def column_of(metric: str, judge: str) -> str:
     """Names a metric's column in a table with all metrics."""
     endings = {"": "", "hardest": "", "attacked": "", "any": "_by_any"}
-    return metric + endings.get(judge, f"_{judge}")
+    return f"{metric}{endings.get(judge, f'_{judge}')}"
 
 
 def beside(table: Path, suffix: str) -> Path | None:
