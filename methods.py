@@ -378,7 +378,9 @@ METHODS: dict[str, Method] = {
     ),
     "facelock": Method(facelock),
     "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(step_size=0.04, num_iters=16), mask="face"),
-    "facelock-wide": Method(facelock_wide, l2_pgd, L2, run=WIDE, mask="face"),
+    "facelock-wide": Method(
+        facelock_wide, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS * 3 // 4
+    ),
     "facelock-wash": Method(
         facelock_wash, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS // 3
     ),
