@@ -92,7 +92,7 @@ def run(args: argparse.Namespace) -> int:
 
 HEAD = """<h1>FaceLock</h1>
 <p>Changes a portrait a little, so that a diffusion model's edit of it no longer shows the same person; then
-edits it as a stranger would, and says what is left. Everything happens on the machine that runs app.py, and
+{}, and says what is left. Everything happens on the machine that runs app.py, and
 nothing is kept: your pictures are deleted when you close this page, or leave it idle for an hour.</p>{}"""
 STAND_IN = """<p class="note">These are the bundled mini models, made for 128x128 synthetic portraits. They
 show how the thing works, and say nothing about how well a real photo is protected.</p>"""
@@ -107,7 +107,7 @@ resized, compressed or cleaned, can give another result: this is a test, not a p
 WORTH_OF_TRIPS = """<p>This is one autoencoder, and no edit was made. An editor, or a copy that was resized,
 compressed or cleaned, can give another result: this is a test, not a promise.</p>"""
 NO_FACE = '<section class="verdict nothing" role="status"><h3>No face, nothing to compare</h3></section>'
-ABOUT_TABLE = """FR, without → with protection: the cosine similarity of the face in the edit to the one in
+ABOUT_TABLE = """FR, without → with protection: the cosine similarity of the face in the {} to the one in
 your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges.
 *left* is the same on a scale that recognisers share: 1 the same picture, 0 a stranger."""
 TROUBLE = '<p class="trouble" role="alert">{}</p>'
@@ -169,6 +169,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
     usual, config, by_words = studio.settings, studio.config, studio.by_words
     about_edits = ABOUT_EDITS if by_words else ABOUT_TRIPS
     made = "Edit" if by_words else "Round trip"
+    trial = "edits it as a stranger would" if by_words else "sends it through an autoencoder and back"
     portraits = bundled(usual.models)
 
     def view(label: str, alt: str, height: int | None = None) -> gr.Image:
@@ -187,7 +188,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
 
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
     with gr.Blocks(title="FaceLock", analytics_enabled=False) as page:
-        gr.HTML(HEAD.format(notes_of(studio)), elem_id="head")
+        gr.HTML(HEAD.format(trial, notes_of(studio)), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 gr.HTML("<h2>1. A portrait</h2>")
@@ -429,7 +430,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 shows[verdict] = "".join([told, worth, last, notes(heard.getvalue())])
                 if found:
                     rows = table_of(found).to_markdown(missingval="-", disable_numparse=True)
-                    shows[table] = f"{rows}\n\n{ABOUT_TABLE}"
+                    shows[table] = f"{rows}\n\n{ABOUT_TABLE.format(made.lower())}"
             return shows or gr.skip()
 
         outputs = [
