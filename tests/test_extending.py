@@ -60,4 +60,4 @@ def test_every_change_runs(changed):
     for result in ("turn.png", "edit.png", "swapped.png"):
         assert Image.open(changed / result).size == (128, 128)
     assert len(list((changed / "posterized").glob("*.png"))) == 12
-    assert (changed / "l1_metric.csv").read_text().startswith("method,prompt13,mean")
+    assert "prompt13,mean" in (changed / "l1_metric.csv").read_text()
