@@ -62,6 +62,7 @@ class Attention:
 
     need: ClassVar[str] = "attention"  # what defenses call it
     place: ClassVar[int] = 1  # of the image, on the axis of positions on which a canvas is at 0
+    patch: ClassVar[int] = 2  # side of the square of z that is a token
 
     def __init__(self, editor: Editor, checkpointing: bool = False) -> None:
         """checkpointing: a gradient computes blocks, and the attention of each head, again."""
@@ -117,12 +118,14 @@ class Attention:
 
         The transformer is shown no words but z, as in an edit.
         """
+        from torch.nn.functional import pixel_shuffle
+
         sigmas = [*self.schedule(z, max(steps, round(steps / share)))[-steps:], 0.0]
         z_k = self.noised(z, sigmas[0], noise)
-        size = self._patches(z).shape[2:]
+        rows, columns = (side // self.patch for side in z.shape[2:])
         for sigma, after in itertools.pairwise(sigmas):
-            velocity = self._run(z_k, sigma, z)[0][:, : size.numel()].mT.unflatten(2, size)
-            z_k = z_k + (after - sigma) * self._joined(velocity.to(z_k.dtype))
+            velocity = self._run(z_k, sigma, z)[0][:, : rows * columns].mT.unflatten(2, (rows, columns))
+            z_k = z_k + (after - sigma) * pixel_shuffle(velocity.to(z_k.dtype), self.patch)
         return self._unscaled(z_k)
 
     def _run(self, z_k: Tensor, sigma: Tensor | float, z: Tensor) -> Any:
@@ -152,27 +155,17 @@ class Attention:
         config = self.pipeline.vae.config
         return z / config.scaling_factor + (config.shift_factor or 0)
 
-    def _patches(self, z: Tensor) -> Tensor:
-        """Gives z with a pixel a token, (B, 4 C, h/2, w/2)."""
+    def _tokens(self, z: Tensor) -> Tensor:
+        """Gives the tokens of z, (B, n, 4 C) if their side is 2."""
         from torch.nn.functional import pixel_unshuffle
 
-        return pixel_unshuffle(z, 2)
-
-    def _joined(self, patches: Tensor) -> Tensor:
-        """Undoes `_patches`."""
-        from torch.nn.functional import pixel_shuffle
-
-        return pixel_shuffle(patches, 2)
-
-    def _tokens(self, z: Tensor) -> Tensor:
-        """Gives the tokens of z, (B, n, 4 C)."""
-        return self._patches(z).flatten(2).mT
+        return pixel_unshuffle(z, self.patch).flatten(2).mT
 
     def _positions(self, place: int, z: Tensor) -> Tensor:
         """Gives the positions of the tokens of z, (n, 3): place, row, column."""
         import torch
 
-        rows, columns = (torch.arange(side) for side in self._patches(z).shape[2:])
+        rows, columns = (torch.arange(side // self.patch) for side in z.shape[2:])
         return torch.cartesian_prod(torch.tensor([place]), rows, columns)
 
     def _shift(self, n: int, steps: int) -> float:
@@ -206,11 +199,12 @@ class Flux2Attention(Attention):
     """FLUX.2 [klein]'s."""
 
     place = 10
+    patch = 1  # `Flux2VAE` gives tokens
 
     def _scaled(self, z: Tensor) -> Tensor:
-        return z  # `Flux2VAE` gives tokens
+        return z
 
-    _unscaled = _patches = _joined = _scaled
+    _unscaled = _scaled
 
     def _positions(self, place: int, z: Tensor) -> Tensor:
         from torch.nn.functional import pad
