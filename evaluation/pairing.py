@@ -364,9 +364,8 @@ def shared_names(there: dict[Path, dict[str, Path]], common: bool, wanted: Seque
     union = set(wanted) if wanted else set().union(*there.values())
     lacking = []
     for name in sorted(union - shared):
-        places = [str(directory) for directory, names in there.items() if name not in names]
-        more = f" and {len(places) - 3} more" if places[3:] else ""
-        lacking.append(f"{name} in {', '.join(places[:3])}{more}")
+        places = (directory for directory, names in there.items() if name not in names)
+        lacking.append(f"{name} in {listed(places, str)}")
     if lacking and not common:
         raise UserError(f"images are missing: {'; '.join(lacking)} (--common scores those that all have)")
     if lacking:
