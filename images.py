@@ -123,15 +123,12 @@ def images_by_stem(directory: Path) -> dict[str, Path]:
     Broken links count: who reads them says so. Raises UserError: no such directory, or one stem of two files.
     """
     suffixes, files = readable_suffixes(), defaultdict(list)
-    try:
-        if not directory.is_dir():
-            raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
-        for path in sorted(directory.iterdir()):
-            is_image = path.suffix.lower() in suffixes and not path.name.startswith(".")
-            if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
-                files[path.stem].append(path)
-    except OSError as error:
-        raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
+    if not directory.is_dir():
+        raise UserError(f"{directory}: {'not a' if directory.exists() else 'no such'} directory")
+    for path in sorted(directory.iterdir()):
+        is_image = path.suffix.lower() in suffixes and not path.name.startswith(".")
+        if is_image and (path.is_file() or (path.is_symlink() and not path.exists())):
+            files[path.stem].append(path)
     if twins := ["=".join(path.name for path in paths) for paths in files.values() if len(paths) > 1]:
         raise UserError(f"{directory}: files with the same stem: {', '.join(twins)}")
     return {stem: path for stem, (path,) in files.items()}

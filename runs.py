@@ -145,14 +145,14 @@ def processes(device: str = "auto") -> PartialState:
 
 
 def once(work: Callable[[], T]) -> T:
-    """Calls a function in the first process, for all; a UserError ends all of them, with status 1."""
+    """Calls a function in the first process, for all; an error that is a user's ends all, with status 1."""
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None, None]
     if processes().is_main_process:
         try:
             result[0] = work()
-        except UserError as error:
+        except (UserError, OSError) as error:
             result[1] = error
     made, error = broadcast_object_list(result)
     if error is None:

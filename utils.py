@@ -179,7 +179,10 @@ def allowed_levels(budget: float) -> int:
 
 
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
-    """Runs a script's work -> exit status. An error becomes one line and status 1; --debug raises it."""
+    """Runs a script's work -> exit status. An error becomes one line and status 1; --debug raises it.
+
+    An OSError that names its file is a user's, too: what only reads needn't turn it into a UserError.
+    """
     with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's, or one that is closed
         sys.stdout.reconfigure(errors="backslashreplace")  # file names may have bytes that are no text
     try:
@@ -402,11 +405,8 @@ def write_own(path: Path, data: bytes) -> None:
 def check_own(path: Path) -> None:
     """Raises UserError for a file with content that `write_own` didn't write just so."""
     index = path.parent / INDEX
-    try:
-        content = path.read_bytes() if path.exists() else b""
-        lines = index.read_text(errors="replace").splitlines() if content and index.is_file() else []
-    except OSError as error:
-        raise UserError(f"{path}: can't be read ({error.strerror})") from None
+    content = path.read_bytes() if path.exists() else b""
+    lines = index.read_text(errors="replace").splitlines() if content and index.is_file() else []
     if content and _index_line(path, content) not in lines:
         raise UserError(f"{path}: {NOT_OURS}")
 
@@ -423,10 +423,7 @@ def is_special(path: Path) -> bool:
 def check_directory(path: Path) -> None:
     """Refuses a directory that is not there and can't be made, or can't be written into. Raises UserError."""
     path = path.absolute()
-    try:
-        existing = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
-    except OSError as error:
-        raise UserError(f"{path}: can't be used ({error.strerror})") from None
+    existing = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
     if not existing.is_dir():
         raise UserError(f"{existing}: is not a directory")
     if not os.access(existing, os.W_OK):

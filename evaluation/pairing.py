@@ -71,7 +71,7 @@ class Manifests:
 
     def source(self, directory: Path, output: str) -> Path | None:
         """Finds the file that a result was made from; None if it is no longer there."""
-        with suppress(UserError):  # a directory is gone, or a record is somebody else's
+        with suppress(UserError, OSError):  # a directory is gone, or a record is somebody else's
             if sources := (self._records(directory) or {}).get("sources"):
                 folder = Path(sources)
                 if re.fullmatch(r"prompt\d+", folder.name):  # purified edits: made prompt by prompt
@@ -246,13 +246,10 @@ def _seeds_in(directory: Path) -> list[str]:
 
 
 def folders(directory: Path) -> list[Path]:
-    """Lists the folders in a directory, by name. Raises UserError if it can't be listed."""
+    """Lists the folders in a directory, by name. Raises UserError if there is none."""
     if not directory.is_dir():
         raise UserError(f"{directory}: no such directory")
-    try:
-        return sorted(child for child in directory.iterdir() if child.is_dir())
-    except OSError as error:
-        raise UserError(f"{directory}: can't be listed ({error.strerror})") from None
+    return sorted(child for child in directory.iterdir() if child.is_dir())
 
 
 def clean_row(directory: Path, seeds: Sequence[int]) -> Row:

@@ -20,7 +20,6 @@ from images import (
     choose_output,
     from_working,
     image_size,
-    images_by_stem,
     linf,
     load_image,
     save_png,
@@ -425,19 +424,6 @@ def test_heic_is_read_with_its_plugin_and_named_without(tmp_path, monkeypatch):
     assert {".heic", ".heif"} < set(readable_suffixes())
     Image.OPEN.pop("HEIF")
     Image.ID.remove("HEIF")
-
-
-def test_a_directory_that_cant_be_read(tmp_path, monkeypatch):
-    """As root may read everything, the system's refusal is played."""
-
-    def refuse(*_):
-        raise PermissionError(13, "Permission denied")
-
-    monkeypatch.setattr(os, "listdir", refuse)
-    monkeypatch.setattr(os, "scandir", refuse)
-    with pytest.raises(UserError) as caught:
-        images_by_stem(tmp_path)
-    assert str(caught.value) == f"{tmp_path}: can't be listed (Permission denied)"
 
 
 def test_a_small_image_is_named(tmp_path):

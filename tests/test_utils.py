@@ -260,7 +260,7 @@ def test_a_name_may_be_as_long_as_names_may_be(length, tmp_path):
 def test_check_directory(tmp_path):
     utils.check_directory(tmp_path / "new" / "deeper")
     assert os.listdir(tmp_path) == []
-    with pytest.raises(UserError, match="can't be used .File name too long"):
+    with pytest.raises(OSError, match="File name too long"):
         utils.check_directory(tmp_path / ("x" * 300))
 
 
@@ -277,6 +277,7 @@ def test_check_directory(tmp_path):
             1,
             r"error: ValueError at test_utils\.py:\d+: two \(--debug shows all\)\n",
         ),
+        (PermissionError(13, "not yours", "a"), 1, r"error: a: can't be used \(not yours\)\n"),
         (KeyError(), 1, r"error: KeyError at test_utils\.py:\d+: KeyError \(--debug shows all\)\n"),
         (KeyboardInterrupt(), 130, r"stopped\n"),
     ],
