@@ -58,12 +58,12 @@ class Denoiser:
         share = 1 if self.shown else type(editor).knobs.get("strength", 1)  # a default, not a setting
         self.first = round(len(self.alphas_cumprod) * share) - 1
 
-    def predict_noise(self, z_k: Tensor, k: int | Tensor, z: Tensor, prompt: str = "") -> Tensor:
-        """Predicts the noise in z_k (B, C, h, w) at k, an int or (B,), shown the image's z -> like z_k."""
+    def predict_noise(self, z_k: Tensor, k: int | Tensor, z: Tensor) -> Tensor:
+        """Predicts the noise in z_k (B, C, h, w) at k, an int or (B,), shown z and no words -> like z_k."""
         import torch
 
         given = torch.cat([z_k, z], dim=1) if self.shown else z_k
-        words = self._embed(prompt).expand(len(z_k), -1, -1)
+        words = self._words.expand(len(z_k), -1, -1)
         steps = torch.as_tensor(k, device=z_k.device).expand(len(z_k))
         output = self.unet(given.to(self.unet.dtype), steps, encoder_hidden_states=words).sample
         return self.convert(output.to(z_k.dtype), z_k, self._share(k, z_k))
@@ -100,13 +100,13 @@ class Denoiser:
         """alphas_cumprod at k, to be multiplied with latents."""
         return self.alphas_cumprod[k].to(like).reshape(-1, 1, 1, 1)
 
-    @functools.cache  # noqa: B019 (the pipelines are kept, too)
-    def _embed(self, prompt: str) -> Tensor:
-        """Encodes a prompt as the pipelines do -> (1, tokens, D)"""
+    @functools.cached_property
+    def _words(self) -> Tensor:
+        """The empty prompt as the pipelines encode it, (1, tokens, D)."""
         import torch
 
         tokenizer, encoder = self.pipeline.tokenizer, self.pipeline.text_encoder
         most = tokenizer.model_max_length
-        found = tokenizer(prompt, padding="max_length", max_length=most, truncation=True, return_tensors="pt")
+        found = tokenizer("", padding="max_length", max_length=most, truncation=True, return_tensors="pt")
         with torch.no_grad():
             return encoder(found.input_ids.to(encoder.device))[0]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -25,11 +27,11 @@ def latents(*seeds: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("shown", [True, False])
 @pytest.mark.parametrize("k", [0, 700, torch.tensor([3, 900])])
 def test_the_noise_is_that_of_the_network(prediction, shown, k):
-    """By the scheduler's own conversion, image by image, with the prompt as the pipelines encode it."""
+    """By the scheduler's own conversion, image by image, with no words as the pipelines encode them."""
     editor = tiny.tiny_editor(shown, prediction, DOUBLE)
     pipeline, (z_k, z) = editor.pipeline, latents(1, 2)
-    found = Denoiser(editor).predict_noise(z_k, k, z, "Let it be snowy")
-    ids = pipeline.tokenizer("Let it be snowy", padding="max_length", return_tensors="pt").input_ids
+    found = Denoiser(editor).predict_noise(z_k, k, z)
+    ids = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
     words = pipeline.text_encoder(ids)[0]
     for i, step in enumerate(k.tolist() if isinstance(k, torch.Tensor) else [k, k]):
         given = torch.cat([z_k, z], dim=1) if shown else z_k
@@ -55,7 +57,7 @@ def test_an_edit_is_ddims(prediction):
     own = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
     scheduler = DDIMScheduler.from_config(editor.pipeline.scheduler.config, **own)
     scheduler.set_timesteps(4)
-    z_k, words = noise, denoiser._embed("").expand(2, -1, -1)
+    z_k, words = noise, denoiser._words.expand(2, -1, -1)
     for k in scheduler.timesteps:
         output = editor.pipeline.unet(torch.cat([z_k, z], dim=1), k, words).sample
         z_k = scheduler.step(output, k, z_k).prev_sample
@@ -79,6 +81,15 @@ def test_timesteps_without_image_do_not_count():
     assert denoiser.alphas_cumprod.min() >= 0.004 and 800 < denoiser.first < 999
     assert editor.pipeline.scheduler.alphas_cumprod[denoiser.first + 1] < 0.004
     assert denoiser.edit(z, noise, 4).isfinite().all()
+
+
+def test_it_keeps_no_editor_in_memory():
+    denoiser = Denoiser(tiny.tiny_editor(dtype=DOUBLE))
+    network = weakref.ref(denoiser.unet)
+    denoiser.predict_noise(*latents(1), 0, *latents(2))
+    del denoiser
+    gc.collect()
+    assert network() is None
 
 
 def test_gradients_reach_both_latents_and_no_weight():
