@@ -43,7 +43,10 @@ def run(args: argparse.Namespace) -> int:
     runs.processes(args.device)
     directory = runs.once(lambda: budget_directory(args.output_dir, args.budget))
     args.seed = runs.once(lambda: settle_seed(args.seed, directory))
-    return protect_directory(args.image_dir, directory, Protector(settings_of(args)), runs.Options.of(args))
+    protector = Protector(settings_of(args))
+    if protector.needs and runs.processes().is_main_process:
+        protector.config.warn_of_cpu(args.device)
+    return protect_directory(args.image_dir, directory, protector, runs.Options.of(args))
 
 
 def budget_directory(parent: Path, budget: float) -> Path:

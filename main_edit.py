@@ -54,6 +54,8 @@ def run(args: argparse.Namespace) -> int:
         args.seed = 0  # it has no say
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory, config = args.edit_dir / f"seed{seed}", resolve(ModelSettings.of(args))
+    if runs.processes().is_main_process:
+        config.warn_of_cpu(args.device)
     return edit_directory(args.src_dir, directory, prompts, seed, config, runs.Options.of(args))
 
 
