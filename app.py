@@ -178,10 +178,13 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             buttons=["fullscreen"], elem_classes="fill",
         )  # fmt: skip
 
+    def budget_of(name: str) -> float:
+        return METHODS[name].run.budget if usual.budget is None else usual.budget
+
     def iterations_of(name: str) -> int:
         return METHODS[name].run.num_iters if usual.num_iters is None else usual.num_iters
 
-    least, largest = min(0.01, usual.budget), max(USUAL_BUDGET, usual.budget)
+    least, largest = min(0.01, budget_of(usual.method)), max(USUAL_BUDGET, budget_of(usual.method))
     a_budget = utils.number(float, least, largest, f"a number from {least:g} to {largest:g}")
     most = max(500, *map(iterations_of, METHODS))
     a_count = utils.number(int, 0, most, f"a whole number from 0 to {most}")
@@ -211,7 +214,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 gr.HTML("<h2>2. Its protection</h2>")
                 method = gr.Dropdown(methods_for(config.editor), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
-                budget = gr.Number(usual.budget, step=0.005, label="Budget, in [-1, 1]")
+                budget = gr.Number(budget_of(usual.method), step=0.005, label="Budget, in [-1, 1]")
                 n_iters = gr.Number(iterations_of(usual.method), step=1, label="Iterations")
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
@@ -442,7 +445,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         choices = [method, budget]
         page.unload(lambda: None)  # so that the page keeps a connection open, whose end ends its visit
         page.load(describe, choices, choices, **quick)
-        method.change(iterations_of, method, n_iters, **quick)
+        method.change(lambda name: (budget_of(name), iterations_of(name)), method, [budget, n_iters], **quick)
         gr.on([method.change, budget.change], describe, choices, choices, **quick)
         begun = start.click(begin, [*choices, n_iters, which], outputs, queue=False, **quick)
         done = begun.then(protect, None, outputs, show_progress_on=status, **queued)

@@ -76,9 +76,12 @@ BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag that decides how a portrait is protected; `settings_of` reads them."""
     which = {"dest": "method", "choices": METHODS, "default": Settings.method}
-    parser.add_argument("--defend_method", **which, help="the defense")
+    text = "the defense; take facelock-wide, or facelock-wash for a picture that is compressed or resized on "
+    text += "its way, or facelock, the paper's; the others are there to compare with"
+    parser.add_argument("--defend_method", **which, help=text)
     size = {"dest": "budget", "metavar": "ATTACK_BUDGET", "type": utils.budget_size}
-    parser.add_argument("--attack_budget", **size, default=Settings.budget, help=BUDGET_HELP)
+    text = defaults_help(BUDGET_HELP, {name: f"{method.run.budget:.3g}" for name, method in METHODS.items()})
+    parser.add_argument("--attack_budget", **size, help=text)
     text = "seeds the random start, together with the file's stem; -1 draws a seed and prints it"
     parser.add_argument("--seed", type=utils.seed_number, default=Settings.seed, help=text)
     add_method_arguments(parser)

@@ -34,7 +34,6 @@ from evaluation import eval_all, figure, purify, report, summary, tables
 from evaluation.pairing import Edits, find_edits, find_references
 from evaluation.scoring import LATEX_HELP
 from images import images_by_stem
-from loops import Run
 from main_defend import protect_directory
 from main_edit import edit_directory
 from methods import METHODS
@@ -71,7 +70,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = f"all that suit --model, or some of {', '.join(METHODS)}; @B: at a budget of its own"
     text = f"{text} (default: {' '.join(PAPER)})"
     add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
-    add("--budgets", nargs="+", type=utils.budget_size, default=[Run.budget], metavar="B", help=BUDGET_HELP)
+    text = f"{BUDGET_HELP} (default: each method's own)"
+    add("--budgets", nargs="+", type=utils.budget_size, metavar="B", help=text)
     text = "numbers of instructions (default: all)"
     add("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
     add("--prompt_file", type=utils.path, help="your own instructions, as in main_edit.py")
@@ -300,7 +300,7 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
         (method, budget)
         for name, own in args.methods or map(method_at, PAPER)
         for method in (methods_for(EDITORS[args.model]) if name == "all" else [name])
-        for budget in ([own] if own else args.budgets)
+        for budget in ([own] if own else args.budgets or [METHODS[method].run.budget])
     )
     settings = settings_of(args)
     return {

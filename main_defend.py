@@ -21,6 +21,7 @@ import runs
 import utils
 from defend import add_defense_arguments, progress_bar, settings_of
 from images import image_size
+from methods import METHODS
 from protection import Protector, Subject
 from utils import UserError
 
@@ -41,7 +42,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace) -> int:
     """Protects the directory that the flags name -> exit status."""
     runs.processes(args.device)
-    directory = runs.once(lambda: budget_directory(args.output_dir, args.budget))
+    budget = METHODS[args.method].run.budget if args.budget is None else args.budget
+    directory = runs.once(lambda: budget_directory(args.output_dir, budget))
     args.seed = runs.once(lambda: settle_seed(args.seed, directory))
     protector = Protector(settings_of(args))
     if protector.needs and runs.processes().is_main_process:

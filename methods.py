@@ -368,7 +368,7 @@ class Method(NamedTuple):
 NEED = inspect.Parameter.empty
 L2 = ("step_size", "num_iters", "rms")  # what l2_pgd reads
 MI = ("step_size", "num_iters", "momentum")  # what mi_pgd reads
-WIDE = Run(step_size=0.015, num_iters=32)
+WIDE = Run(0.2, step_size=0.015, num_iters=32)
 METHODS: dict[str, Method] = {
     "noise": Method(noise, stay, reads=()),
     "encoder": Method(encoder_attack),
@@ -377,7 +377,7 @@ METHODS: dict[str, Method] = {
         cw_l2_attack, adam, reads=("num_iters", "lr"), fp32=True, most_pixels=MOST_PIXELS // 2
     ),
     "facelock": Method(facelock),
-    "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(step_size=0.04, num_iters=16), mask="face"),
+    "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(0.11, step_size=0.04, num_iters=16), mask="face"),
     "facelock-wide": Method(
         facelock_wide, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS * 3 // 4
     ),

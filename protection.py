@@ -18,7 +18,7 @@ from PIL import Image
 
 import masks
 from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
-from loops import GradientError, Objective, Run, random_start
+from loops import GradientError, Objective, random_start
 from methods import METHODS, NEED
 from models.config import ModelConfig, ModelSettings, resolve_vaes
 from models.editors import DENOISERS, Editor
@@ -67,7 +67,7 @@ class Settings(ModelSettings):
     """How portraits are protected, and by which models. None: the method's own."""
 
     method: str = "facelock"  # one of METHODS
-    budget: float = Run.budget  # L-infinity in [-1, 1]
+    budget: float | None = None  # L-infinity in [-1, 1]
     seed: int = 0  # of the random start, together with the file's stem
     step_size: float | None = None
     num_iters: int | None = None
@@ -144,15 +144,16 @@ class Protector:
             raise UserError(f"{wanted.method!r} is no method; there are {', '.join(METHODS)}")
         if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
-        if allowed_levels(wanted.budget) < 1:
-            raise UserError(f"a budget of {wanted.budget:g} is below 2/255: no pixel could change")
-        if wanted.budget > USUAL_BUDGET:
-            warn(f"--attack_budget {wanted.budget:g} is a lot. {in_levels(wanted.budget)}")
         self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
+        budget = self.method.run.budget if wanted.budget is None else wanted.budget
+        if allowed_levels(budget) < 1:
+            raise UserError(f"a budget of {budget:g} is below 2/255: no pixel could change")
+        if budget > USUAL_BUDGET:
+            warn(f"--attack_budget {budget:g} is a lot. {in_levels(budget)}")
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         numbers = {name: value for name in NUMBERS if (value := getattr(wanted, name)) is not None}
-        self.run = replace(self.method.run, budget=wanted.budget, **numbers)
+        self.run = replace(self.method.run, budget=budget, **numbers)
         known = {**wanted.knobs, **numbers}
         self.knobs = {name: known.get(name, own) for name, own in parameters.items() if own is not NEED}
         for name, value in known.items():

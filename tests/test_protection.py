@@ -80,7 +80,8 @@ def test_settings(method, protector, tiny_models):
     found = protector(f"--defend_method {method}").settings()
     assert json.loads(json.dumps(found)) == found
     expected = {"seed": 0, "defend_method": method, "method_version": METHODS[method].version}
-    expected |= {"attack_budget": 0.03, "budget_mask": "none", **SETTINGS[method]}
+    budget = {"facelock-dim": 0.11, "facelock-wide": 0.2, "facelock-wash": 0.2}.get(method, 0.03)
+    expected |= {"attack_budget": budget, "budget_mask": "none", **SETTINGS[method]}
     if method != "noise":
         expected |= {"model_id": recorded(str(tiny_models.editor)), "vae": None, "vae_ids": None}
     if method in FACELOCKS:
@@ -235,7 +236,7 @@ def test_compile_and_checkpointing_dont_go_together(protector):
 @pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield"}))  # which see it through others
 def test_without_iterations_the_start_is_left(method, protector, portrait):
     """A random one, or where steps go along the gradient the picture."""
-    tool = protector(f"--defend_method {method} --num_iters=0 --budget_mask none")
+    tool = protector(f"--defend_method {method} --num_iters=0 --budget_mask none --attack_budget 0.03")
     image = to_tensor(load_image(portrait).pixels)
     start = image if method in L2 else random_start(image, 0.03, [start_seed(0, portrait.stem)])
     torch.testing.assert_close(protected(tool, portrait), start, rtol=0, atol=3e-6)  # cw's tanh rounds
