@@ -184,6 +184,9 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
     def iterations_of(name: str) -> int:
         return METHODS[name].run.num_iters if usual.num_iters is None else usual.num_iters
 
+    def numbers_of(name: str) -> tuple[float, int]:
+        return budget_of(name), iterations_of(name)
+
     least, largest = min(0.01, budget_of(usual.method)), max(USUAL_BUDGET, budget_of(usual.method))
     a_budget = utils.number(float, least, largest, f"a number from {least:g} to {largest:g}")
     most = max(500, *map(iterations_of, METHODS))
@@ -445,7 +448,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         choices = [method, budget]
         page.unload(lambda: None)  # so that the page keeps a connection open, whose end ends its visit
         page.load(describe, choices, choices, **quick)
-        method.change(lambda name: (budget_of(name), iterations_of(name)), method, [budget, n_iters], **quick)
+        method.change(numbers_of, method, [budget, n_iters], **quick)
         gr.on([method.change, budget.change], describe, choices, choices, **quick)
         begun = start.click(begin, [*choices, n_iters, which], outputs, queue=False, **quick)
         done = begun.then(protect, None, outputs, show_progress_on=status, **queued)

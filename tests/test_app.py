@@ -557,7 +557,7 @@ def test_no_path_of_a_request_is_used(client, tmp_path):
     for path in map(str, named):
         for said in ({"path": path}, {"path": path, "url": path} | file):
             assert "choose the file again" in ask(client, "thief", "take_upload", [said])
-    for name in ("take_box", "describe", "iterations_of", "edit_both", "begin", "cancel", "end"):
+    for name in ("take_box", "describe", "numbers_of", "edit_both", "begin", "cancel", "end"):
         for said in ({"path": str(private)} | file, [{"path": token} | file]):
             assert "file=" not in ask(client, "thief", name, [said] * 4, index=said)
     assert files_in(client.visits.folder) | files_in(tmp_path) == before

@@ -318,7 +318,7 @@ def pixels(folder):
 @either
 def test_a_directory_in_batches_and_resumed(name, kind, directory, portraits, tmp_path, capsys):
     """Each image gets the same result; a fourth one comes later; what is there is not made again."""
-    line = [*flags(directory, kind, name), f"--image_dir={portraits}"]
+    line = [*flags(directory, kind, name), f"--image_dir={portraits}", "--attack_budget=0.03"]
     for size in (1, 3):
         out = [f"--output_dir={tmp_path}/{size}", f"--batch_size={size}"]
         assert main_defend.main([*line, *out]) == 0
@@ -336,7 +336,7 @@ def test_a_directory_in_batches_and_resumed(name, kind, directory, portraits, tm
 @pytest.mark.slow
 @each_name
 def test_two_processes_make_what_one_makes(name, directory, portraits, tmp_path):
-    line = [*flags(directory, "flux-kontext", name), f"--image_dir={portraits}"]
+    line = [*flags(directory, "flux-kontext", name), f"--image_dir={portraits}", "--attack_budget=0.03"]
     for n in (1, 2):
         launcher = f"-m torch.distributed.run --nproc_per_node {n}".split()
         command = [*launcher, "main_defend.py", *line, f"--output_dir={tmp_path}/{n}"]

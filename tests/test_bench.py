@@ -30,7 +30,7 @@ def test_one_row_per_job_with_its_numbers(tmp_path, monkeypatch, capsys):
     assert "10 portraits" in note and "25 instructions" in note
     for job, row in rows.items():
         assert row["hours"] == pytest.approx((10 if job in METHODS else 250) * row["image"] / 3600)
-        own = {"facelock-wide": 40, "encoder": 100, "facelock": 100, "edit": 20}.get(job, 1)
+        own = {"facelock-wide": 32, "encoder": 100, "facelock": 100, "edit": 20}.get(job, 1)
         assert row["image"] == pytest.approx(own * row["iteration"]) and row["image"] > 0
 
 

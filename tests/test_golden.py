@@ -44,7 +44,7 @@ GOLDEN = {
 @pytest.mark.parametrize("flags", GOLDEN)
 def test_pixels_are_those_of_this_version(flags, tmp_path):
     """On the bundled models, after two iterations, which are enough for all of facelock's terms."""
-    line = f"--input_path=x --models=mini --device=cpu --num_iters=2 --defend_method={flags}"
+    line = f"x --models=mini --device=cpu --num_iters=2 --attack_budget=0.03 --defend_method={flags}"
     protector = Protector(defend.settings_of(defend.parse_args(line.split())))
     subject = protector.load(PORTRAIT)
     protector.save([subject], [tmp_path / "protected.png"])
