@@ -37,7 +37,7 @@ from evaluation.pairing import Key
 from evaluation.scoring import measure
 from images import load_image, to_tensor
 from methods import METHODS
-from models.config import add_model_arguments, resolve, setting_help
+from models.config import add_model_arguments, add_protector_argument, resolve, setting_help
 from models.editors import EDITORS
 from models.loading import ROOT
 from protection import Protector, Settings, methods_for
@@ -157,7 +157,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     add, some = parser.add_argument, utils.positive_int
     add("--portraits", type=some, default=2000, metavar="N", help="how many the hours are for")
-    add("--what", nargs="+", choices=JOBS, default=JOBS, metavar="JOB", help="the jobs")
+    add("--what", nargs="+", choices=(*JOBS, "instant"), default=JOBS, metavar="JOB", help="the jobs")
     add("--iterations", type=some, default=20, help="that are timed, or steps of an edit")
     add("--batch_size", type=some, default=1, help="images worked on together")
     add("--resolution", type=some, help=setting_help("side in px", "resolution"))
@@ -166,6 +166,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add(flag, action="store_true", help="as in defend.py")
     add("--repeats", type=some, default=3, help="of which the median counts; 1: no warm-up")
     add("--json", type=utils.path, metavar="FILE", help="writes the numbers there, too")
+    add_protector_argument(parser)
     add_model_arguments(parser)
     return parser.parse_args(argv)
 

@@ -30,6 +30,7 @@ from models.config import (
     add_face_arguments,
     add_model_arguments,
     add_perceptual_argument,
+    add_protector_argument,
 )
 from protection import NUMBERS, Protector, Settings, output_prefix, readers
 from transforms import chains
@@ -65,6 +66,7 @@ KNOBS = {  # flag -> type and what it is; of the loops (NUMBERS) and of the obje
     ),
     "samples": (utils.positive_int, "random transforms per iteration"),
     "wash": (transform_names, "what happens to the picture before it is edited, like --transforms"),
+    "refine": (utils.natural_number, "iterations that follow, of what the network was trained after"),
 }
 TARGETED = {  # value -> flag and what it is
     True: ("--targeted", "push the latent towards zero; sds: towards what is easily denoised"),
@@ -88,6 +90,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     add_editor_arguments(parser)
     add_face_arguments(parser)
     add_perceptual_argument(parser)
+    add_protector_argument(parser)
     add_model_arguments(parser)
 
 

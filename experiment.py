@@ -46,6 +46,7 @@ from models.config import (
     add_edit_arguments,
     add_face_arguments,
     add_perceptual_argument,
+    add_protector_argument,
     prompts_of,
     resolve,
     resolve_editor,
@@ -91,6 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.set_defaults(batch_size=8)
     add_face_arguments(parser)
     add_perceptual_argument(parser)
+    add_protector_argument(parser)
     add_clip_argument(parser)
     add_edit_arguments(parser)
     return parser.parse_args(argv)

@@ -37,6 +37,7 @@ class Run:
     momentum: float = 0.9  # of `mi_pgd`: what is kept of the earlier gradients
     # where x' begins, or what makes it, which needs no copy; default: `random_start` with seed 0
     start: Tensor | Callable[[], Tensor] | None = None
+    is_warm: bool = False  # whether `start` is an answer already, where `l2_pgd` begins, too
     callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
 
 
@@ -119,7 +120,7 @@ def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     step_i as in `pgd`; g is the gradient, with COLOUR of what isn't grey in it; rms is the root mean square
     over where something isn't 0, so that of a change that a mask keeps to the face it is the face's. What is
     seen buys more so than in a budget that each pixel uses up. x, the result and errors as in `pgd`; `start`
-    isn't read.
+    is read if it is warm.
     """
     import torch
 
@@ -138,7 +139,7 @@ def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
         return change.mul_((run.rms / rms(change)).clamp(max=1)).add_(x)
 
     x = _image(x, run.budget)
-    return pgd(x, objective, replace(run, start=x), way, within)
+    return pgd(x, objective, run if run.is_warm else replace(run, start=x), way, within)
 
 
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:

@@ -17,6 +17,7 @@ from __future__ import annotations
 import inspect
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -55,6 +56,14 @@ WASHING = "jpeg,shrink,shrink+jpeg"  # what may happen to a picture before it is
 def noise(x: Tensor) -> Objective:
     """Asks for nothing: the control, uniform noise of the whole budget. 0"""
     return lambda x_adv, t: 0 * _norm(x_adv)
+
+
+def instant(x: Tensor, refine: int = 0) -> Objective:
+    """Asks for nothing: what the network of --protector gives at once. 0
+
+    refine: so many iterations of the loop that the network was trained after, with its objective, follow.
+    """
+    return noise(x)
 
 
 def encoder_attack(x: Tensor, vae: Any, targeted: bool = True) -> Objective:
@@ -351,6 +360,7 @@ class Method(NamedTuple):
     fp32: bool = False  # networks in float32 whatever --dtype says
     run: Run = Run()  # its own defaults; lr is that of all
     mask: str = "none"  # its own --budget_mask
+    is_network: bool = False  # whether it starts where a network says, not at random
     most_pixels: int = MOST_PIXELS  # of an image, by the memory that the loop takes
     version: int = 1
 
@@ -363,6 +373,11 @@ class Method(NamedTuple):
     def protect(self, x: Tensor, run: Run | None = None, mask: Tensor | None = None, **offers: Any) -> Tensor:
         """Runs the loop on what offers make, as `climb` does. run: by default the method's own."""
         return climb(x, partial(self.objective, **offers), run or self.run, self.loop, mask)
+
+    def refined(self, after: Method, refine: int) -> Method:
+        """Gives a network's method with iterations of the method after which the network was trained."""
+        run = replace(after.run, num_iters=refine)
+        return after._replace(run=run, mask=self.mask, is_network=True, version=self.version)
 
 
 NEED = inspect.Parameter.empty
@@ -384,6 +399,7 @@ METHODS: dict[str, Method] = {
     "facelock-wash": Method(
         facelock_wash, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS // 3
     ),
+    "instant": Method(instant, stay, reads=(), mask="face", is_network=True),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),
     "sds": Method(sds),

@@ -23,10 +23,10 @@ from methods import METHODS, NEED
 from models.config import ModelConfig, ModelSettings, resolve_vaes
 from models.editors import DENOISERS, Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
-from models.loading import load_all, recorded
+from models.loading import load_all, recorded, shown
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
-from transforms import around
+from transforms import Draws, around
 from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
 from verdict import Face, face_of, numbered
 
@@ -52,9 +52,10 @@ def readers(name: str) -> dict[str, Any]:
 
 
 def methods_for(editor: type[Editor]) -> list[str]:
-    """Lists the methods that work on a kind of editor."""
+    """Lists the methods that work on a kind of editor; a network is for a single autoencoder."""
     lacking = DENOISERS - {editor.denoiser and editor.denoiser.need}
-    return [name for name, method in METHODS.items() if lacking.isdisjoint(method.parameters)]
+    loops = {name: method for name, method in METHODS.items() if not method.is_network}
+    return [name for name, method in loops.items() if lacking.isdisjoint(method.parameters)]
 
 
 def output_prefix(models: str) -> str:
@@ -144,29 +145,37 @@ class Protector:
             raise UserError(f"{wanted.method!r} is no method; there are {', '.join(METHODS)}")
         if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
+        # what the objective averages over
+        self.attacked = resolve_vaes(replace(wanted, edit={}))
         self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
         budget = self.method.run.budget if wanted.budget is None else wanted.budget
         if allowed_levels(budget) < 1:
             raise UserError(f"a budget of {budget:g} is below 2/255: no pixel could change")
         if budget > USUAL_BUDGET:
             warn(f"--attack_budget {budget:g} is a lot. {in_levels(budget)}")
+        knobs = dict(wanted.knobs)
+        if self.method.is_network and (refine := knobs.pop("refine", 0)):
+            self.method = self.method.refined(METHODS[self._trained()["method"]], refine)
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         numbers = {name: value for name in NUMBERS if (value := getattr(wanted, name)) is not None}
+        if self.method.is_network:
+            numbers.pop("num_iters", None)  # of the loops that begin at random
         self.run = replace(self.method.run, budget=budget, **numbers)
-        known = {**wanted.knobs, **numbers}
+        known = {**knobs, **numbers}
         self.knobs = {name: known.get(name, own) for name, own in parameters.items() if own is not NEED}
         for name, value in known.items():
             if not readers(name):
                 raise UserError(f"no method has a knob {name!r}")
-            if self.name not in readers(name) and name not in ("step_size", "num_iters"):
+            reads = name in (*self.knobs, *self.method.reads, "step_size", "num_iters")
+            if not reads and self.name not in readers(name):
                 flag = "untargeted" if value is False and name == "targeted" else name
                 warn(f"--{flag} is ignored: {self.name} has no such knob, unlike {', '.join(readers(name))}")
         self.mask = wanted.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
         self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
-        # what the objective averages over
-        self.attacked = resolve_vaes(replace(wanted, edit={}))
+        # a network alone answers at once; what its report would measure takes longer
+        self.reports_faces = wanted.check or (self.needs_face and not self.is_at_once)
         if needed := DENOISERS & {*self.needs}:
             for one in self.attacked:
                 one.check_denoiser(self.name, needed)
@@ -193,6 +202,11 @@ class Protector:
         }
         if self.mask != "none":
             found["mask_version"] = masks.VERSION
+        if self.method.is_network:
+            found |= {"protector": recorded(config.protector), "model": config.kind}
+            found |= {"resolution": self.resolution, "dtype": config.dtype_name}
+        if self.is_at_once:
+            del found["seed"]  # nothing is drawn
         if self.needs:  # noise sees no network
             found |= {"model": config.kind, "model_id": recorded(config.vae)}
             found["dtype"] = config.dtype_name
@@ -238,6 +252,33 @@ class Protector:
         is_attacked = member in self.config.recognizers
         return self.config.load_recognizer(member, compile=self.wanted.compile and is_attacked)
 
+    @property
+    def network(self) -> torch.nn.Module:
+        """What `instant` starts from. Raises UserError."""
+        from models.protector import load_protector
+
+        trained, config = self._trained(), self.config
+        if recorded(config.vae) not in trained["vae"]:
+            warn(f"{shown(config.protector)} was trained for another autoencoder than {shown(config.vae)}'s")
+        return load_protector(config.protector, self.device, config.dtype)
+
+    def _trained(self) -> dict[str, Any]:
+        """What the network's directory says of its training. Raises UserError."""
+        from models.protector import read_config
+
+        if (member := self.attacked[0].protector) is None:
+            text = "needs a network that was trained for this autoencoder: --protector DIRECTORY"
+            raise UserError(f"instant {text} (train_protector.py makes one)")
+        trained = read_config(member)["trained"]
+        if trained["method"] not in METHODS:
+            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method here")
+        return trained
+
+    @property
+    def is_at_once(self) -> bool:
+        """Whether nothing follows the network."""
+        return self.method.is_network and not self.needs
+
     @cached_property
     def detector(self) -> FaceDetector:
         """The face detector."""
@@ -248,10 +289,10 @@ class Protector:
 
         Raises UserError; one of weights that can't be had names all of them, those of the report, too.
         """
-        needed, asked = [], []
+        needed, asked = [lambda: self.network] if self.method.is_network else [], []
         for one in self.attacked:
             needed += [load for need, load in self.loaders(one).items() if need in self.needs]
-        if self.looks_at_faces:
+        if self.reports_faces:
             asked = [partial(self.recognizer_of, member) for member in self.config.judges]
         load_all(needed, asked)
 
@@ -308,6 +349,47 @@ class Protector:
         boxes: the faces of each image at the working size; seeds: of the random starts. Raises UserError if a
         gradient is not finite.
         """
+        mask = self.budget_mask(images, boxes)
+        start = partial(self._guess, images, mask)
+        if not self.method.is_network:
+            start = partial(random_start, images, self.run.budget, seeds)
+        run = replace(self.run, start=start, is_warm=self.method.is_network, callback=callback)
+        objective = self.objective_of(images, boxes, lambda: [generator_of(seed) for seed in seeds])
+        try:
+            return self.method._replace(objective=objective).protect(images, run, mask), mask
+        except GradientError as error:
+            dtype = self.config.dtype_name
+            hint = "" if dtype == "float32" else "; try --dtype fp32"
+            raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
+
+    def budget_mask(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor | None:
+        """Makes the budget's mask of images (B, 3, H, W) -> (B, 1, H, W), or None; boxes as in `perturb`."""
+        size = images.shape[-2:]
+        own = self.config.editor.working_size(size, self.resolution)
+        return masks.budget_mask(images, [scale_boxes(found, own, size) for found in boxes], self.mask)
+
+    def _guess(self, images: Tensor, mask: Tensor | None) -> Tensor:
+        """Where a network has images (B, 3, H, W) start, at its own working size -> the same."""
+        import torch
+
+        from models.protector import limited
+
+        config, size, budget = self.config, images.shape[-2:], self.run.budget
+        whole = images.new_ones(len(images), 1, *size) if mask is None else mask
+        with torch.no_grad():
+            working = (config.editor.to_working(one, self.resolution) for one in (images, budget * whole))
+            found = self.network(*(one.to(config.dtype) for one in working)).to(images.dtype)
+            change = budget * config.editor.from_working(found, size, self.resolution)
+            return images + limited(change, whole, self._trained()["rms"])
+
+    def objective_of(
+        self, images: Tensor, boxes: Sequence[Sequence[Box]], draws: Callable[[], Draws]
+    ) -> Callable[[Tensor], Objective]:
+        """Gives what makes the objective of images (B, 3, H, W), the mean over the attacked autoencoders.
+
+        boxes as in `perturb`; draws: makes a generator per image, for each autoencoder anew. Raises UserError
+        if a face is too small.
+        """
         size = images.shape[-2:]
         own = self.config.editor.working_size(size, self.resolution)
 
@@ -325,7 +407,7 @@ class Protector:
                 "face_similarity": lambda: face_similarity_to(load["face_similarity"](), working, faces),
                 "perceptual_distance": lambda: perceptual_distance_to(load["perceptual_distance"](), working),
                 "face_window": lambda: around(faces, working),
-                "generators": lambda: [generator_of(seed) for seed in seeds],
+                "generators": draws,
             }
             needs = {need: offers[need]() for need in self.needs}
             return self.method.objective(x, **needs, **self.knobs)
@@ -334,15 +416,7 @@ class Protector:
             parts = [objective_on(x, one) for one in self.attacked]
             return lambda x_adv, t: sum(part(x_adv, t) for part in parts) / len(parts)
 
-        start = partial(random_start, images, self.run.budget, seeds)
-        run = replace(self.run, start=start, callback=callback)
-        mask = masks.budget_mask(images, faces_at(size), self.mask)
-        try:
-            return self.method._replace(objective=objective).protect(images, run, mask), mask
-        except GradientError as error:
-            dtype = self.config.dtype_name
-            hint = "" if dtype == "float32" else "; try --dtype fp32"
-            raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
+        return objective
 
     def pixels(self, subjects: Sequence[Subject], callback: Callback = None) -> np.ndarray:
         """Protects portraits of one size -> (B, H, W, 3) uint8, within the budget. Raises UserError."""
@@ -374,9 +448,9 @@ class Protector:
         size = linf(saved, source)
         if size > self.run.budget + 1e-9:
             raise UserError(f"{output}: differs by {size:.4f} from its source, over the budget")
-        faces = self._round_trip(subject, saved) if self.looks_at_faces else []
+        faces = self._round_trip(subject, saved) if self.reports_faces else []
         similarity = {}
-        for name in self.config.panel() if self.looks_at_faces else ():
+        for name in self.config.panel() if self.reports_faces else ():
             pairs = [face.values[name] for face in faces if name in face.values]
             similarity[name] = tuple(np.mean(pairs, axis=0).tolist()) if pairs else None
         facts = self.name, self.run.budget, size, psnr(source, saved)

@@ -27,6 +27,7 @@ from models.config import (
     add_face_arguments,
     add_model_arguments,
     add_perceptual_argument,
+    add_protector_argument,
 )
 from models.editors import EDITORS
 from models.perceptual import load_perceptual
@@ -49,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_editor_arguments(parser)
     add_face_arguments(parser)
     add_perceptual_argument(parser)
+    add_protector_argument(parser)
     add_model_arguments(parser)
     return utils.run_command(run, parser.parse_args(argv))
 

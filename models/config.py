@@ -41,6 +41,7 @@ class ModelSet:
     judges: tuple[str, ...]  # recognisers that no attack ever sees
     perceptual: str
     clip: str
+    protector: str | None = None  # the network of `instant`, for the first editor's autoencoder
     settings: dict[str, Any] = field(default_factory=dict)  # instead of the editor's own
     only_size: int | None = None  # px; the one portrait size that the models were made for
     portraits: str = "photos"  # what recognisers are asked about, as `load_recognizer` has it
@@ -67,6 +68,7 @@ MODEL_SETS = {
         judges=(str(MINI / "judge"), "dlib"),
         perceptual=str(MINI / "perceptual"),
         clip=str(MINI / "clip"),
+        protector=str(MINI / "protector"),
         settings={
             "num_inference_steps": 20,
             "guidance_scale": 1.0,
@@ -98,6 +100,7 @@ class ModelSettings:
     judge: Sequence[str] = ()
     lpips: str | None = None
     clip: str | None = None
+    protector: str | None = None
     device: str = "auto"
     dtype: str = "auto"
 
@@ -124,6 +127,7 @@ class ModelConfig:
     clip: str
     device: torch.device
     dtype: torch.dtype
+    protector: str | None = None  # the network of `instant`
     vae_id: str | None = None  # an autoencoder in the place of the editor's own
 
     @property
@@ -237,7 +241,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
     """
     wanted = replace(wanted or ModelSettings(), **given)
     models, kind, editor = MODEL_SETS[wanted.models], wanted.model, EDITORS[wanted.model]
-    for name in ("model_id", "vae", "recognizer", "judge", "lpips", "clip"):
+    for name in ("model_id", "vae", "recognizer", "judge", "lpips", "clip", "protector"):
         value = getattr(wanted, name)
         if value == "" or "" in list(value or ()):
             raise UserError(f"--{name}: an empty name")
@@ -267,6 +271,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         clip=wanted.clip or models.clip,
         device=device,
         dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
+        protector=wanted.protector or models.protector,
     )
 
 
@@ -419,6 +424,13 @@ def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --lpips."""
     text = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"
     parser.add_argument("--lpips", help=defaults_help(text, _by_set("perceptual")))
+
+
+def add_protector_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds --protector."""
+    own = {name: shown(models.protector) for name, models in MODEL_SETS.items() if models.protector}
+    text = "the network of instant, a directory that train_protector.py has made"
+    parser.add_argument("--protector", help=defaults_help(text, own))
 
 
 def add_clip_argument(parser: argparse.ArgumentParser) -> None:

@@ -35,7 +35,7 @@ def refuse_name():
 @pytest.fixture
 def fresh_loaders():
     """Forgets the networks that other tests have loaded, before a test and after it."""
-    from models import clip, editors, perceptual, recognizers, vaes
+    from models import clip, editors, perceptual, protector, recognizers, vaes
 
     loaders = (
         vaes.load_vae,
@@ -43,6 +43,7 @@ def fresh_loaders():
         recognizers.load_recognizer,
         perceptual.load_perceptual,
         clip.load_clip,
+        protector.load_protector,
     )
     for loader in loaders:
         loader.cache_clear()
@@ -64,6 +65,7 @@ def tiny_models(tmp_path_factory) -> SimpleNamespace:
         recognizer=tiny.write_recognizer(root / "recognizer"),
         judge=tiny.write_convnext(root / "judge"),
         perceptual=tiny.write_perceptual(root / "perceptual"),
+        protector=tiny.write_protector(root / "protector", root / "editor"),
         clip=tiny.write_clip(root / "clip"),
     )
 
@@ -95,7 +97,7 @@ def defend_flags(tiny_models) -> list[str]:
     """Gives what makes the defend scripts run on the tiny models, three iterations."""
     return (
         f"--models mini --model_id {tiny_models.editor} --recognizer {tiny_models.recognizer} "
-        f"--judge {tiny_models.judge} --lpips {tiny_models.perceptual} "
+        f"--judge {tiny_models.judge} --lpips {tiny_models.perceptual} --protector {tiny_models.protector} "
         "--resolution 64 --device cpu --num_iters 3"
     ).split()
 

@@ -55,7 +55,7 @@ MINIS = ModelConfig(
     },
     recognizers=(str(MINI / "recognizer"),),
     judges=(str(MINI / "judge"), "dlib"),
-    **{name: str(MINI / name) for name in ("perceptual", "clip")},
+    **{name: str(MINI / name) for name in ("perceptual", "clip", "protector")},
     **CPU,
 )
 

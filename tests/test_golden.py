@@ -33,6 +33,7 @@ GOLDEN = {
     "diffusionguard": [.130, .077, .007, .044, -.063, -.071, -.014, .007, .021, .009, -.027, -.061],
     "blurguard": [.062, -.005, .042, -.041, .245, .121, .128, .049, -.024, .170, .063, .171],
     "dctshield": [-.046, -.030, .055, .016, .071, .022, .008, -.030, .023, .001, .021, .063],
+    "instant": [.032, .027, .004, .027, .113, .180, .141, .147, .247, .204, .177, .174],
     "veto --model=flux-kontext": [.745, .755, .458, .397, -.460, -.499, -.416, -.253, .207, .400, .117, .233],
     "decontext --model=flux-kontext": [.036, -.004, -.093, -.098, .009, -.001, .112, .079, .071, .038, .152,
         .054],
@@ -42,9 +43,10 @@ GOLDEN = {
 
 
 @pytest.mark.parametrize("flags", GOLDEN)
-def test_pixels_are_those_of_this_version(flags, tmp_path):
+def test_pixels_are_those_of_this_version(flags, tmp_path, tiny_models):
     """On the bundled models, after two iterations, which are enough for all of facelock's terms."""
     line = f"x --models=mini --device=cpu --num_iters=2 --attack_budget=0.03 --defend_method={flags}"
+    line += f" --protector={tiny_models.protector}"
     protector = Protector(defend.settings_of(defend.parse_args(line.split())))
     subject = protector.load(PORTRAIT)
     protector.save([subject], [tmp_path / "protected.png"])

@@ -25,7 +25,7 @@ from models.recognizers import face_similarity_to
 from protection import Protector, Report, Settings, generator_of, methods_for
 from utils import UserError, start_seed
 
-FACES = [(0, 0, 60, 62), (10, 12, 50, 60)]
+FACES = [(0, 0, 60, 62), (10, 12, 50, 64)]  # the second sticks out: the mask of both is another one
 
 
 @pytest.fixture
@@ -69,26 +69,32 @@ SETTINGS = {  # method -> beside seed, defend_method, its version, attack_budget
     "blurguard": {**RUN, **VAE, "targeted": True},
     "dctshield": {**RUN, **VAE, "targeted": True},
     **{name: {**RUN, **VAE} for name in ("advdm", "mist", "pid", "editshield", "diffusionguard")},
+    "instant": {**VAE, "faces": "largest", "budget_mask": "face", "refine": 0},
 }  # fmt: skip
 L2 = {"facelock-wide", "facelock-wash"}
 OURS_ALL = {"facelock-dim"} | L2
 FACELOCKS = {"facelock"} | OURS_ALL
+MASKED = {*OURS_ALL, "instant"}
 
 
 @pytest.mark.parametrize("method", SETTINGS)
 def test_settings(method, protector, tiny_models):
     found = protector(f"--defend_method {method}").settings()
     assert json.loads(json.dumps(found)) == found
-    expected = {"seed": 0, "defend_method": method, "method_version": METHODS[method].version}
+    expected = {"defend_method": method, "method_version": METHODS[method].version}
     budget = {"facelock-dim": 0.11, "facelock-wide": 0.2, "facelock-wash": 0.2}.get(method, 0.03)
     expected |= {"attack_budget": budget, "budget_mask": "none", **SETTINGS[method]}
-    if method != "noise":
+    if method == "instant":
+        expected["protector"] = recorded(str(tiny_models.protector))
+    else:
+        expected["seed"] = 0
+    if method not in ("noise", "instant"):
         expected |= {"model_id": recorded(str(tiny_models.editor)), "vae": None, "vae_ids": None}
     if method in FACELOCKS:
         expected["recognizer"] = recorded(str(tiny_models.recognizer))
     if method == "facelock":
         expected["lpips"] = recorded(str(tiny_models.perceptual))
-    if method in OURS_ALL:
+    if method in MASKED:
         expected["mask_version"] = masks.VERSION
     assert found == expected
 
@@ -101,12 +107,13 @@ def test_every_model_is_recorded_with_its_weights(protector, tiny_models, monkey
     assert found["vae"] == ["instruct-pix2pix=with weights, 64 px"]
 
 
-ALL = set(methods_for(InstructPix2Pix))  # tests/test_attention.py has the others
-ITERATED = ALL - {"noise"}
+# tests/test_attention.py has the others
+ALL = {*methods_for(InstructPix2Pix), "instant"}
+ITERATED = ALL - {"noise", "instant"}
 STEPPED = ITERATED - {"cw"}
-MOVED = {"noise", "encoder", "vae", "cw", "facelock", *OURS_ALL, "advdm"}  # whose pixels are looked at
+MOVED = {"noise", "encoder", "vae", "cw", "facelock", *MASKED, "advdm"}  # whose pixels are looked at
 CHANGES = {  # flags -> the methods whose pixels they change
-    "--seed 1": ALL,
+    "--seed 1": ALL - {"instant"},
     "--attack_budget 0.04": ALL,
     "--step_size 0.003": STEPPED,
     "--num_iters 2": ITERATED,
@@ -120,16 +127,18 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--transforms jpeg": OURS_ALL,
     "--rms 0.01": L2,
     "--wash jpeg": L2,
-    "--budget_mask none": OURS_ALL,
+    "--budget_mask none": MASKED,
     "--momentum 0.5": set(),
+    "--refine 2": {"instant"},
+    "--protector {network}": {"instant"},
     "--budget_mask texture": ALL,
-    "--faces all": FACELOCKS,
+    "--faces all": {*FACELOCKS, "instant"},
     "--recognizer {judge} --judge {recognizer}": FACELOCKS,
     "--judge {convnext}": set(),
     "--lpips {heads}": {"facelock"},
     "--model_id {img2img}": ITERATED,
-    "--resolution 48": ITERATED,
-    "--dtype bf16": STEPPED,  # cw keeps to float32
+    "--resolution 48": {*ITERATED, "instant"},
+    "--dtype bf16": {*STEPPED, "instant"},  # cw keeps to float32
     "--device cpu --debug": set(),
     "--check": set(),
     "--checkpointing": set(),
@@ -143,6 +152,7 @@ def members(tmp_path_factory, tiny_models) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("others")
     return {
         "heads": tiny.write_perceptual(root / "heads", seed=5),
+        "network": tiny.write_protector(root / "network", tiny_models.editor, seed=5),
         "img2img": tiny.write_img2img(root / "img2img", seed=5),
         "judge": tiny_models.judge,
         "recognizer": tiny_models.recognizer,
@@ -195,6 +205,7 @@ def test_what_makes_the_same_files_is_no_setting(flag, protector):
         ("--samples 3", OURS_ALL),
         ("--rms 0.01", L2),
         ("--wash jpeg", L2),
+        ("--refine 2", {"instant"}),
         ("--c 0.1", {"cw"}),
         ("--lr 0.1", {"cw"}),
     ],
@@ -233,9 +244,9 @@ def test_compile_and_checkpointing_dont_go_together(protector):
         protector("--compile --checkpointing")
 
 
-@pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield"}))  # which see it through others
+@pytest.mark.parametrize("method", sorted(ALL - {"blurguard", "dctshield", "instant"}))
 def test_without_iterations_the_start_is_left(method, protector, portrait):
-    """A random one, or where steps go along the gradient the picture."""
+    """A random one, or where steps go along the gradient the picture; two see it through others."""
     tool = protector(f"--defend_method {method} --num_iters=0 --budget_mask none --attack_budget 0.03")
     image = to_tensor(load_image(portrait).pixels)
     start = image if method in L2 else random_start(image, 0.03, [start_seed(0, portrait.stem)])

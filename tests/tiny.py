@@ -251,6 +251,33 @@ def write_facenet(path: Path, seed: int = 0) -> Path:
     return path
 
 
+def write_protector(
+    directory: Path,
+    editor: Path,
+    method: str = "facelock-dim",
+    kind: str = "unet",
+    rms: float | None = None,
+    seed: int = 0,
+) -> Path:
+    """Writes a network of `instant` for an editor's autoencoder, of one of models/protector.py's kinds."""
+    from models.loading import recorded
+    from models.protector import KINDS
+
+    torch.manual_seed(seed)
+    sizes = {
+        "unet": {"channels": [WIDTH, 2 * WIDTH], "depths": [1, 1]},
+        "universal": {"num_patterns": 2, "size": 16},
+    }
+    network = KINDS[kind](**sizes[kind])
+    state = {name: 0.5 * torch.randn_like(values).half() for name, values in network.state_dict().items()}
+    directory.mkdir(parents=True)
+    save_file(state, directory / "model.safetensors")
+    trained = {"method": method, "vae": [recorded(str(editor))], "rms": rms}
+    config = {"network": {"kind": kind, **sizes[kind]}, "trained": trained}
+    (directory / "config.json").write_text(json.dumps(config))
+    return directory
+
+
 def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Path:
     """Writes an LPIPS on a random SqueezeNet trunk; heads: with lpips' own linear heads."""
     directory.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,170 @@
+"""The networks of `instant`: what a loop would climb to, guessed at once from the picture and the budget.
+
+A network is a folder of its own, `config.json` and `model.safetensors`, made by mini/train_protector.py. Each
+takes images (B, 3, H, W) in [-1, 1] and every pixel's budget (B, 1, H, W), and gives a share of that budget,
+(B, 3, H, W) in [-1, 1]: what comes of it is within the budget whatever the weights are.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from models.loading import frozen, loading, read_state, shown
+from utils import MOST_TEXT, UserError, parse_json, read_plain
+
+USUAL = 0.06  # a budget that the networks are shown as 1
+PATCH = 4  # px; a network works on patches of this side
+GRID = 8  # faces are compared by their mean colours in GRID x GRID fields
+
+
+class Block(nn.Module):
+    """Two convolutions that are added to their input; at first they add nothing."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = nn.GroupNorm(8, channels)
+        self.first = nn.Conv2d(channels, channels, 3, padding=1)
+        self.last = nn.Conv2d(channels, channels, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.last(F.silu(self.first(F.silu(self.norm(x)))))
+
+
+class Shares(nn.Module):
+    """What all kinds are: tanh keeps what they find, their `logits`, to a share of the budget."""
+
+    def forward(self, images: Tensor, budget: Tensor) -> Tensor:
+        return self.logits(images, budget).tanh()
+
+    def logits(self, images: Tensor, budget: Tensor) -> Tensor:
+        """Looks at images (B, 3, H, W) and each pixel's budget (B, 1, H, W) -> (B, 3, H, W)."""
+        raise NotImplementedError
+
+
+class UNet(Shares):
+    """A U-Net on patches of 4 px; its last layer begins at zero.
+
+    channels: of each level, multiples of 8; a level has half the side of the one before. depths: blocks of
+    each level, on the way down and again on the way up.
+    """
+
+    def __init__(self, channels: Sequence[int], depths: Sequence[int]) -> None:
+        super().__init__()
+        patch = PATCH * PATCH
+        self.multiple = PATCH * 2 ** (len(channels) - 1)
+        self.first = nn.Conv2d(4 * patch, channels[0], 3, padding=1)
+        pairs = list(itertools.pairwise(channels))
+        self.down = nn.ModuleList(nn.Conv2d(high, low, 2, stride=2) for high, low in pairs)
+        self.up = nn.ModuleList(nn.ConvTranspose2d(low, high, 2, stride=2) for high, low in pairs)
+        self.join = nn.ModuleList(nn.Conv2d(2 * high, high, 1) for high in channels[:-1])
+        levels = list(zip(channels, depths, strict=True))
+        self.before = nn.ModuleList(_blocks(*level) for level in levels)
+        self.after = nn.ModuleList(_blocks(*level) for level in levels[:-1])
+        self.last = nn.Conv2d(channels[0], 3 * patch, 3, padding=1)
+        nn.init.zeros_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+
+    def logits(self, images: Tensor, budget: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        seen = torch.cat([images, budget / USUAL], dim=1)
+        seen = F.pad(seen, (0, -width % self.multiple, 0, -height % self.multiple), mode="replicate")
+        x = self.first(F.pixel_unshuffle(seen, PATCH))  # (B, C, H/4, W/4)
+        kept = []
+        for blocks, down in zip(self.before, self.down):
+            x = blocks(x)
+            kept.append(x)
+            x = down(x)
+        x = self.before[-1](x)
+        for level in reversed(range(len(self.up))):
+            x = self.join[level](torch.cat([kept[level], self.up[level](x)], dim=1))
+            x = self.after[level](x)
+        return F.pixel_shuffle(self.last(F.silu(x)), PATCH)[..., :height, :width]
+
+
+def _blocks(channels: int, depth: int) -> nn.Sequential:
+    return nn.Sequential(*(Block(channels) for _ in range(depth)))
+
+
+class Universal(Shares):
+    """Stored patterns that are laid on the picture like tiles: one for all, or that of the nearest face.
+
+    One is a universal perturbation (Moosavi-Dezfooli et al. 2017); several are a mixture in the manner of
+    FastProtect (Ahn et al. 2025), which goes by latents, not by colours. size: of a pattern's side in px.
+    Patterns keep their place in the picture, not in the face: autoencoders work on a grid.
+    """
+
+    def __init__(self, num_patterns: int, size: int) -> None:
+        super().__init__()
+        self.patterns = nn.Parameter(torch.zeros(num_patterns, 3, size, size))
+        self.register_buffer("centres", torch.zeros(num_patterns, 3 * GRID * GRID))
+
+    def logits(self, images: Tensor, budget: Tensor) -> Tensor:
+        height, width = images.shape[-2:]
+        down, right = (-(-side // self.patterns.shape[-1]) for side in (height, width))
+        laid = self.patterns[self.nearest(fields(images, budget))]  # (B, 3, S, S)
+        return laid.repeat(1, 1, down, right)[..., :height, :width]
+
+    def nearest(self, faces: Tensor) -> Tensor:
+        """Finds the centre that is nearest to each of the faces' fields (B, D) -> (B,)."""
+        return torch.cdist(faces.float(), self.centres.float()).argmin(dim=1)
+
+
+def fields(images: Tensor, budget: Tensor) -> Tensor:
+    """Averages images (B, 3, H, W) in GRID x GRID fields of the budget's box -> (B, D)."""
+    places = map(_box, budget)
+    parts = [image[:, y0:y1, x0:x1] for image, (x0, y0, x1, y1) in zip(images, places, strict=True)]
+    return torch.stack([F.adaptive_avg_pool2d(part, GRID).flatten() for part in parts])
+
+
+def _box(budget: Tensor) -> tuple[int, int, int, int]:
+    """The box x0, y0, x1, y1 outside of which a budget (1, H, W) is 0, all of it if it is 0 everywhere"""
+    height, width = budget.shape[-2:]
+    rows, columns = (budget[0] > 0).nonzero().unbind(1)
+    if not len(rows):
+        return 0, 0, width, height
+    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+
+
+def limited(change: Tensor, mask: Tensor, rms: float | None) -> Tensor:
+    """Scales changes (B, 3, H, W) down to a root mean square, if any, where a mask (B, 1, H, W) isn't 0."""
+    if rms is None:
+        return change
+    where = (mask > 0).to(change)
+    own = (where * change).square().sum(dim=(1, 2, 3)) / (3 * where.sum(dim=(1, 2, 3))).clamp(min=1)
+    return change * (rms / own.clamp(min=1e-12).sqrt()).clamp(max=1).view(-1, 1, 1, 1)
+
+
+KINDS = {"unet": UNet, "universal": Universal}
+
+
+def read_config(member: str) -> dict[str, Any]:
+    """Reads a folder's config: `network`, what it is built of, and `trained`, how. Raises UserError."""
+    with loading("the protector", member):
+        if not Path(member).is_dir():
+            raise UserError(f"the protector {shown(member)} isn't there; mini/train_protector.py makes one")
+        said = parse_json(read_plain(Path(member) / "config.json", MOST_TEXT))
+        if said["network"]["kind"] not in KINDS:
+            raise ValueError(f"its network is of no kind among {', '.join(KINDS)}")
+        _ = [said["trained"][key] for key in ("method", "vae", "rms")]  # KeyError: it isn't ours
+        return said
+
+
+@functools.cache
+def load_protector(member: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Loads a network of `instant` from its folder, once a process. Raises UserError."""
+    how = dict(read_config(member)["network"])
+    with loading("the protector", member):
+        state = read_state(Path(member) / "model.safetensors")
+        with torch.device("meta"):  # a config can't ask for more than its weights are
+            network = KINDS[how.pop("kind")](**how)
+        network.load_state_dict(state, assign=True)
+        return frozen(network, device, dtype)

@@ -1,0 +1,215 @@
+"""`instant`: networks that answer at once, within the budget; their training; and their folders."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from torch import nn
+
+import train_protector
+from models.norms import quicken
+from models.protector import KINDS, load_protector
+from utils import UserError
+
+CPU = torch.device("cpu")
+SIZES = [(64, 64), (50, 37), (128, 96)]
+
+
+@pytest.fixture(scope="module")
+def universal(tmp_path_factory, tiny_models):
+    """A mixture of two stored patterns, trained after another method."""
+    directory = tmp_path_factory.mktemp("networks") / "universal"
+    return tiny.write_protector(directory, tiny_models.editor, method="encoder", kind="universal")
+
+
+@pytest.fixture
+def portrait(tmp_path):
+    return tiny.write_portraits(tmp_path / "in", 1)[0]
+
+
+def image(height, width, count=2):
+    return torch.rand(count, 3, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_network_gives_shares_of_the_budget_at_any_size(size, kind, tiny_models, universal):
+    folder = tiny_models.protector if kind == "unet" else universal
+    network, images = load_protector(str(folder), CPU, torch.float32), image(*size)
+    budget = torch.full((2, 1, *size), 0.06)
+    shares = network(images, budget)
+    assert shares.shape == images.shape
+    assert 0.01 < shares.abs().max() <= 1
+    torch.testing.assert_close(network(images[1:], budget[1:]), shares[1:], rtol=0, atol=2e-3)
+
+
+def test_an_untrained_network_changes_nothing():
+    network = KINDS["unet"](channels=[8, 16], depths=[1, 1])
+    assert not network(image(32, 32), torch.full((2, 1, 32, 32), 0.06)).any()
+
+
+def test_the_nearest_pattern_covers_the_picture():
+    network = KINDS["universal"](num_patterns=2, size=8)
+    network.patterns.data[:] = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
+    network.centres[:] = torch.tensor([[0.5], [-0.5]])
+    images = torch.tensor([0.9, -0.9]).view(2, 1, 1, 1).expand(2, 3, 30, 32)
+    shares = network(images, torch.full((2, 1, 30, 32), 0.06))
+    assert (shares[0] > 0.7).all() and (shares[1] < -0.7).all()
+
+
+@pytest.mark.parametrize("budget", [0.03, 0.06, 0.3])
+def test_any_budget_is_kept_and_used(budget, protector, portrait):
+    tool = protector(f"--defend_method instant --attack_budget {budget}")
+    tool.detector = tiny.WholeImage(CPU)
+    change = np.abs(np.asarray(tool.protect(portrait), float) - np.asarray(Image.open(portrait), float))
+    assert 0.5 * budget < change.max() / 127.5 <= budget
+
+
+def test_a_network_keeps_to_the_root_mean_square_of_its_method(protector, portrait, tmp_path, tiny_models):
+    folder = tiny.write_protector(tmp_path / "wide", tiny_models.editor, "facelock-wide", rms=0.03)
+    for refine in (0, 2):
+        line = f"--defend_method instant --attack_budget 0.2 --budget_mask none --protector {folder}"
+        tool = protector(f"{line} --refine {refine} --rms 0.03" if refine else line)
+        tool.detector = tiny.WholeImage(CPU)
+        change = np.asarray(tool.protect(portrait), float) - np.asarray(Image.open(portrait), float)
+        assert 0.02 < np.sqrt((change**2).mean()) / 127.5 < 0.032
+
+
+def test_refine_goes_on_with_the_loop_that_the_network_was_trained_after(protector, universal):
+    at_once = protector(f"--defend_method instant --protector {universal}")
+    assert at_once.needs == [] and at_once.is_at_once
+    tool = protector(f"--defend_method instant --protector {universal} --refine 3 --untargeted")
+    assert (tool.run.num_iters, tool.needs, tool.knobs) == (3, ["vae"], {"targeted": False})
+    assert tool.mask == "face" and tool.name == "instant"
+
+
+def test_refining_raises_the_objective(protector, portrait):
+    found = []
+    tool = protector("--defend_method instant --refine 4 --samples 1 --transforms none")
+    tool.detector = tiny.WholeImage(CPU)
+    tool.protect(portrait, callback=lambda i, values: found.append(float(values)))
+    assert len(found) == 4 and found[-1] > found[0]
+
+
+def test_nothing_but_the_network_is_loaded_at_once(protector, tiny_models):
+    protector("--defend_method instant --recognizer /none --lpips /none").preload()
+    with pytest.raises(UserError, match="the face recogniser '/none'"):
+        protector("--defend_method instant --recognizer /none --refine 1").preload()
+
+
+def test_another_autoencoders_network_is_warned_of(protector, tiny_models, capsys):
+    _ = protector("--defend_method instant").network
+    assert capsys.readouterr().err == ""
+    _ = protector(f"--defend_method instant --model_id {tiny_models.img2img}").network
+    assert "was trained for another autoencoder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "says"),
+    [
+        ("config.json", "{", "can't be loaded"),
+        ("config.json", '{"network": {"kind": "unet"}}', "can't be loaded"),
+        ("config.json", '{"network": {"kind": "os.system"}, "trained": {}}', "no kind among"),
+        ("config.json", None, "can't be loaded"),
+        ("model.safetensors", "", "can't be loaded"),
+        ("model.safetensors", None, "can't be loaded"),
+    ],
+)
+def test_a_broken_folder_is_one_line(name, content, says, tmp_path, tiny_models, protector):
+    folder = tiny.write_protector(tmp_path / "network", tiny_models.editor)
+    (folder / name).unlink()
+    if content is not None:
+        (folder / name).write_text(content)
+    with pytest.raises(UserError, match=says):
+        protector(f"--defend_method instant --protector {folder}").preload()
+
+
+@pytest.mark.parametrize("change", [{"channels": [8, 10**7]}, {"channels": [8, 24]}, {"wings": 2}])
+def test_a_config_that_the_weights_dont_have_is_refused(change, tmp_path, tiny_models, protector):
+    folder = tiny.write_protector(tmp_path / "network", tiny_models.editor)
+    said = json.loads((folder / "config.json").read_text())
+    said["network"] |= change
+    (folder / "config.json").write_text(json.dumps(said))
+    with pytest.raises(UserError, match="can't be loaded"):
+        protector(f"--defend_method instant --protector {folder}").preload()
+
+
+def test_who_has_no_network_is_told_where_one_comes_from(protector):
+    with pytest.raises(UserError, match="isn't there; .*train_protector.py makes one"):
+        protector("--defend_method instant --protector /none").preload()
+
+
+def test_the_quick_gradient_of_a_group_norm_is_the_gradient():
+    norm = nn.GroupNorm(4, 16).double()
+    for values in norm.parameters():
+        nn.init.normal_(values)
+    x = torch.randn(2, 16, 5, 7, dtype=torch.float64, requires_grad=True)
+    there = torch.randn_like(x)
+    wanted = torch.autograd.grad((norm(x) * there).sum(), [x, *norm.parameters()])
+    quicken(norm)
+    found = torch.autograd.grad((norm(x) * there).sum(), [x, *norm.parameters()])
+    torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------
+# training
+
+
+@pytest.fixture
+def training(tmp_path, tiny_models, monkeypatch):
+    """Gives a function that trains on blobs for a moment -> its folder, and what it printed."""
+    monkeypatch.setattr("protection.FaceDetector", tiny.WholeImage)
+    for number in range(3):
+        (tmp_path / "people").mkdir(exist_ok=True)
+        Image.fromarray(tiny.portrait(32, seed=number)).save(tmp_path / "people" / f"{number}.png")
+
+    def train(flags: str = "", steps: int = 2) -> int:
+        line = (
+            f"--models mini --model_id {tiny_models.editor} --recognizer {tiny_models.recognizer} "
+            f"--judge {tiny_models.judge} --resolution 32 --device cpu --image_dir {tmp_path}/people "
+            f"--validation_dir {tmp_path}/people --output_dir {tmp_path}/out --batch_size 2 "
+            f"--channels 8 8 --depths 1 1 --samples 1 --steps {steps} --rate 0.01 {flags}"
+        )
+        return train_protector.main(line.split())
+
+    return train
+
+
+@pytest.mark.parametrize(
+    "flags",
+    ["", "--network universal", "--network mixture --patterns 2", "--pairs 2 --warm_steps 1"],
+)
+def test_training_makes_a_network_that_is_used_and_gone_on_with(flags, training, tmp_path, protector, capsys):
+    method = "--defend_method facelock-dim --num_iters 2"
+    assert training(f"{method} {flags}") == 0
+    folder = tmp_path / "out" / "network"
+    first = json.loads((folder / "config.json").read_text())["trained"]
+    assert first["method"] == "facelock-dim" and first["steps"] == 2
+    assert training(f"{method} {flags}", steps=3) == 0
+    assert json.loads((folder / "config.json").read_text())["trained"]["steps"] == 3
+    assert "from step 2" in capsys.readouterr().out
+    protector(f"--defend_method instant --protector {folder} --refine 1").preload()
+
+
+def test_training_learns(training, tmp_path):
+    """What it maximises is higher at the end than at the beginning."""
+    assert training("--defend_method vae --save_minutes 0.00001", steps=12) == 0
+    lines = (tmp_path / "out" / "log.txt").read_text().splitlines()
+    losses = [float(line.split("loss ")[1].split()[0]) for line in lines if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_another_training_is_not_gone_on_with(training, capsys):
+    assert training("--defend_method encoder") == 0
+    assert training("--defend_method vae") == 1
+    assert "is of another network, method or model" in capsys.readouterr().err
+
+
+def test_a_method_without_an_objective_can_not_be_learnt(training, capsys):
+    assert training("--defend_method noise") == 1
+    assert "has no objective" in capsys.readouterr().err

@@ -1,0 +1,475 @@
+"""Trains a network that protects at once, `instant`, by the very objective of a method.
+
+    python mini/portraits.py --write people --first 0 --count 2000
+    python mini/portraits.py --write held_out --first 100000 --count 16
+    python train_protector.py --models=mini --image_dir=people --validation_dir=held_out \\
+        --output_dir=checkpoints/protector --defend_method=facelock-dim
+    python defend.py --models=mini --defend_method=instant --protector=checkpoints/protector/network \\
+        --input_path=assets/portraits/mini/portrait_1000000.png
+
+The network sees a portrait, and how large a change may be where, and is taught to maximise what the method's
+loop would climb: through the autoencoder, the recognisers and the random transforms of --defend_method. No
+judge takes part; now and then the last of them says what is left of the validation people after a round trip
+through the autoencoder. --pairs has the network imitate the loop first. Writes OUTPUT_DIR/network, which is
+the one to use, and what it needs to go on: run again, it does. docs/methods.md has the costs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import random
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import utils
+from defend import add_defense_arguments, settings_of
+from images import to_tensor
+from methods import METHODS
+from models.faces import Face
+from models.loading import recorded
+from models.recognizers import face_similarity_to
+from protection import Protector, Subject
+from runs import find_images
+from utils import UserError, warn
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+KINDS = ("unet", "universal", "mixture")
+LAST = 0.99  # the share of a loop's iterations at which an objective with a schedule is asked
+KEEPING = 0.3  # weight of what keeps logits where tanh has a slope; without it all are beyond after 40 steps
+DECAY = 0.998  # of the averaged weights, which are those that count
+FACES, CHECKPOINT, LOG = "faces.json", "checkpoint.pt", "log.txt"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network is trained, by the names of the flags."""
+
+    network: str
+    channels: Sequence[int]
+    depths: Sequence[int]
+    patterns: int
+    pattern_size: int
+    budgets: Sequence[float]
+    steps: int
+    batch_size: int
+    rate: float
+    pairs: int
+    warm_steps: int
+    save_minutes: float
+    seed: int
+
+    def form(self) -> dict[str, Any]:
+        """Gives what the network is built of, as its config.json has it."""
+        if self.network == "unet":
+            return {"kind": "unet", "channels": list(self.channels), "depths": list(self.depths)}
+        count = self.patterns if self.network == "mixture" else 1
+        return {"kind": "universal", "num_patterns": count, "size": self.pattern_size}
+
+    def build(self) -> nn.Module:
+        """Makes the untrained network."""
+        import torch
+
+        from models.protector import KINDS
+
+        torch.manual_seed(self.seed)
+        form = self.form()
+        return KINDS[form.pop("kind")](**form)
+
+
+@dataclass
+class Batch:
+    """Portraits of one size, each with a budget of its own."""
+
+    images: Tensor  # (B, 3, H, W) in [-1, 1]
+    boxes: list[list[Face]]  # at the working size
+    sizes: Tensor  # (B, 1, 1, 1), the budgets
+    mask: Tensor  # (B, 1, H, W), a pixel's share of its budget
+    rms: float | None  # of the change, if the method's loop has one
+    shares: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: of the budget, where the loop came to
+
+    @property
+    def budget(self) -> Tensor:
+        """That of each pixel, (B, 1, H, W)."""
+        return self.sizes * self.mask
+
+    def protected(self, shares: Tensor) -> Tensor:
+        """Gives the pictures that shares of the budget make, without rounding."""
+        from models.protector import limited
+
+        change = limited(self.sizes * shares, self.mask, self.rms)
+        return (self.images + self.mask * change).clamp(-1, 1)
+
+
+class People:
+    """The portraits of a folder with their faces, which are looked for once."""
+
+    def __init__(self, directory: Path, protector: Protector, cache: Path) -> None:
+        self.protector = protector
+        known = json.loads(cache.read_text()) if cache.exists() else {}
+        self.subjects: list[Subject] = []
+        for path in find_images(directory):
+            if path.name not in known:
+                known[path.name] = self._look(path)
+            if (found := known[path.name]) is not None:
+                self.subjects.append(_subject(protector, path, found))
+        utils.write_file(cache, json.dumps(known).encode())
+        if not self.subjects:
+            raise UserError(f"{directory}: no portrait with a face")
+
+    def _look(self, path: Path) -> list[list] | None:
+        """Finds a portrait's faces -> box and points of each; None for one that can't be used."""
+        try:
+            subject = self.protector.load(path)
+        except UserError as error:
+            warn(str(error))
+            return None
+        return [[list(box), [[float(x), float(y)] for x, y in box.points]] for box in subject.boxes]
+
+    def batch(self, subjects: Sequence[Subject], budgets: Sequence[float], mirrored: Sequence[bool]) -> Batch:
+        """Brings portraits of one size together, some of them left to right."""
+        import numpy as np
+        import torch
+
+        editor, resolution = self.protector.config.editor, self.protector.resolution
+        pixels, boxes = [], []
+        for subject, is_mirrored in zip(subjects, mirrored, strict=True):
+            own = subject.portrait.pixels
+            width = editor.working_size(own.shape[:2], resolution)[1]
+            pixels.append(own[:, ::-1] if is_mirrored else own)
+            boxes.append([_mirrored(box, width) for box in subject.boxes] if is_mirrored else subject.boxes)
+        images = editor.to_working(to_tensor(np.stack(pixels)).to(self.protector.device), resolution)
+        mask = self.protector.budget_mask(images, boxes)
+        whole = images.new_ones(len(images), 1, *images.shape[-2:]) if mask is None else mask
+        sizes = torch.tensor(budgets).to(images).view(-1, 1, 1, 1)
+        return Batch(images, boxes, sizes, whole, rms_of(self.protector))
+
+    def drawn(self, draw: random.Random, plan: Plan) -> Batch:
+        """Draws portraits of one size, budgets between the plan's two; half of them are mirrored."""
+        size = draw.choice(self.subjects).portrait.size
+        alike = [subject for subject in self.subjects if subject.portrait.size == size]
+        subjects = draw.choices(alike, k=plan.batch_size)
+        low, high = (math.log(budget) for budget in plan.budgets)
+        budgets = [math.exp(draw.uniform(low, high)) for _ in subjects]
+        return self.batch(subjects, budgets, [draw.random() < 0.5 for _ in subjects])
+
+
+def rms_of(protector: Protector) -> float | None:
+    """Gives the root mean square to which a method's loop keeps its change, if it does."""
+    return protector.run.rms if "rms" in protector.method.reads else None
+
+
+def _subject(protector: Protector, path: Path, found: list) -> Subject:
+    """A portrait whose faces are known"""
+    from images import load_image
+
+    return Subject(load_image(path), [Face(box, points) for box, points in found])
+
+
+def _mirrored(box: Face, width: int) -> Face:
+    """A face in the mirrored picture; its points change sides, too"""
+    x0, y0, x1, y1 = box
+    left, right, nose, low_left, low_right = [(width - 1 - x, y) for x, y in box.points]
+    return Face((width - x1, y0, width - x0, y1), (right, left, nose, low_right, low_left))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# losses
+
+
+def method_loss(network: nn.Module, batch: Batch, protector: Protector, seeds: Sequence[int]) -> Tensor:
+    """Asks the method's objective of what the network makes -> its negative mean."""
+    import torch
+
+    def draws() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+    objective = protector.objective_of(batch.images, batch.boxes, draws)(batch.images)
+    logits = network.logits(batch.images, batch.budget).float()
+    beyond = (batch.budget > 0) * (logits.abs() - 1).clamp(min=0).square()
+    return KEEPING * beyond.mean() - objective(batch.protected(logits.tanh()), LAST).mean()
+
+
+def imitation_loss(network: nn.Module, batch: Batch) -> Tensor:
+    """Compares the network's shares of the budget with where the loop came to, where there is a budget."""
+    difference = (network(batch.images, batch.budget).float() - batch.shares).square()
+    weight = (batch.budget > 0).to(difference)
+    return (weight * difference).sum() / (3 * weight.sum())
+
+
+def make_pairs(people: People, protector: Protector, plan: Plan, draw: random.Random) -> Iterator[Batch]:
+    """Runs the method's own loop on batches of portraits, a budget for each batch."""
+    import torch
+
+    for _ in range(math.ceil(plan.pairs / plan.batch_size)):
+        budget = math.exp(draw.uniform(*(math.log(one) for one in plan.budgets)))
+        batch = people.drawn(draw, replace(plan, budgets=(budget, budget)))
+        loop = Protector.__new__(Protector)
+        loop.__dict__ |= protector.__dict__ | {"run": replace(protector.run, budget=budget)}
+        seeds = [draw.randrange(2**31) for _ in batch.boxes]
+        changed = loop.perturb(batch.images, batch.boxes, seeds)[0] - batch.images
+        yield replace(batch, shares=(changed / batch.budget.clamp(min=1e-6)).clamp(-1, 1).to(torch.float16))
+
+
+# ---------------------------------------------------------------------------------------------------------
+# what is left
+
+
+class Validation:
+    """What the first judge finds of people in round trips of their protected pictures."""
+
+    def __init__(self, people: People, protector: Protector, plan: Plan) -> None:
+        import torch
+
+        self.protector = protector
+        self.budget = math.sqrt(plan.budgets[0] * plan.budgets[-1])
+        size = people.subjects[0].portrait.size
+        alike = [subject for subject in people.subjects if subject.portrait.size == size]
+        rows = range(0, len(alike), plan.batch_size)
+        groups = [alike[row : row + plan.batch_size] for row in rows]
+        self.batches = [people.batch(few, [self.budget] * len(few), [False] * len(few)) for few in groups]
+        # the hardest to deceive are those that share nothing with the recogniser: the last of the panel
+        self.judge = protector.config.load_recognizer(protector.config.judges[-1], torch.float32)
+        self.before = self.left(None)
+
+    def left(self, network: nn.Module | None) -> float:
+        """Means over people; None: of the portraits as they are."""
+        import torch
+
+        found = []
+        with torch.no_grad():
+            for batch in self.batches:
+                images = batch.images
+                if network is not None:
+                    images = batch.protected(network(images, batch.budget).float())
+                trip = self.protector.loaders(self.protector.config)["vae"]().round_trip(images)
+                similarity = face_similarity_to([self.judge], batch.images, batch.boxes)
+                found.append(self.judge.left(similarity(trip)))
+        return float(torch.cat(found).mean())
+
+
+# ---------------------------------------------------------------------------------------------------------
+# training
+
+
+class Training:
+    """A network on its way: its weights, their average, and the optimizer's state."""
+
+    def __init__(self, plan: Plan, protector: Protector, directory: Path) -> None:
+        import torch
+
+        self.plan, self.protector, self.directory = plan, protector, directory
+        device = protector.device
+        self.network = plan.build().to(device, memory_format=utils.memory_format(device))
+        self.average = plan.build().to(device, memory_format=utils.memory_format(device))
+        self.average.requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=plan.rate, weight_decay=0.0)
+        self.step = 0
+        settings = protector.settings()
+        self.facts = {  # of the config.json; a checkpoint of another training isn't gone on with
+            "method": protector.name,
+            "vae": [recorded(one.vae) for one in protector.attacked],
+            "rms": rms_of(protector),
+            "budgets": list(plan.budgets),
+            "settings": [f"{key} {value}" for key, value in settings.items() if key != "attack_budget"],
+        }
+        self._resume()
+
+    def _resume(self) -> None:
+        """Takes up what an earlier run has left. Raises UserError for another training's."""
+        import torch
+
+        path = self.directory / CHECKPOINT
+        if not path.exists():
+            return
+        state = torch.load(path, map_location=self.protector.device, weights_only=True)
+        if state["about"] != json.dumps([self.plan.form(), self.facts]):
+            raise UserError(f"{path} is of another network, method or model; choose another --output_dir")
+        self.network.load_state_dict(state["network"])
+        self.average.load_state_dict(state["average"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step = state["step"]
+
+    def save(self) -> None:
+        """Writes the checkpoint, and the averaged network in float16, each whole or not at all."""
+        import torch
+        from safetensors.torch import save
+
+        path = self.directory / CHECKPOINT
+        state = {
+            "network": self.network.state_dict(), "average": self.average.state_dict(),
+            "optimizer": self.optimizer.state_dict(), "step": self.step,
+            "about": json.dumps([self.plan.form(), self.facts]),
+        }  # fmt: skip
+        torch.save(state, path.with_suffix(".tmp"))
+        path.with_suffix(".tmp").rename(path)
+        halves = {key: value.half().contiguous().cpu() for key, value in self.average.state_dict().items()}
+        utils.write_file(self.directory / "network" / "model.safetensors", save(halves))
+        config = {"network": self.plan.form(), "trained": {**self.facts, "steps": self.step}}
+        utils.write_file(self.directory / "network" / "config.json", json.dumps(config, indent=1).encode())
+
+    def turn(self, loss_of: Any, share: float) -> float:
+        """Takes one step of AdamW; share: of the training that is over, for the rate's cosine -> the loss."""
+        import torch
+
+        rate = min(1, 0.02 + 20 * share) * (0.02 + 0.98 * (1 + math.cos(math.pi * min(1, share))) / 2)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.plan.rate * rate
+        half = self.protector.config.dtype
+        with torch.autocast(self.protector.device.type, half, enabled=half == torch.bfloat16):
+            loss = loss_of(self.network)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
+        self.optimizer.step()
+        self.step += 1
+        decay = min(DECAY, (self.step + 1) / (self.step + 10))
+        with torch.no_grad():
+            pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
+            for mean, now in pairs:
+                mean.lerp_(now, 1 - decay)
+        return float(loss.detach())
+
+
+def train(training: Training, people: People, validation: Validation | None) -> None:
+    """Takes the plan's steps, saving and saying how it goes now and then."""
+    plan, protector, directory = training.plan, training.protector, training.directory
+    draw = random.Random(f"{plan.seed} {training.step}")
+    warm = min(plan.warm_steps, plan.steps) if plan.pairs else 0
+    pairs = []
+    if training.step < warm:
+        pairs = list(make_pairs(people, protector, plan, draw))
+        log(directory, f"{plan.batch_size * len(pairs)} pairs made by {protector.name}'s loop")
+    began, losses = time.perf_counter(), []
+    while training.step < plan.steps:
+        if is_warm := training.step < warm:
+            batch = draw.choice(pairs)
+
+            def loss_of(network: nn.Module, batch: Batch = batch) -> Tensor:
+                return imitation_loss(network, batch)
+        else:
+            batch = people.drawn(draw, plan)
+            seeds = [draw.randrange(2**31) for _ in batch.boxes]
+
+            def loss_of(network: nn.Module, batch: Batch = batch, seeds: Sequence[int] = seeds) -> Tensor:
+                return method_loss(network, batch, protector, seeds)
+
+        share = training.step / warm if is_warm else (training.step - warm) / (plan.steps - warm)
+        losses.append(training.turn(loss_of, share))
+        if not math.isfinite(losses[-1]):
+            raise UserError(f"the loss is not finite after {training.step} steps; try --dtype fp32")
+        spent = time.perf_counter() - began
+        if spent >= 60 * plan.save_minutes or training.step in (warm, plan.steps):
+            pace = spent / len(losses)
+            text = f"step {training.step} of {plan.steps}"
+            text += f"  {'imitation' if is_warm else 'loss'} {sum(losses) / len(losses):.4g}"
+            if validation:
+                left = validation.left(training.average)
+                text += f"  left {left:.3f} of {validation.before:.3f} ({validation.judge.name})"
+            log(directory, f"{text}  {pace:.2f} s/step")
+            training.save()
+            began, losses = time.perf_counter(), []
+
+
+def log(directory: Path, text: str) -> None:
+    """Prints a line and keeps it, with the time."""
+    print(text, flush=True)
+    with open(directory / LOG, "a") as file:
+        file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
+
+
+def begin_mixture(training: Training, people: People, draw: random.Random) -> None:
+    """Puts a mixture's centres among the training people: ten rounds of k-means on the faces' fields."""
+    import torch
+
+    from models.protector import fields
+
+    network, plan = training.network, training.plan
+    found = []
+    for subject in draw.sample(people.subjects, min(1000, len(people.subjects))):
+        batch = people.batch([subject], plan.budgets[:1], [False])
+        found.append(fields(batch.images, batch.budget))
+    faces = torch.cat(found)  # (N, D)
+    centres = faces[torch.linspace(0, len(faces) - 1, plan.patterns).long()].clone()
+    for _ in range(10):
+        own = torch.cdist(faces, centres).argmin(dim=1)
+        for row in own.unique():
+            centres[row] = faces[own == row].mean(dim=0)
+    network.centres.copy_(centres)
+    training.average.centres.copy_(centres)
+
+
+def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
+    some, path = utils.positive_int, utils.path
+    parser.add_argument("--image_dir", type=path, required=True, help="directory of training portraits")
+    parser.add_argument("--validation_dir", type=path, help="portraits of other people, to watch")
+    parser.add_argument("--output_dir", type=path, required=True, help="where network/ is made")
+    parser.add_argument("--network", choices=KINDS, default="unet", help="or stored patterns, to compare")
+    text = "of each of the U-Net's levels, multiples of 8"
+    parser.add_argument("--channels", type=some, nargs="+", default=(64, 96, 128), help=text)
+    parser.add_argument("--depths", type=some, nargs="+", default=(1, 1, 2), help="blocks of each level")
+    parser.add_argument("--patterns", type=some, default=8, help="of a mixture")
+    parser.add_argument("--pattern_size", type=some, default=128, help="their side in px")
+    text = "the smallest and the largest that it learns, instead of --attack_budget"
+    size = {"type": utils.budget_size, "metavar": ("LOW", "HIGH"), "nargs": 2}
+    parser.add_argument("--budgets", **size, default=(0.03, 0.12), help=text)
+    parser.add_argument("--steps", type=some, default=4000, help="also the length of the rate's cosine")
+    parser.add_argument("--batch_size", type=some, default=8, help="portraits a step")
+    positive = utils.positive_float
+    parser.add_argument("--rate", type=positive, default=5e-4, help="highest learning rate of AdamW")
+    parser.add_argument("--pairs", type=utils.natural_number, default=0, help="to imitate first; 0: none")
+    parser.add_argument("--warm_steps", type=some, default=200, help="of imitation")
+    parser.add_argument("--save_minutes", type=positive, default=5.0, help="between two checkpoints")
+    add_defense_arguments(parser)
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    return utils.run_command(run, parse_args(argv))
+
+
+def run(args: argparse.Namespace) -> int:
+    """Trains the network that the flags name -> exit status. Raises UserError."""
+    if args.method in ("noise", "instant"):
+        raise UserError(f"{args.method} has no objective that a network could learn")
+    if len(args.channels) != len(args.depths) or any(channels % 8 for channels in args.channels):
+        raise UserError("--channels and --depths: as many of each, and channels are multiples of 8")
+    from models.norms import quicken
+
+    args.seed = utils.draw_seed(args.seed)
+    plan = Plan(**{name: getattr(args, name) for name in Plan.__dataclass_fields__})
+    utils.check_directory(args.output_dir)
+    args.output_dir.mkdir(parents=True, exist_ok=True)
+    mask = args.budget_mask or METHODS["instant"].mask
+    protector = Protector(settings_of(args), budget_mask=mask)
+    protector.preload()
+    if protector.device.type == "cpu" and "vae" in protector.needs and not protector.wanted.compile:
+        for one in protector.attacked:
+            quicken(protector.loaders(one)["vae"]().vae)
+    people = People(args.image_dir, protector, args.output_dir / FACES)
+    validation = None
+    if args.validation_dir:
+        held_out = People(args.validation_dir, protector, args.output_dir / f"validation_{FACES}")
+        validation = Validation(held_out, protector, plan)
+    training = Training(plan, protector, args.output_dir)
+    if plan.network == "mixture" and not training.step:
+        begin_mixture(training, people, random.Random(plan.seed))
+    if protector.device.type == "cpu":
+        quicken(training.network)
+    count = sum(values.numel() for values in training.network.parameters())
+    text = f"{count / 1e6:.2f} M parameters, {len(people.subjects)} portraits, from step {training.step}"
+    log(args.output_dir, text)
+    train(training, people, validation)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
