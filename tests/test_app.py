@@ -748,9 +748,10 @@ def test_from_upload_to_verdict(open_page, tmp_path):
 
 @pytest.mark.browser
 def test_a_held_and_a_failed_verdict_look_it(open_page):
-    page, colours = open_page(), set()
-    upload(page, MINI[2])
+    colours = set()
     for n_iters, budget, shows in ((12, "0.06", "held"), (1, "0.01", "failed")):
+        page = open_page()
+        upload(page, MINI[2])
         page.get_by_label("Budget").fill(budget)
         protect(page, n_iters)
         page.get_by_text(SAVED).wait_for()
