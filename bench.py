@@ -3,6 +3,7 @@
     python bench.py --models=mini --portraits=500
     python bench.py --resolution=1024 --what vae --iterations=1 --repeats=1 --checkpointing
     python bench.py --input_side=6000x4000 --what encoder --iterations=2 --repeats=1
+    python bench.py --model=round-trip --vae=madebyollin/taef2 --what facelock-wide --recognizer dlib --dtype=bf16
 
 Prints, for each job, seconds per iteration and per image (a defense with the scripts' own iterations, an edit
 with the set's own steps, a metric of one edit), hours for all portraits or for their edits by all 25
@@ -37,7 +38,14 @@ from evaluation.pairing import Key
 from evaluation.scoring import measure
 from images import load_image, to_tensor
 from methods import METHODS
-from models.config import add_model_arguments, add_protector_argument, resolve, setting_help
+from models.config import (
+    add_editor_arguments,
+    add_face_arguments,
+    add_model_arguments,
+    add_perceptual_argument,
+    add_protector_argument,
+    resolve,
+)
 from models.editors import EDITORS
 from models.loading import ROOT
 from protection import Protector, Settings, methods_for
@@ -160,12 +168,14 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--what", nargs="+", choices=(*JOBS, "instant"), default=JOBS, metavar="JOB", help="the jobs")
     add("--iterations", type=some, default=20, help="that are timed, or steps of an edit")
     add("--batch_size", type=some, default=1, help="images worked on together")
-    add("--resolution", type=some, help=setting_help("side in px", "resolution"))
     add("--input_side", type=input_size, metavar="WxH", help="if not --resolution, square")
     for flag in ("--checkpointing", "--compile"):
         add(flag, action="store_true", help="as in defend.py")
     add("--repeats", type=some, default=3, help="of which the median counts; 1: no warm-up")
     add("--json", type=utils.path, metavar="FILE", help="writes the numbers there, too")
+    add_editor_arguments(parser)
+    add_face_arguments(parser)
+    add_perceptual_argument(parser)
     add_protector_argument(parser)
     add_model_arguments(parser)
     return parser.parse_args(argv)
