@@ -35,7 +35,6 @@ from studio import (
     SHOWN_SIDE,
     Studio,
     amplified,
-    given,
     judged,
     left_out,
     measured,
@@ -43,7 +42,7 @@ from studio import (
     shown,
     table_of,
 )  # fmt: skip
-from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts
+from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts, given
 from visits import Cancelled, Picture, Visit, Visits
 
 if TYPE_CHECKING:

@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 import masks
+import utils
 from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
 from loops import GradientError, Objective, random_start
 from methods import METHODS, NEED
@@ -27,7 +28,7 @@ from models.loading import load_all, recorded, shown
 from models.perceptual import load_perceptual, perceptual_distance_to
 from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
 from transforms import Draws, around
-from utils import USUAL_BUDGET, UserError, allowed_levels, in_levels, one_line, pick_dtype, start_seed, warn
+from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 from verdict import Face, face_of, numbered
 
 if TYPE_CHECKING:
@@ -148,9 +149,9 @@ class Protector:
         # what the objective averages over
         self.attacked = resolve_vaes(replace(wanted, edit={}))
         self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
-        budget = self.method.run.budget if wanted.budget is None else wanted.budget
-        if allowed_levels(budget) < 1:
-            raise UserError(f"a budget of {budget:g} is below 2/255: no pixel could change")
+        budget = self.method.run.budget
+        if wanted.budget is not None:
+            budget = utils.given(utils.budget_size, "budget", wanted.budget)
         if budget > USUAL_BUDGET:
             warn(f"--attack_budget {budget:g} is a lot. {in_levels(budget)}")
         knobs = dict(wanted.knobs)

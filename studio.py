@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import html
 import math
 import re
@@ -119,6 +118,8 @@ class Studio:
     def verdicts(self, faces: Sequence[Face]) -> list[Verdict]:
         """Says by the judges what is left of each face; with advice, unless by stand-ins."""
         made = "edit" if self.by_words else "round trip"
+        if faces and (nobody := verdict.all_attacked(self.config, made)):
+            return [nobody]
         advice = "" if self.settings.models == "mini" else verdict.ADVICE
         return [face.verdict(made, advice) for face in faces]
 
@@ -158,14 +159,6 @@ def notes(stderr: str) -> str:
     """Shows the warnings among what was printed."""
     lines = re.findall("^warning: (.*)", stderr, re.MULTILINE)
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
-
-
-def given(kind: Callable[[str], Any], name: str, value: Any) -> Any:
-    """Reads a number that the page gives as argparse reads a flag's. Raises UserError."""
-    try:
-        return kind(str(value))
-    except argparse.ArgumentTypeError as error:
-        raise UserError(f"{name}: {'nothing is given' if value is None else error}") from None
 
 
 def table_of(faces: Sequence[Face]) -> pd.DataFrame:

@@ -168,6 +168,14 @@ def budget_size(text: str) -> float:
     return value
 
 
+def given(kind: Callable[[str], Any], name: str, value: Any) -> Any:
+    """Reads a value that Python code or the page gives as argparse reads a flag's. Raises UserError."""
+    try:
+        return kind(str(value))
+    except argparse.ArgumentTypeError as error:
+        raise UserError(f"{name}: {'nothing is given' if value is None else error}") from None
+
+
 def in_levels(budget: float) -> str:
     """Writes a budget in 8-bit levels, and the value to give for that many levels."""
     return f"{budget:g} in [-1, 1] is {budget / LEVEL:.4g}/255; for {budget:g}/255 give {budget * LEVEL:.3g}"
