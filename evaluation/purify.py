@@ -279,6 +279,8 @@ def run(args: argparse.Namespace) -> int:
         which = "', '".join(OF_THE_EDITOR)
         text = f"--model_id, --vae and --resolution are for '{which}', which are not among the steps"
         raise UserError(text)
+    if args.vae and len(args.vae) > 1:
+        raise UserError(f"--vae {' '.join(args.vae)}: a round trip goes through one autoencoder")
     config = models.config.resolve_vaes(models.config.ModelSettings.of(args))[0] if with_editor else None
     options = runs.Options.of(args)
     return purify_directory(args.input_dir, args.output_dir, args.method, args.seed, config, options)

@@ -155,6 +155,7 @@ def test_purify_refuses_other_arguments_in_the_same_place(folder, capsys):
         ("jpeg:75", [], "in", "would overwrite the inputs"),
         ("jpeg:75", [], "foreign", "no run.json that says what made them"),
         ("jpeg:75", ["--resolution", "64"], "new", "are for 'vae'"),
+        ("vae", ["--vae", "me/a", "me/b"], "new", "goes through one autoencoder"),
         ("blur:99:9", [], "big", "the image's side is only 48 px"),
     ):
         assert run_purify(folder, method, *flags, output=output) == 1
