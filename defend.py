@@ -35,7 +35,7 @@ from models.config import (
 from protection import NUMBERS, Protector, Settings, output_prefix, readers
 from transforms import chains
 from utils import UserError, defaults_help, warn
-from verdict import ADVICE
+from verdict import ADVICE, all_attacked
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -190,6 +190,8 @@ def run(args: argparse.Namespace) -> int:
         (report,) = protector.save([subject], [output], step)
     print(report)
     told = report.verdict("" if args.models == "mini" else ADVICE)
+    if report.faces and (nobody := all_attacked(config, "round trip")):
+        told.append(str(nobody))
     if report.n_found > len(subject.boxes):
         what = "protected" if protector.needs_face else "measured"
         told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}: --faces all")

@@ -25,7 +25,7 @@ from models.config import ModelConfig, ModelSettings, add_edit_arguments, add_fa
 from models.editors import EDITORS, Editor
 from models.faces import FaceDetector
 from utils import UserError
-from verdict import ADVICE, compare
+from verdict import ADVICE, all_attacked, compare
 
 if TYPE_CHECKING:
     import numpy as np
@@ -44,7 +44,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: edit_NAME.png beside the input)"
     )
-    text = "the picture before its protection: is the person of its edit gone from this one?"
+    text = "the picture before its protection: is the person of its edit gone from this one? What the "
+    text += "protection attacked is named by --recognizer, and is no judge"
     parser.add_argument("--source", type=utils.path, help=text)
     text = "with --source: a .png of both pictures and their edits"
     parser.add_argument("--comparison", type=utils.path, metavar="FILE", help=text)
@@ -117,6 +118,8 @@ def judged(config: ModelConfig, source: np.ndarray, edits: Sequence[np.ndarray])
     if not (boxes := detector(source)):
         return ["No face was found in the source: there is nothing to compare."]
     made = "edit" if config.editor.by_words else "round trip"
+    if nobody := all_attacked(config, made):
+        return [str(nobody)]
     (face,) = compare(config, detector, source, edits, boxes[:1], judges_alone=True)
     told = [str(face.verdict(made, "" if config.models == "mini" else ADVICE))]
     return [*told, f"{len(boxes)} faces found, the largest compared"] if len(boxes) > 1 else told

@@ -37,6 +37,10 @@ HIDDEN = {
     "edit": "This edit hides the person even without protection: try another, or another seed.",
     "round trip": "Even without protection no judge takes the face after it for the same person.",
 }
+ALL_ATTACKED = (
+    "No verdict on this {}: the protection attacked every recogniser that is named ({}). "
+    "Name a judge of another family by --judge (docs/models.md)."
+)
 ADVICE = "Try a larger budget, more iterations or another method."
 
 
@@ -115,6 +119,13 @@ def face_of(
     return face
 
 
+def all_attacked(config: ModelConfig, made: str) -> Verdict | None:
+    """Says that nobody is left to judge, where the protection attacked all recognisers that are named."""
+    if config.judges:
+        return None
+    return Verdict("nothing", ALL_ATTACKED.format(made, ", ".join(config.panel())), [])
+
+
 def compare(
     config: ModelConfig,
     detector: FaceDetector,
@@ -126,7 +137,7 @@ def compare(
     """Measures each face of a source in the edits of it and of its protection, (H, W, 3) uint8 each.
 
     As in evaluation/, the detector looks at the edits, too; where it finds none, the source's box counts.
-    Warns of recognisers that can't be had. Raises UserError if no judge can.
+    Warns of recognisers that can't be had. Raises UserError if there are judges, and none can.
     """
     import numpy as np
     import torch
@@ -139,7 +150,8 @@ def compare(
             panel[name] = config.load_recognizer(member, torch.float32)
         except UserError as error:
             warn(f"{name} not asked: {error}")
-    if not set(panel) - {name for name, member in config.panel().items() if member in config.recognizers}:
+    attacked = {name for name, member in config.panel().items() if member in config.recognizers}
+    if config.judges and not set(panel) - attacked:
         raise UserError("no judge can be asked")
     images = to_tensor(np.stack([source, *edits])).to(config.device)
     detected = [detector(edit) for edit in edits]

@@ -239,6 +239,22 @@ def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_pat
     assert done.status == 1 and "another size" in done.errors[0]
 
 
+def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
+    face, tiny_models, defend_flags, edit_flags, whole_images, tmp_path, capsys
+):
+    """One line says so, and how to name a judge."""
+    place = defend_flags.index("--judge")
+    of_defense = defend_flags[:place] + defend_flags[place + 2 :]
+    named = ["--recognizer", str(tiny_models.recognizer), f"{ROOT}/assets/mini/judge", "dlib"]
+    protected, edited = tmp_path / "p.png", tmp_path / "e.png"
+    edits = [*edit_flags, f"{protected}", f"--source={face}", "--prompt=hat", "--seed=0"]
+    for script, line, made in ((defend, [*of_defense, f"{face}"], protected), (edit, edits, edited)):
+        assert script.main([*line, *named, f"--output_path={made}"]) == 0 and made.exists()
+        (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No verdict")]
+        assert "attacked every recogniser that is named (recognizer, judge, dlib)" in told
+        assert "--judge" in told
+
+
 def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
     class Two(tiny.WholeImage):
         def __call__(self, pixels):
