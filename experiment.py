@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ from typing import Any
 import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
-from evaluation import eval_all, figure, purify, report, summary, tables
+from evaluation import eval_all, figure, leaderboard, purify, report, summary, tables
 from evaluation.pairing import Edits, find_edits, find_references
 from evaluation.scoring import LATEX_HELP
 from images import images_by_stem
@@ -53,6 +54,7 @@ from models.config import (
 )
 from models.editors import EDITORS, unload
 from protection import Protector, methods_for
+from provenance import versions
 from utils import UserError
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
@@ -87,6 +89,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "a method, METHOD@B or clean, that the others are compared with, in pairs"
     add("--baseline", metavar="METHOD[@B]", help=text)
     add("--latex", action="store_true", help=LATEX_HELP)
+    text = "a Markdown file, to whose leaderboard the methods' rows are added; made if it isn't there"
+    add("--leaderboard", type=utils.path, metavar="FILE", help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
@@ -150,6 +154,7 @@ class Experiment:
     reference_dir: Path | None = None  # other photos of the people
     baseline: str | None = None  # a row
     latex: bool = False
+    leaderboard: Path | None = None
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Experiment:
@@ -178,7 +183,7 @@ class Experiment:
         shown = [number for number in SOME_PROMPTS if number in prompts] or list(prompts)[:6]
         shown = list(prompts) if args.prompts else shown
         asked = args.image_dir, args.output_dir, prompts, args.prompt_file, shown, args.seed
-        how = runs.Options.of(args), args.reference_dir, baseline, args.latex
+        how = runs.Options.of(args), args.reference_dir, baseline, args.latex, args.leaderboard
         return cls(*asked, protectors, config, others, args.purify, *how)
 
     @property
@@ -206,6 +211,8 @@ class Experiment:
             folders += [path for path in table.pictures.values() if path != self.image_dir]
             folders += [path / f"seed{seed}" for path in table.edits.values() for seed in self.seeds]
         tables.check_outputs(files, suffixes=(".csv", ".md", ".json", ".tex", ".png", ".html"))
+        if self.leaderboard:
+            leaderboard.read_board(self.leaderboard)
         by = eval_all.networks_of(self.config, self.config.editor.by_words)
         for table in [] if self.options.overwrite else self.tables():
             way_out = "give another --output_dir, or --overwrite"
@@ -292,6 +299,11 @@ class Experiment:
             print(summary.purified(roots, output / "purified.csv", self.latex))
             files = {name: root / "all_metric.csv" for name, root in roots.items()}
             status = beside(lambda: figure.make_plot(files, output / "purified.png", "left"))
+        if self.leaderboard:
+            command = shlex.join(["python", Path(sys.argv[0]).name, *sys.argv[1:]])
+            about = {"commit": versions().get("commit", ""), "command": f"`{command}`"}
+            rows = leaderboard.rows_of(output, bool(self.purifiers), bool(self.others), about)
+            leaderboard.add(self.leaderboard, rows)
         print(summary.verdict(output, self.config.models, minutes))
         return max(status, beside(lambda: report.make_report(output, output / "report.html")))
 

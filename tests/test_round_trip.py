@@ -233,12 +233,21 @@ def test_an_experiment_needs_neither_editor_nor_clip(
     line += [f"--vae={folders['AutoencoderTiny']}", f"--recognizer={tiny_models.recognizer}", "--device=cpu"]
     line += [f"--judge={tiny_models.judge}", f"--lpips={tiny_models.perceptual}", "--num_iters=1"]
     line += ["--methods", "encoder", "facelock", "--purify", "vae", f"--reference_dir={tmp_path / 'others'}"]
+    (board := tmp_path / "board.md").write_text("# Ours\n\n")
+    assert experiment.main([*line, f"--leaderboard={board}"]) == 1  # before anything is made
+    assert "board.md: has no leaderboard" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    board.write_text("")
+    line.append(f"--leaderboard={board}")
     assert experiment.main(line) == 0
     text = (tmp_path / "out" / "all_metric.md").read_text()
     assert "no edit by words was made" in text and "1 prompts" in text and "other photos" in text
     table = pd.read_csv(tmp_path / "out" / "all_metric.csv")
     assert len(table) == 3 and not [name for name in table if name.startswith("clip")]
     assert table[["left", "facial", "lpips"]].iloc[1:].notna().all(axis=None)
+    row = board.read_text().splitlines()[-1].split(" | ")
+    assert row[:2] == ["| facelock", "0.03"] and row[6] == "-" and row[-1].startswith("`python ")
+    worst = pd.read_csv(tmp_path / "out" / "purified.csv")["worst"].iloc[-1]
+    assert float(row[5]) == pytest.approx(worst, abs=0.006)
     assert (tmp_path / "out" / "report.html").exists() and (tmp_path / "out" / "purified.csv").exists()
     capsys.readouterr()
     (tmp_path / "others" / "face1" / "b.png").unlink()

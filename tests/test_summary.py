@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 import pytest
 
-from evaluation import summary, tables
+from evaluation import leaderboard, summary, tables
 from utils import UserError
 
 ROWS = ["clean", "facelock/budget_0.06", "noise/budget_0.06"]
@@ -123,3 +123,23 @@ def test_the_verdict_speaks_of_edits_and_people(tmp_path):
     text = summary.verdict(write(tmp_path, [0.8, 0.2, 0.8], [float("nan")] * 3), "full", 1)
     assert "no threshold" in text and "of the people recognised" not in text and "stand-in" not in text
     assert "clean: left 0.80, 2.30 of the worst tenth of the people\n" in text and "trained here" not in text
+
+
+def test_a_leaderboard_keeps_what_is_around_it_and_the_last_row_of_each_method(tmp_path):
+    """Cells can't break the table, and a row of another budget is another row."""
+    board = tmp_path / "board.md"
+
+    def put(method, budget, command):
+        row = dict.fromkeys(leaderboard.COLUMNS, "-") | {"method": method, "budget": budget}
+        leaderboard.add(board, pd.DataFrame([row | {"command": command}]))
+
+    put("facelock", "0.03", "first")
+    board.write_text(f"# Ours\n\n{board.read_text()}\nAnd what it means.\n")
+    for row in (("cw", "0.03", "a|b"), ("facelock", "0.03", "second"), ("facelock", "0.06", "\n")):
+        put(*row)
+    lines = board.read_text().splitlines()
+    assert lines[:2] == ["# Ours", ""] and lines[-2:] == ["", "And what it means."]
+    assert [line.split(" | ")[-1] for line in lines[4:-2]] == ["second |", r"a\|b |", r"\n |"]
+    board.write_bytes(b"\xff")
+    with pytest.raises(UserError, match="board.md: not a readable text file"):
+        put("cw", "0.03", "")
