@@ -26,10 +26,9 @@ import utils
 from defend import add_defense_arguments, face_box, settings_of
 from images import image_size, load_image
 from loops import CHECK_EVERY
-from methods import METHODS
+from methods import METHODS, RECOMMENDED
 from models.config import editors_of
 from models.loading import ROOT
-from protection import methods_for
 from studio import (
     AMPLIFY,
     SHOWN_SIDE,
@@ -165,7 +164,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
     """Lays the page out and connects it to the studio -> gradio.Blocks. debug: errors show a traceback."""
     import gradio as gr
 
-    usual, config, by_words = studio.settings, studio.config, studio.by_words
+    usual, by_words = studio.settings, studio.by_words
     about_edits = ABOUT_EDITS if by_words else ABOUT_TRIPS
     made = "Edit" if by_words else "Round trip"
     trial = "edits it as a stranger would" if by_words else "sends it through an autoencoder and back"
@@ -214,7 +213,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                         info="in pixels, then Enter; or click on two opposite corners in the picture above",
                     )  # fmt: skip
                 gr.HTML("<h2>2. Its protection</h2>")
-                method = gr.Dropdown(methods_for(config.editor), value=usual.method, label="Method")
+                method = gr.Dropdown(studio.methods(), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
                 budget = gr.Number(budget_of(usual.method), step=0.005, label="Budget, in [-1, 1]")
                 n_iters = gr.Number(iterations_of(usual.method), step=1, label="Iterations")
@@ -348,7 +347,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             return shows or gr.skip()
 
         def describe(name: str, size: Any) -> tuple:
-            about = METHODS[name].objective.__doc__.splitlines()[0].rstrip(":")
+            about = RECOMMENDED.get(name) or METHODS[name].objective.__doc__.splitlines()[0].rstrip(":")
             try:
                 size = given(a_budget, "Budget", size)
                 most = allowed_levels(size)

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import sys
+import textwrap
 from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,7 @@ import utils
 from images import choose_output
 from loops import CHECK_EVERY
 from masks import BUDGET_MASKS
-from methods import METHODS
+from methods import METHODS, RECOMMENDED
 from models.config import (
     add_editor_arguments,
     add_face_arguments,
@@ -78,9 +79,8 @@ BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag that decides how a portrait is protected; `settings_of` reads them."""
     which = {"dest": "method", "choices": METHODS, "default": Settings.method}
-    text = "the defense; take facelock-wide, or facelock-wash for a picture that is compressed or resized on "
-    text += "its way, or facelock, the paper's; the others are there to compare with"
-    parser.add_argument("--defend_method", **which, help=text)
+    group = parser.add_argument_group("which defense to take", which_method())
+    group.add_argument("--defend_method", **which, help="the defense; facelock is the paper's")
     size = {"dest": "budget", "metavar": "ATTACK_BUDGET", "type": utils.budget_size}
     text = defaults_help(BUDGET_HELP, {name: f"{method.run.budget:.3g}" for name, method in METHODS.items()})
     parser.add_argument("--attack_budget", **size, help=text)
@@ -92,6 +92,13 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     add_perceptual_argument(parser)
     add_protector_argument(parser)
     add_model_arguments(parser)
+
+
+def which_method() -> str:
+    """Writes a line on each method that is recommended, with its budget, and names the others."""
+    lines = [f"{name} at {METHODS[name].run.budget:g}: {text}" for name, text in RECOMMENDED.items()]
+    lines.append(f"for comparison: {', '.join(name for name in METHODS if name not in RECOMMENDED)}")
+    return "\n".join(textwrap.fill(line, 106, subsequent_indent="  ") for line in lines)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:

@@ -59,6 +59,17 @@ def methods_for(editor: type[Editor]) -> list[str]:
     return [name for name, method in loops.items() if lacking.isdisjoint(method.parameters)]
 
 
+def has_network(config: ModelConfig) -> bool:
+    """Tells whether the network of `instant` is there, and for this autoencoder."""
+    from models.protector import read_config
+
+    try:
+        trained = read_config(config.protector)["trained"] if config.protector else {"vae": []}
+    except UserError:
+        return False
+    return recorded(config.vae) in trained["vae"]
+
+
 def output_prefix(models: str) -> str:
     """Begins the name of a protected file; what the stand-ins made is not mistaken for a protection."""
     return "protected_mini" if models == "mini" else "protected"

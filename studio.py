@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import verdict
 from edit import edit_portraits
 from images import image_size, load_image, png_bytes
+from methods import METHODS, RECOMMENDED
 from models.faces import Box, clip_box
 from models.loading import Missing, load_all
-from protection import Protector, Report, Settings, output_prefix
+from protection import Protector, Report, Settings, has_network, methods_for, output_prefix
 from utils import LEVEL, UserError
 from verdict import Face, Verdict
 from visits import Cancelled, Job, Picture, Visit
@@ -122,6 +123,15 @@ class Studio:
             return [nobody]
         advice = "" if self.settings.models == "mini" else verdict.ADVICE
         return [face.verdict(made, advice) for face in faces]
+
+
+    def methods(self) -> list[tuple[str, str]]:
+        """Lists the methods for a menu, each with its label: first those that are recommended."""
+        names = {self.settings.method, *methods_for(self.config.editor)}
+        names |= {name for name, one in METHODS.items() if one.is_network and has_network(self.config)}
+        first = [(name, name) for name in RECOMMENDED if name in names]
+        others = [name for name in METHODS if name in names and name not in RECOMMENDED]
+        return first + [(f"for comparison: {name}", name) for name in others]
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -232,6 +232,19 @@ def labels_of(page):
     return {it.label for it in page.blocks.values() if getattr(it, "label", None) and it.visible}
 
 
+@pytest.mark.parametrize("is_there", [True, False])
+def test_the_recommended_methods_come_first(is_there, defend_flags, visits):
+    """instant where a network for the autoencoder is there, and a line on each under the menu."""
+    pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")
+    line = [*defend_flags, "--defend_method=encoder", *([] if is_there else ["--protector=/none"])]
+    page = app.build(app.Studio(defend.settings_of(app.parse_args(line))), visits)
+    (menu,) = [it for it in page.blocks.values() if getattr(it, "label", "") == "Method"]
+    names = [name for _, name in menu.choices]
+    first = ["facelock-wide", "facelock-wash", "facelock-dim", *(["instant"] if is_there else [])]
+    assert names[: len(first)] == first and len({*names}) == len(names) and "veto" not in names
+    assert all(label.startswith("for comparison: ") == (name not in first) for label, name in menu.choices)
+
+
 def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, tmp_path):
     """A picture is protected, goes through and back, and each judge is named."""
     gradio = pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")

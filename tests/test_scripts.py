@@ -100,6 +100,13 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 # --help
 
 
+def test_help_says_which_method_to_take(call):
+    text = " ".join(call(defend, "--help").out.split("which defense to take:")[1].split())
+    first, others = text.split("for comparison: ")
+    assert first.index("facelock-wide at 0.2: ") < first.index("facelock-wash at 0.2: ")
+    assert "facelock, photoguard" in others and "facelock-wide," not in others.split("--defend_method")[0]
+
+
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_help_answers_without_torch(script):
     code = (
