@@ -27,8 +27,9 @@ from defend import add_defense_arguments, face_box, settings_of
 from images import image_size, load_image
 from loops import CHECK_EVERY
 from methods import METHODS, RECOMMENDED
-from models.config import editors_of
+from models.config import ModelSettings, editors_of, resolve
 from models.loading import ROOT
+from protection import loop_of
 from studio import (
     AMPLIFY,
     SHOWN_SIDE,
@@ -57,6 +58,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     port = utils.number(int, 1, 65535, "a port")
     parser.add_argument("--port", type=port, default=7860, help="of 127.0.0.1")
     add_defense_arguments(parser)
+    parser.set_defaults(method=None)  # the page's own first choice
     return parser.parse_args(argv)
 
 
@@ -72,6 +74,7 @@ def run(args: argparse.Namespace) -> int:
     from server import serve
 
     args.seed = utils.draw_seed(args.seed)
+    args.method = args.method or first_method(args)
     own = set(map(str, bundled(args.models)))
 
     def page(visits: Visits) -> tuple[Any, dict]:
@@ -83,6 +86,11 @@ def run(args: argparse.Namespace) -> int:
 
     serve(page, args.port, own)
     return 0
+
+
+def first_method(args: argparse.Namespace) -> str:
+    """Names what the page begins with: a network's answer at once, if there is one for what is attacked."""
+    return "instant" if loop_of(resolve(ModelSettings.of(args))) else next(iter(RECOMMENDED))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -177,13 +185,15 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         )  # fmt: skip
 
     def budget_of(name: str) -> float:
-        return METHODS[name].run.budget if usual.budget is None else usual.budget
+        own = METHODS[studio.loop if METHODS[name].is_network and studio.loop else name].run.budget
+        return own if usual.budget is None else usual.budget
 
     def iterations_of(name: str) -> int:
         return METHODS[name].run.num_iters if usual.num_iters is None else usual.num_iters
 
-    def numbers_of(name: str) -> tuple[float, int]:
-        return budget_of(name), iterations_of(name)
+    def numbers_of(name: str) -> tuple[float, Any]:
+        has_iterations = "num_iters" in METHODS[name].reads
+        return budget_of(name), gr.update(value=iterations_of(name), visible=has_iterations)
 
     least, largest = min(0.01, budget_of(usual.method)), max(USUAL_BUDGET, budget_of(usual.method))
     a_budget = utils.number(float, least, largest, f"a number from {least:g} to {largest:g}")
@@ -216,13 +226,17 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 method = gr.Dropdown(studio.methods(), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
                 budget = gr.Number(budget_of(usual.method), step=0.005, label="Budget, in [-1, 1]")
-                n_iters = gr.Number(iterations_of(usual.method), step=1, label="Iterations")
+                n_iters = gr.Number(
+                    iterations_of(usual.method), step=1, label="Iterations",
+                    visible="num_iters" in METHODS[usual.method].reads,
+                )  # fmt: skip
             with gr.Column(scale=3, min_width=300):
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
                     start = gr.Button(
                         "Protect", variant="primary", min_width=120, interactive=not studio.missing
                     )  # fmt: skip
+                    stronger = gr.Button("Make it stronger", visible=False, min_width=120)
                     stop = gr.Button("Cancel", interactive=False, min_width=120)
                 status = gr.HTML("Choose a portrait to begin with.", elem_id="status")
                 with gr.Row():
@@ -273,10 +287,12 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 shows[place] = TROUBLE.format(html.escape(utils.one_line(text)))
 
         idle = {start: gr.update(interactive=not studio.missing), stop: gr.update(interactive=False)}
+        alone = {stronger: gr.update(visible=False)}  # no answer of a network is shown
 
         def cleared() -> dict:
             nothing = dict.fromkeys([protected, difference, compare, *edits, table])
-            return idle | nothing | {download: gr.update(value=None, interactive=False), verdict: about_edits}
+            nothing |= {download: gr.update(value=None, interactive=False), verdict: about_edits}
+            return idle | alone | nothing
 
         def look(request: gr.Request, find: Callable[[Visit], Path] | None) -> dict:
             nothing = {picture: None, source: None, faces: None, which: gr.update(visible=False), status: ""}
@@ -368,6 +384,12 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 shows |= {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
             return shows
 
+        def strengthen(request: gr.Request, chosen: list[int]) -> dict:
+            name = studio.loop
+            size, total = budget_of(name), iterations_of(name)
+            shows = {method: name, budget: size, n_iters: gr.update(value=total, visible=True)}
+            return begin(request, name, size, total, chosen) | shows
+
         def end(request: gr.Request) -> dict:
             visit = visits.visits.get(request.session_hash)
             return gr.skip() if visit and visit.job else idle
@@ -413,6 +435,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                         compare: COMPARE.format(*(f"/gradio_api/file={path}" for path in pair)),
                         download: gr.update(value=str(report.path), interactive=True),
                         status: f"<p>{text}</p>{others}{notes(heard.getvalue())}",
+                        stronger: gr.update(visible=METHODS[report.method].is_network),
                     }
             return shows or gr.skip()
 
@@ -438,8 +461,8 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             return shows or gr.skip()
 
         outputs = [
-            picture, faces, which, panel, by_hand, start, stop, status, source, protected, difference,
-            compare, download, *edits, verdict, table,
+            picture, faces, which, panel, by_hand, start, stronger, stop, status, source, protected,
+            difference, compare, download, *edits, verdict, table,
         ]  # fmt: skip
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         queued = {"concurrency_id": "job", "api_visibility": "private"}
@@ -449,12 +472,14 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         method.change(numbers_of, method, [budget, n_iters], **quick)
         gr.on([method.change, budget.change], describe, choices, choices, **quick)
         begun = start.click(begin, [*choices, n_iters, which], outputs, queue=False, **quick)
-        done = begun.then(protect, None, outputs, show_progress_on=status, **queued)
-        done.then(end, None, outputs, queue=False, **quick)
+        again = stronger.click(strengthen, which, [*outputs, *choices, n_iters], queue=False, **quick)
+        jobs = [one.then(protect, None, outputs, show_progress_on=status, **queued) for one in (begun, again)]
+        for done in jobs:
+            done.then(end, None, outputs, queue=False, **quick)
         edited = edit.click(edit_both, [prompt, own, seed], outputs, show_progress_on=verdict, **queued)
-        stop.click(cancel, None, outputs, queue=False, cancels=done, **quick)
+        stop.click(cancel, None, outputs, queue=False, cancels=jobs, **quick)
         quick["trigger_mode"] = "multiple"  # what is chosen while the last one is looked at counts, too
-        running = [done, edited]
+        running = [*jobs, edited]
         picture.input(take_upload, picture, outputs, preprocess=False, cancels=running, **quick)
         gallery.select(take_bundled, None, outputs, cancels=running, **quick)
         by_hand.submit(take_box, by_hand, outputs, **quick)

@@ -3,7 +3,7 @@
     python bench.py --models=mini --portraits=500
     python bench.py --resolution=1024 --what vae --iterations=1 --repeats=1 --checkpointing
     python bench.py --input_side=6000x4000 --what encoder --iterations=2 --repeats=1
-    python bench.py --model=round-trip --vae=madebyollin/taef2 --what facelock-wide --recognizer dlib --dtype=bf16
+    python bench.py --model=round-trip --vae=madebyollin/taef2 --recognizer dlib --what facelock-wide
 
 Prints, for each job, seconds per iteration and per image (a defense with the scripts' own iterations, an edit
 with the set's own steps, a metric of one edit), hours for all portraits or for their edits by all 25

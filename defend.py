@@ -163,7 +163,7 @@ def progress_bar(num_iters: int, label: str, shown: bool = True) -> Iterator[Cal
     """Makes a loop's callback, a tqdm bar; shows the objective where a loop waits for the device anyway."""
     from tqdm import tqdm
 
-    with tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not shown) as bar:
+    with tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not (shown and num_iters)) as bar:
 
         def step(i: int, values: Tensor) -> None:
             if shown and ((i + 1) % CHECK_EVERY == 0 or i + 1 == num_iters):
@@ -193,7 +193,7 @@ def run(args: argparse.Namespace) -> int:
     with config.offering_mini([size]):
         protector.preload()
     config.warn_of([size])
-    with progress_bar(protector.run.num_iters, protector.name) as step:
+    with progress_bar(protector.num_iters, protector.name) as step:
         (report,) = protector.save([subject], [output], step)
     print(report)
     told = report.verdict("" if args.models == "mini" else ADVICE)

@@ -18,12 +18,11 @@ where it was. What fails for single portraits is named and left out, and the exi
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import shlex
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,7 @@ class Experiment:
     def score(self, table: Table) -> int:
         """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
         edits = self.pair(table, self.seeds, list(self.prompts), common=True)  # without what failed in a row
-        judged = dataclasses.replace(self.config, dtype=utils.pick_dtype("fp32", self.config.device))
+        judged = replace(self.config, dtype=utils.pick_dtype("fp32", self.config.device))
         how = {"per_image": table.root / "per_image.csv", "latex": self.latex, "overwrite": True}
         if self.baseline:
             how["baseline"] = str(table.edits[self.baseline])
@@ -314,13 +313,12 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
         (method, budget)
         for name, own in args.methods or map(method_at, PAPER)
         for method in (methods_for(EDITORS[args.model]) if name == "all" else [name])
-        for budget in ([own] if own else args.budgets or [METHODS[method].run.budget])
+        for budget in ([own] if own else args.budgets or [None])
     )
-    settings = settings_of(args)
-    return {
-        f"{method}/budget_{budget}": Protector(settings, method=method, budget=budget, seed=args.seed[0])
-        for method, budget in sorted(wanted, key=lambda pair: pair[1])
-    }
+    settings = replace(settings_of(args), seed=args.seed[0])
+    made = [Protector(settings, method=method, budget=budget) for method, budget in wanted]
+    made.sort(key=lambda one: one.run.budget)
+    return {f"{one.name}/budget_{one.run.budget}": one for one in made}
 
 
 def find_baseline(wanted: str, rows: Sequence[str]) -> str:

@@ -87,7 +87,7 @@ def protect_directory(
 
     def work(batch: list[runs.Item], subjects: list[Subject], wanted: list[bool]) -> runs.Facts:
         outputs = [item.output if is_wanted else None for item, is_wanted in zip(batch, wanted, strict=True)]
-        with progress_bar(protector.run.num_iters, protector.name, shown=is_first) as step:
+        with progress_bar(protector.num_iters, protector.name, shown=is_first) as step:
             reports = protector.save(subjects, outputs, step)
         for report in reports:
             tqdm.write(str(report))

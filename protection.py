@@ -59,15 +59,15 @@ def methods_for(editor: type[Editor]) -> list[str]:
     return [name for name, method in loops.items() if lacking.isdisjoint(method.parameters)]
 
 
-def has_network(config: ModelConfig) -> bool:
-    """Tells whether the network of `instant` is there, and for this autoencoder."""
+def loop_of(config: ModelConfig) -> str | None:
+    """Names what the network of `instant` was trained after; None if it isn't for this autoencoder."""
     from models.protector import read_config
 
     try:
         trained = read_config(config.protector)["trained"] if config.protector else {"vae": []}
     except UserError:
-        return False
-    return recorded(config.vae) in trained["vae"]
+        return None
+    return trained["method"] if recorded(config.vae) in trained["vae"] else None
 
 
 def output_prefix(models: str) -> str:
@@ -160,14 +160,15 @@ class Protector:
         # what the objective averages over
         self.attacked = resolve_vaes(replace(wanted, edit={}))
         self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
-        budget = self.method.run.budget
+        usual = METHODS[self._trained()["method"]] if self.method.is_network else self.method
+        budget = usual.run.budget
         if wanted.budget is not None:
             budget = utils.given(utils.budget_size, "budget", wanted.budget)
         if budget > USUAL_BUDGET:
             warn(f"--attack_budget {budget:g} is a lot. {in_levels(budget)}")
         knobs = dict(wanted.knobs)
         if self.method.is_network and (refine := knobs.pop("refine", 0)):
-            self.method = self.method.refined(METHODS[self._trained()["method"]], refine)
+            self.method = self.method.refined(usual, refine)
         parameters = self.method.parameters
         self.needs = [name for name, default in parameters.items() if default is NEED]
         numbers = {name: value for name in NUMBERS if (value := getattr(wanted, name)) is not None}
@@ -285,6 +286,11 @@ class Protector:
         if trained["method"] not in METHODS:
             raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method here")
         return trained
+
+    @property
+    def num_iters(self) -> int:
+        """How often the loop goes round."""
+        return self.run.num_iters if "num_iters" in self.method.reads else 0
 
     @property
     def is_at_once(self) -> bool:

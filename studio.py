@@ -16,7 +16,7 @@ from images import image_size, load_image, png_bytes
 from methods import METHODS, RECOMMENDED
 from models.faces import Box, clip_box
 from models.loading import Missing, load_all
-from protection import Protector, Report, Settings, has_network, methods_for, output_prefix
+from protection import Protector, Report, Settings, loop_of, methods_for, output_prefix
 from utils import LEVEL, UserError
 from verdict import Face, Verdict
 from visits import Cancelled, Job, Picture, Visit
@@ -43,6 +43,7 @@ class Studio:
         protector = Protector(settings)
         self.detector, self.config = protector.detector, protector.config
         self.by_words = self.config.editor.by_words
+        self.loop = loop_of(self.config)  # what goes on where the network of `instant` ends
         self.missing: list[str] = []
         try:
             load_all([protector.preload, self.config.load_editor])
@@ -128,7 +129,7 @@ class Studio:
     def methods(self) -> list[tuple[str, str]]:
         """Lists the methods for a menu, each with its label: first those that are recommended."""
         names = {self.settings.method, *methods_for(self.config.editor)}
-        names |= {name for name, one in METHODS.items() if one.is_network and has_network(self.config)}
+        names |= {name for name, one in METHODS.items() if one.is_network and self.loop}
         first = [(name, name) for name in RECOMMENDED if name in names]
         others = [name for name in METHODS if name in names and name not in RECOMMENDED]
         return first + [(f"for comparison: {name}", name) for name in others]

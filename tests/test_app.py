@@ -646,12 +646,13 @@ def browser():
 
 
 @contextlib.contextmanager
-def running(folder):
-    """Starts app.py -> the process and its address."""
+def running(folder, *flags):
+    """Starts app.py -> the process and its address. flags: by default the paper's method."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "app.py"), f"--port={port}", *FLAGS]
+    flags = flags or ["--defend_method=facelock"]
+    command = [sys.executable, str(ROOT / "app.py"), f"--port={port}", *FLAGS, *flags]
     environment = os.environ | {"TMPDIR": str(folder)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
         try:
@@ -757,6 +758,27 @@ def test_from_upload_to_verdict(open_page, tmp_path):
     other = tmp_path / "other.png"
     assert defend.main([f"--input_path={MINI[2]}", f"--output_path={other}", *FLAGS]) == 0
     np.testing.assert_array_equal(load_image(other).pixels, protected)
+
+
+@pytest.mark.browser
+def test_the_first_answer_comes_at_once_and_can_be_made_stronger(browser, tmp_path):
+    """By the bundled network, in the page's first choice; then by the loop that it was trained after."""
+    with running(tmp_path, "--samples=1") as (_, address):
+        page = browser.new_page()
+        page.goto(address)
+        upload(page, MINI[2])
+        assert page.get_by_label("Iterations").count() == 0
+        stronger = page.get_by_role("button", name="Make it stronger")
+        assert stronger.count() == 0
+        page.get_by_role("button", name="Protect", exact=True).click()
+        page.get_by_text(SAVED).wait_for()
+        at_once = load_image(download(page, tmp_path)).pixels
+        stronger.click()
+        page.get_by_text(SAVED).wait_for(state="detached")
+        page.get_by_text(SAVED).wait_for()
+        assert page.get_by_label("Method").input_value() == "facelock-dim" and stronger.count() == 0
+        assert (load_image(download(page, tmp_path)).pixels != at_once).any()
+        page.close()
 
 
 @pytest.mark.browser
