@@ -24,7 +24,7 @@ from calibration import strangers
 from images import load_image, to_tensor, to_uint8
 from models import recognizers
 from models.dlib import dlib_network
-from models.faces import USUAL_POINTS, Box, Face, FaceDetector, PointCrop, clip_box, scale_box, sepia
+from models.faces import USUAL_POINTS, Box, Face, FaceDetector, PointCrop, clip_box, scale_box
 from models.loading import ROOT
 from models.recognizers import Recognizer, face_similarity_to, load_recognizer
 from utils import UserError
@@ -202,37 +202,6 @@ def test_several_pictures_at_once_give_what_each_gives_alone(detector, portraits
     monkeypatch.setattr(detector, "_look", lambda one, some: sizes.append(len(some)) or look(one, some))
     monkeypatch.setattr(models.faces, "DETECTED_AT_ONCE", 2 * 128**2)
     assert detector.find(portraits) == alone and sizes[:2] == [2, 1]
-
-
-def test_a_look_is_given_what_those_before_found_nothing_in(detector, portraits, monkeypatch):
-    looks = []
-    look_once = detector._look
-
-    def look(look, images):
-        looks.append((look, len(images)))
-        return look_once(look, images) if len(looks) > 1 else [[], *look_once(look, images[1:])]
-
-    monkeypatch.setattr(detector, "_look", look)
-    assert all(detector.find(portraits))
-    assert looks[:2] == [(models.faces.Look(32), 3), (models.faces.Look(32, sepia=True), 1)]
-    looks.clear()
-    detector(np.zeros((300, 257, 3), np.uint8))  # no face
-    assert [look.min_face_size for look, _ in looks] == [20, 32, 40]
-    looks.clear()
-    detector(np.zeros((256, 256, 3), np.uint8))
-    assert [look.min_face_size for look, _ in looks] == [32, 32, 40]
-
-
-def test_a_look_in_sepia_sees_skin_whatever_its_hue(detector, portraits, monkeypatch):
-    shown, images = [], np.stack(portraits)
-    nothing = [None] * len(images)
-    mtcnn = SimpleNamespace(detect=lambda some, landmarks: shown.append(some) or (nothing, None, nothing))
-    monkeypatch.setitem(detector.mtcnn, 32, mtcnn)
-    for look in models.faces.LOOKS[:2]:
-        detector._look(look, images)
-    np.testing.assert_array_equal(shown, [images, sepia(images)])
-    colours = np.array([[100, 100, 100], [0, 0, 255], [255, 255, 255]], np.uint8)
-    assert sepia(colours).tolist() == [[112, 97, 88], [33, 28, 26], [255, 247, 224]]
 
 
 def test_faces_are_found_in_float32_whatever_is_around(detector, astronaut):

@@ -347,7 +347,6 @@ def test_the_largest_image_takes_at_most_2_5_gb(tmp_path, method, mask):
     flags += [f"--input_path={tmp_path}/large.jpg", f"--output_path={tmp_path}/o.png"]
     flags += [] if method == "noise" else ["--num_iters=2"]
     flags += ["--model=flux-kontext"] if "attention" in METHODS[method].parameters else []
-    flags += ["--model=flux-kontext"] if "attention" in METHODS[method].parameters else []
     flags += ["--face_box=900,600,1900,1700"] if mask != "none" or "facelock" in method else []
     process = subprocess.Popen([sys.executable, "defend.py", *flags], cwd=ROOT)
     _, status, used = os.wait4(process.pid, 0)

