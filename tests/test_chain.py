@@ -97,25 +97,58 @@ def test_what_belongs_together_is_scored_without_a_warning(call):
         assert found.status == 0 and "warning" not in found.err, found.err
 
 
-@pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
-def test_edits_of_sources_that_have_changed_are_refused(world, call, script):
+def replace_protected(world: Path) -> None:
     write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(32, seed=7))
-    found = call(script)
-    assert found.status == 1
-    where = f"{world}/edits/facelock/budget_0.03 holds edits of other pictures than those that"
-    assert f"{where} {world}/protected/facelock/budget_0.03 holds now (ben)" in found.error
-    assert not [*Path().iterdir()]
 
 
-@pytest.mark.parametrize("script", [eval_all, figure])
-def test_clean_edits_of_other_sources_are_refused(world, call, script):
-    """Also where the sources that they were made of are gone, or lie elsewhere."""
+def write_others(world: Path) -> None:
     for name in NAMES:
         write(world / "others" / f"{name}.png", tiny.portrait(32, seed=9))
-    found = call(script, "--src_dir", f"{world}/others")
-    assert found.status == 1
-    says = f"edits/clean holds edits of other pictures than those in {world}/others (anna, ben, cleo)"
-    assert says in found.error
+
+
+def replace_source(world: Path) -> None:
+    """A portrait is replaced under its name: its protected form and the edits of that are old."""
+    write(world / "portraits/ben.png", tiny.portrait(32, seed=7))
+    write(world / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(32, seed=7) // 2)
+    note(world / "edits/clean/seed5", world / "portraits")
+
+
+def unprotect(world: Path) -> None:
+    path = world / "protected/facelock/budget_0.03/ben.png"
+    write(path, np.array(Image.open(world / "portraits/ben.png")))
+    note(world / "edits/facelock/budget_0.03/seed5", path.parent)
+
+
+def exceed_the_budget(world: Path) -> None:
+    path = world / "protected/facelock/budget_0.02/ben.png"
+    source = np.array(Image.open(world / "portraits/ben.png"))
+    write(path, np.where(source > 127, source - 5, source + 5).astype(np.uint8))
+    note(path.parent, world / "portraits", attack_budget=0.02)
+    note(world / "edits/facelock/budget_0.02/seed5", path.parent)
+
+
+PROTECTED = "{0}/protected/facelock/budget_0.0"
+OTHERS = "holds edits of other pictures than those in {0}/others (anna, ben, cleo)"
+
+
+@pytest.mark.parametrize(
+    ("happens", "scripts", "more", "says"),
+    [
+        (replace_protected, [eval_psnr, eval_all, figure], "", f"{PROTECTED}3 holds now (ben)"),
+        (write_others, [eval_all, figure], "--src_dir {0}/others", f"edits/clean {OTHERS}"),
+        (write_others, [eval_all], "--protected_dirs {0}/others", OTHERS),
+        (replace_source, [eval_all], "", "made from other pictures than those in {0}/portraits (ben)"),
+        (unprotect, [eval_all], "", "budget_0.03: not the files that main_defend.py wrote (ben)"),
+        (exceed_the_budget, [eval_all], "", "beyond the budget 0.02 of its run.json: ben 0.0392"),
+        (write_others, [figure], f"--protected_dirs {PROTECTED}3 {PROTECTED}2", "go in the order of"),
+    ],
+)  # fmt: skip
+def test_what_does_not_belong_together_is_refused(world, call, happens, scripts, more, says):
+    happens(world)
+    for script in scripts:
+        found = call(script, *more.format(world).split())
+        assert found.status == 1 and says.format(world) in found.error
+        assert not [*Path().iterdir()]
 
 
 def test_a_moved_data_set_is_the_same_data_set(world, call):
@@ -123,54 +156,6 @@ def test_a_moved_data_set_is_the_same_data_set(world, call):
     (world / "protected").rename(world / "elsewhere")
     more = ["--src_dir", f"{world}/moved", "--protected_dirs", f"{world}/elsewhere/facelock"]
     assert call(eval_all, *more).status == 0
-
-
-def test_protected_images_that_no_row_edits_are_refused(world, call):
-    for name in NAMES:
-        write(world / "other" / f"{name}.png", tiny.portrait(32, seed=8))
-    found = call(eval_all, "--protected_dirs", f"{world}/other")
-    assert found.status == 1
-    assert f"holds edits of other pictures than those in {world}/other (anna, ben, cleo)" in found.error
-
-
-def test_protected_images_of_other_sources_are_refused(world, call):
-    """A portrait replaced under its name: its protected form and the edits of that are old."""
-    write(world / "portraits/ben.png", tiny.portrait(32, seed=7))
-    write(world / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(32, seed=7) // 2)
-    note(world / "edits/clean/seed5", world / "portraits")
-    found = call(eval_all)
-    assert found.status == 1
-    says = f"budget_0.02 was made from other pictures than those in {world}/portraits (ben)"
-    assert says in found.error
-
-
-def test_a_protected_image_that_was_changed_is_refused(world, call):
-    path = world / "protected/facelock/budget_0.03/ben.png"
-    write(path, np.array(Image.open(world / "portraits/ben.png")))
-    note(world / "edits/facelock/budget_0.03/seed5", path.parent)
-    found = call(eval_all)
-    assert found.status == 1
-    assert "budget_0.03: not the files that main_defend.py wrote (ben)" in found.error
-
-
-def test_a_protected_image_beyond_its_budget_is_an_error(world, call):
-    path = world / "protected/facelock/budget_0.02/ben.png"
-    source = np.array(Image.open(world / "portraits/ben.png"))
-    write(path, np.where(source > 127, source - 5, source + 5).astype(np.uint8))
-    note(path.parent, world / "portraits", attack_budget=0.02)
-    note(world / "edits/facelock/budget_0.02/seed5", path.parent)
-    found = call(eval_all)
-    assert found.status == 1
-    assert "budget_0.02: beyond the budget 0.02 of its run.json: ben 0.0392" in found.error
-    assert not [*Path().iterdir()]
-
-
-def test_swapped_orders_in_a_grid_are_an_error(world, call):
-    folders = [f"{world}/protected/facelock/{budget}" for budget in reversed(BUDGETS)]
-    found = call(figure, "--protected_dirs", *folders)
-    assert found.status == 1
-    assert "--protected_dirs go in the order of --defend_edit_dirs" in found.error
-    assert not [*Path().iterdir()]
 
 
 @pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
@@ -236,16 +221,6 @@ def test_seed00_is_not_seed_0(world, call):
     (rows[1] / "seed0").rename(world / "away")
     found = call(eval_psnr, "--seed", "0")
     assert found.status == 1 and "budget_0.02: no seed0 (there are seed00)" in found.error
-
-
-def test_a_row_without_the_seed_is_named(world, call):
-    row = world / "edits/facelock/budget_0.02"
-    (row / "seed5").rename(row / "seed7")
-    found = call(eval_psnr)
-    assert found.status == 1 and f"{row}: no seed5 (there are seed7)" in found.error
-    found = call(eval_psnr, "--common")
-    assert found.status == 0 and f"warning: left out: {row}: no seed5" in found.err
-    assert "1 rows" in found.out
 
 
 # ---------------------------------------------------------------------------------------------------------

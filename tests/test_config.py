@@ -10,8 +10,7 @@ import torch
 import defend
 import edit
 import experiment
-from models.config import MINI, MODEL_SETS, ModelConfig, ModelSettings, resolve
-from models.editors import EDITORS
+from models.config import MINI, ModelConfig, ModelSettings, resolve
 from models.loading import recorded
 from protection import Protector
 from utils import UserError
@@ -189,13 +188,6 @@ def test_warning_for_what_a_set_was_not_made_for(capsys):
     MINIS.warn_of([(128, 128)])
     FULL.warn_of(sizes, ["Make it rain"])
     assert capsys.readouterr().err == ""
-
-
-def test_a_sets_members_are_strings_and_its_settings_an_editors():
-    for models in MODEL_SETS.values():
-        assert set(models.editors) <= set(EDITORS)
-        known = {"resolution", "scheduler"}.union(*(EDITORS[kind].knobs for kind in EDITORS))
-        assert set(models.settings) <= known
 
 
 def test_one_name_is_as_good_as_a_tuple_of_it():

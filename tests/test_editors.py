@@ -14,7 +14,6 @@ import torch
 import torch._dynamo
 from tiny import noise
 
-import models.editors
 from images import to_working
 from models.editors import Editor, InstructPix2Pix, StableDiffusion
 from models.vaes import WorkingVAE, load_vae
@@ -174,29 +173,6 @@ class By16(InstructPix2Pix):
 
     multiple = 16
     knobs: ClassVar = {"true_cfg_scale": 4.0}
-
-
-@pytest.mark.parametrize(
-    ("kind", "knobs", "height"),
-    [
-        (InstructPix2Pix, {"num_inference_steps": 9, "guidance_scale": 3.0, "image_guidance_scale": 2.0}, 56),
-        (StableDiffusion, {"num_inference_steps": 9, "guidance_scale": 3.0, "strength": 0.4}, 56),
-        (By16, {"true_cfg_scale": 5.0}, 64),
-    ],
-)
-def test_what_the_pipeline_is_given(kind, knobs, height, monkeypatch):
-    pipeline, asked = Pipeline(), []
-    monkeypatch.setattr(models.editors, "_load_pipeline", lambda *args: asked.append(args) or pipeline)
-    editor = load_editor("me/ed", kind, scheduler="DDIMScheduler", **knobs)
-    assert asked == [(kind, "me/ed", "DDIMScheduler", CPU, F32)]
-    assert pipeline.bar["disable"] is True
-    x = noise(2, 3, 50, 48)
-    torch.testing.assert_close(editor(x, ["a", "b"], 5), x)  # out of [-1, 1], padded, and back
-    image, generators = pipeline.given.pop("image"), pipeline.given.pop("generator")
-    assert image.shape == (2, 3, height, 48) and 0 <= image.min() < 0.1 and 0.9 < image.max() <= 1
-    assert [generator.initial_seed() for generator in generators] == [5, 5]
-    assert generators[0] is not generators[1]
-    assert pipeline.given == {"prompt": ["a", "b"], "output_type": "pt", **knobs}
 
 
 def test_the_vae_of_an_editor_by_16_is_padded_to_16(tiny_models):

@@ -305,38 +305,6 @@ class Pipeline:
         return SimpleNamespace(images=image)
 
 
-def size(height: int, width: int) -> dict[str, int]:
-    return {"height": height, "width": width}
-
-
-GIVEN = {
-    "sdxl-instruct-pix2pix": {"guidance_scale": 3.0, "image_guidance_scale": 1.5, **size(96, 64)},
-    "flux-kontext": {
-        "guidance_scale": 3.0,
-        "max_area": 8960,
-        "_auto_resize": False,
-        "max_sequence_length": 512,
-        **size(112, 80),
-    },
-    "flux2-klein": {"guidance_scale": 3.0, **size(96, 64)},
-    "qwen-image-edit": {"true_cfg_scale": 3.0, "negative_prompt": " ", **size(128, 64)},
-}
-
-
-@pytest.mark.parametrize("kind", WRITERS)
-def test_what_the_pipeline_is_given(kind, monkeypatch):
-    pipeline = Pipeline()
-    monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)
-    editor, x = load(kind, Path("me/ed"), guidance_scale=3.0), noise(2, 3, 96, 64)
-    assert editor(x, ["a", "b"], 5).shape == x.shape
-    for number, given in enumerate(pipeline.calls):
-        one = given.pop("generator"), given.pop("prompt")
-        seeds = [generator.initial_seed() for generator in (one[0] if isinstance(one[0], list) else one[:1])]
-        assert set(seeds) == {5} and one[1] == (["a", "b"] if kind not in TOKENS else "ab"[number])
-        assert given == {"output_type": "pt", "num_inference_steps": 2, **GIVEN[kind]}
-    assert len(pipeline.calls) == (2 if kind in TOKENS else 1)
-
-
 def test_without_guidance_qwen_needs_no_negative(monkeypatch):
     pipeline = Pipeline()
     monkeypatch.setattr("models.editors._load_pipeline", lambda *_: pipeline)

@@ -34,16 +34,6 @@ def test_perceptual_distance_is_lpips(tmp_path, heads):
     assert not any(parameter.requires_grad for parameter in network.parameters()) and not network.training
 
 
-def test_the_clean_features_are_computed_once(tiny_models, fresh_loaders):
-    network = load_perceptual(str(tiny_models.perceptual), CPU, F32)
-    seen = []
-    network.net.register_forward_hook(lambda *_: seen.append(1))
-    distance = perceptual_distance_to(network, noise(1, 3, 64, 64))
-    distance(noise(1, 3, 64, 64, seed=1))
-    distance(noise(1, 3, 64, 64, seed=2))
-    assert len(seen) == 3
-
-
 class Masked(torch.nn.Module):
     """A trunk whose one layer is zero where the image is dark, and not through a ReLU:
     that would hide a NaN.

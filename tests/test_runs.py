@@ -13,10 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 import experiment
-import images
 import provenance
 import runs
 from utils import UserError, temporary_name
@@ -397,22 +395,6 @@ def test_only_files_that_a_run_can_have_left_are_removed(copies, tmp_path):
     assert sorted(os.listdir(copies.directory)) == sorted([*kept, *made])
     assert os.listdir(copies.directory / "prompt0") == []
     assert (tmp_path / "precious").read_text() == "precious"
-
-
-def test_names_as_long_as_names_may_be(copies):
-    """The temporary name doesn't add to them; and names that are no text are noted, too."""
-
-    def work(items, loaded, wanted):
-        for item in items:
-            images.save_png(item.output, images.load_image(item.source).pixels)
-        return [{}] * len(items)
-
-    copies.load, copies.work = (lambda item: ""), work
-    stems = ["x" * 251, "ü" * 125, os.fsdecode(b"latin\xe9")]
-    for stem in stems:
-        Image.new("RGB", (8, 8)).save(copies.root / "in" / stem, format="PNG")
-    assert copies(" ".join(stems)) == 0
-    assert set(runs.read_manifest(copies.directory)) == {f"{stem}.png" for stem in stems}
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -428,16 +428,6 @@ def finished(call, folder, tmp_path) -> SimpleNamespace:
     return SimpleNamespace(line=line, made=made, files=tree(made))
 
 
-def test_a_second_run_skips_and_a_resumed_one_makes_the_same_file(call, finished):
-    done = call(main_defend, finished.line, "--batch_size", 3)  # which may differ
-    assert done.status == 0 and "0 written, 3 there already" in done.out
-    (finished.made / "face1.png").unlink()
-    done = call(main_defend, finished.line)
-    assert "1 written, 2 there already" in done.out
-    after = tree(finished.made)
-    assert all(after[f"face{n}.png"] == finished.files[f"face{n}.png"] for n in range(3))
-
-
 def test_a_changed_argument_is_refused_and_listed(call, finished):
     done = call(main_defend, finished.line, "--step_size", 0.003)
     assert done.status == 1 and len(done.errors) == 1

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import lpips
 import numpy as np
@@ -148,15 +149,19 @@ def tiny_editor(
     return kind(pipeline=SimpleNamespace(tokenizer=tokenizer, scheduler=scheduler, **parts))
 
 
-def write_editor(directory: Path, seed: int = 0) -> Path:
-    """Writes a complete StableDiffusionInstructPix2PixPipeline; its VAE is `tiny_vae(seed=seed)`."""
-    tokenizer = tiny_tokenizer()
-    StableDiffusionInstructPix2PixPipeline(
+def write_editor(
+    directory: Path, seed: int = 0, kind: type = StableDiffusionInstructPix2PixPipeline, channels: int = 8
+) -> Path:
+    """Writes a complete pipeline, by default an InstructPix2Pix; its VAE is `tiny_vae(seed=seed)`."""
+    scheduler = EulerAncestralDiscreteScheduler(**SCHEDULE)
+    if kind is StableDiffusionImg2ImgPipeline:
+        scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    kind(
         vae=tiny_vae(seed=seed),
         text_encoder=_text_encoder(seed),
-        tokenizer=tokenizer,
-        unet=_unet(8, seed),
-        scheduler=EulerAncestralDiscreteScheduler(**SCHEDULE),
+        tokenizer=tiny_tokenizer(),
+        unet=_unet(channels, seed),
+        scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -166,18 +171,7 @@ def write_editor(directory: Path, seed: int = 0) -> Path:
 
 def write_img2img(directory: Path, seed: int = 0) -> Path:
     """Writes a complete StableDiffusionImg2ImgPipeline, with a DDIM scheduler."""
-    tokenizer = tiny_tokenizer()
-    StableDiffusionImg2ImgPipeline(
-        vae=tiny_vae(seed=seed),
-        text_encoder=_text_encoder(seed),
-        tokenizer=tokenizer,
-        unet=_unet(4, seed),
-        scheduler=DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    ).save_pretrained(directory)
-    return directory
+    return write_editor(directory, seed, StableDiffusionImg2ImgPipeline, channels=4)
 
 
 def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
@@ -200,34 +194,25 @@ def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
     return directory
 
 
-def _write_preprocessor(directory: Path, size: int, mean: float, std: float) -> None:
-    settings = {"size": {"height": size, "width": size}, "image_mean": [mean] * 3, "image_std": [std] * 3}
-    settings["strangers_mean"] = 0.25
-    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
-
-
 def write_recognizer(
-    directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0
+    directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0, network: Any = None
 ) -> Path:
     """Writes a transformers ResNetModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
-    config = ResNetConfig(
-        embedding_size=WIDTH, hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], layer_type="basic"
-    )
-    ResNetModel(config).eval().save_pretrained(directory)
-    _write_preprocessor(directory, size, mean, std)
+    shape = {"hidden_sizes": [WIDTH, 2 * WIDTH], "depths": [1, 1]}
+    network = network or ResNetModel(ResNetConfig(embedding_size=WIDTH, layer_type="basic", **shape))
+    network.eval().save_pretrained(directory)
+    settings = {"size": {"height": size, "width": size}, "image_mean": [mean] * 3, "image_std": [std] * 3}
+    settings["strangers_mean"] = 0.25
+    (directory / "preprocessor_config.json").write_text(json.dumps(settings))
     return directory
 
 
-def write_convnext(
-    directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 1
-) -> Path:
+def write_convnext(directory: Path, seed: int = 1, **how: Any) -> Path:
     """Writes a transformers ConvNextModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
-    config = ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2)
-    ConvNextModel(config).eval().save_pretrained(directory)
-    _write_preprocessor(directory, size, mean, std)
-    return directory
+    network = ConvNextModel(ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2))
+    return write_recognizer(directory, network=network, **how)
 
 
 def facenet_state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -287,6 +272,19 @@ def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Pat
     save_file(state, directory / "model.safetensors")
     (directory / "config.json").write_text(json.dumps({"net": "squeeze", "lpips": heads}))
     return directory
+
+
+def spoil(state: dict[str, torch.Tensor], change: str) -> None:
+    """Takes something from the largest tensor of a file, or adds another: what must not be loaded."""
+    name = max(state, key=lambda key: state[key].numel())
+    if change == "missing":
+        del state[name]
+    elif change == "unexpected":
+        state["99.something"] = torch.zeros(3)
+    elif change == "mismatched":
+        state[name] = state[name].flatten()[:-1].clone()
+    elif change == "nan":
+        state[name].flatten()[7] = torch.nan
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:
