@@ -1,4 +1,4 @@
-"""Any image file, as Pillow reads it, to 8-bit sRGB: which formats, 16 bits, colour profiles."""
+"""Turns any image file that Pillow reads into 8-bit sRGB: formats, 16 bits, colour profiles."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
     prompts = prompts_of(args.model, args.prompts, args.prompt_file)
     runs.processes(args.device)
     if args.seed == -1 and not EDITORS[args.model].by_words:
-        args.seed = 0  # it has no say
+        args.seed = 0  # it changes nothing
     seed = runs.once(lambda: settle_seed(args.seed, args.edit_dir))
     directory, config = args.edit_dir / f"seed{seed}", resolve(ModelSettings.of(args))
     if runs.processes().is_main_process:

@@ -1,4 +1,4 @@
-"""Where a perturbation may be how large: soft masks in [0, 1] of the clean image and its faces alone."""
+"""Soft masks in [0, 1] that scale the budget per pixel, from the clean image and its faces alone."""
 
 from __future__ import annotations
 

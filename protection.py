@@ -1,4 +1,4 @@
-"""Protects portraits: the library's entry, which the scripts and the page use, too.
+"""Protects portraits: the library's entry point, also for the scripts and the page.
 
 from protection import Protector
 Protector(method="facelock", budget=0.06, models="mini").protect("portrait.png").save("protected.png")
@@ -71,7 +71,7 @@ def loop_of(config: ModelConfig) -> str | None:
 
 
 def output_prefix(models: str) -> str:
-    """Begins the name of a protected file; what the stand-ins made is not mistaken for a protection."""
+    """Begins the name of a protected file; one made by the stand-ins is not mistaken for a protection."""
     return "protected_mini" if models == "mini" else "protected"
 
 
@@ -132,7 +132,7 @@ class Report:
         return text
 
     def verdict(self, advice: str = "") -> list[str]:
-        """Says, by each judge with a threshold, what the round trip leaves of each face."""
+        """Says what each judge with a threshold still finds of each face after the round trip."""
         told = [face.verdict("round trip", advice) for face in self.faces if face.has_judges]
         return [f"{number}{verdict}" for number, verdict in zip(numbered(told), told, strict=True)]
 
@@ -199,10 +199,10 @@ class Protector:
         self.config = self.attacked[0]
         self.device, self.resolution = self.config.device, self.config.resolution
         self.denoisers: dict[str, Denoiser | Attention] = {}
-        self.unavailable: set[str] = set()  # members that only a report asked for, and that can't be had
+        self.unavailable: set[str] = set()  # members that a report would use, but that can't be loaded
 
     def settings(self) -> dict[str, Any]:
-        """Gives what decides about pixels, for run.json: a run with other values makes other files."""
+        """Gives all that determines pixels, for run.json: a run with other values makes other files."""
         config = self.config
         found = {
             "seed": self.seed,
@@ -284,7 +284,7 @@ class Protector:
             raise UserError(f"instant {text} (train_protector.py makes one)")
         trained = read_config(member)["trained"]
         if trained["method"] not in METHODS:
-            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method here")
+            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method")
         return trained
 
     @property
@@ -303,9 +303,9 @@ class Protector:
         return FaceDetector(self.device)
 
     def preload(self) -> None:
-        """Loads what the method can't do without, before anything is written.
+        """Loads what the method needs, before anything is written.
 
-        Raises UserError; one of weights that can't be had names all of them, those of the report, too.
+        Raises UserError; for missing weights, one that names all of them, those of the report, too.
         """
         needed, asked = [lambda: self.network] if self.method.is_network else [], []
         for one in self.attacked:
@@ -490,7 +490,7 @@ class Protector:
         return [face_of(self.config, panel, images, [box] * 3) for box in subject.boxes]
 
     def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
-        """Loads a member for a report; one that can't be had is tried and reported once, and gives None."""
+        """Loads a member for a report; one that can't be loaded is reported once, and gives None."""
         if name in self.unavailable:
             return None
         try:
@@ -502,7 +502,7 @@ class Protector:
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """Seeds the draws of one image's objective: other numbers than those of its start, by the same seed."""
+    """Makes the generator of one image's objective, whose numbers are not those of its random start."""
     import torch
 
     return torch.Generator().manual_seed(start_seed(seed, "objective"))

@@ -1,7 +1,7 @@
 """What made the files of a directory: run.json with the settings, and a manifest with one line per file.
 
-run.json holds all that decides about pixels. A line of the manifest holds the hashes of the file and of its
-source; without a hash it is of a file that was being made when a run ended.
+run.json holds all settings that determine pixels. A line of the manifest holds the hashes of a file and of
+its source; a line without a hash is that of a file that was being made when a run ended.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ LINE = {"output": str, "source": str, "sha256": str, "bytes": int}  # of the man
 
 @functools.cache
 def versions() -> dict[str, str]:
-    """Reads the versions of Python and of what decides about pixels, and the commit of this project."""
+    """Reads the versions of Python and of the packages that affect pixels, and the commit of this project."""
     found = {"python": platform.python_version(), **dict.fromkeys(PACKAGES, "not installed")}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -89,7 +89,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
 
 
 def differences(old: dict[str, Any] | None, settings: dict[str, Any], prompts: dict[int, str]) -> list[str]:
-    """Lists in words where a recorded run had other settings, or other texts of the same numbers."""
+    """Lists where a recorded run had other settings, or other instructions under the same numbers."""
     if old is None:
         return []
     before, texts = {"seed": old.get("seed"), **old["arguments"]}, old.get("prompts", {})
@@ -156,7 +156,7 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_line(entry: Any) -> bool:
-    """Tells whether this is a line of a manifest: one flipped bit may have made it something else."""
+    """Tells whether this is a line of a manifest: a flipped bit may have made it something else."""
     if not isinstance(entry, dict) or "output" not in entry:
         return False
     is_whole = "sha256" not in entry or LINE.keys() <= entry.keys()

@@ -1,7 +1,7 @@
-"""Makes a directory of results: what is finished already, what made it, several processes, Ctrl-C.
+"""Makes a directory of results: skips finished files, records settings, shares work, stops at Ctrl-C.
 
-A script gives a `Job` its items and two functions that load and make them; pixels are none of this file's
-business. A file is finished if it is the result of this source and these settings (provenance.py).
+A script gives a `Job` its items and two functions that load and make them; nothing here deals with pixels. A
+file is finished if it is the result of this source and these settings (provenance.py).
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ Facts = list[dict[str, Any]]  # about each file that was made, for the manifest
 OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of what the scripts write beside images
 NAMED = 5  # files that a message names before it counts the rest
 PARENT = os.getppid()  # the launcher's process number, if there is one
-LONGEST_WAIT = datetime.timedelta(days=30)  # of a process that has finished for one that has not
+LONGEST_WAIT = datetime.timedelta(days=30)  # of a finished process for the others
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ class Item:
 
 @dataclass(frozen=True)
 class Options:
-    """How a run goes; nothing here decides about pixels."""
+    """How a run goes; nothing here changes pixels."""
 
     batch_size: int = 1
     overwrite: bool = False
@@ -145,7 +145,7 @@ def processes(device: str = "auto") -> PartialState:
 
 
 def once(work: Callable[[], T]) -> T:
-    """Calls a function in the first process, for all; an error that is a user's ends all, with status 1."""
+    """Calls a function in the first process and shares its result; a UserError there ends all processes."""
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None, None]
@@ -227,9 +227,9 @@ def listening() -> Iterator[list[int]]:
 
 @dataclass
 class Job:
-    """What a directory of results shall hold, how it is made, and what became of it in this process.
+    """What a directory of results should hold, how it is made, and what this process made of it.
 
-    settings: all that decides about pixels. `prepare` loads what `work` needs, before anything is written, if
+    settings: all that determines pixels. `prepare` loads what `work` needs, before anything is written, if
     there is anything to do. `load(item)` reads one; `work(items, loaded, wanted)` writes the wanted ones and
     gives facts about them.
     """
@@ -277,7 +277,7 @@ class Job:
         return 128 + signals[0] if signals else int(bool(failed))
 
     def plan(self) -> dict[Path, str]:
-        """Compares what shall be there with what is -> what is to be made, and why if a file is there.
+        """Compares what should be there with what is -> what to make, and why if a file is there.
 
         Raises UserError: without --overwrite for files that are not the results of this run; always for
         images without a run.json, and for files that would stay behind under other settings.
@@ -305,7 +305,7 @@ class Job:
         return {path: why for path, why in whys.items() if why is not None}
 
     def why(self, item: Item, entry: dict[str, Any] | None) -> str | None:
-        """Tells why a file is to be made: empty if there is none, None if it is finished."""
+        """Says why a file has to be made: empty if there is none; None if it is finished."""
         output = item.output
         if not output.exists() or (entry and "sha256" not in entry):
             return ""  # or it was being made when a run was killed
@@ -323,12 +323,12 @@ class Job:
         return str(output.relative_to(self.directory))
 
     def begin(self) -> dict[Path, str]:
-        """Writes down what is to be made, and removes what a killed run left. Raises UserError."""
+        """Records what will be made, and removes what a killed run left. Raises UserError."""
         wanted = self.plan()  # again, now that nobody else can write
         entries, record = read_manifest(self.directory), read_record(self.directory)
         finished = [item.output for item in self.items if item.output not in wanted]
         if unknown := listed(path for path in finished if self.name(path) not in entries):
-            warn(f"{self.directory}: nothing says what made {unknown}; taken as they are")
+            warn(f"{self.directory}: no record says what made {unknown}; they are kept as they are")
         for path in self.directory.rglob(".facelock-*-*[0-9].tmp"):
             if path.is_file():
                 path.unlink(missing_ok=True)
@@ -374,7 +374,7 @@ class Job:
         return found
 
     def make(self, part: list[tuple[Item, str, Any]]) -> bool:
-        """Makes the wanted files of what was read -> whether memory sufficed, or it would not for one."""
+        """Makes the wanted files of what was read -> False if a smaller batch may fit into memory."""
         from accelerate.utils.memory import should_reduce_batch_size
 
         items, _, loaded = map(list, zip(*part, strict=True))

@@ -1,7 +1,7 @@
 """Random, differentiable transforms of images, for `methods.eot`; the parts of JPEG; a blur.
 
-Every image is (B, 3, H, W) RGB in [-1, 1], and comes back in that shape. What is random is drawn by one CPU
-generator an image, so that neither the batch nor the device has a say.
+Every image is (B, 3, H, W) RGB in [-1, 1], and comes back in that shape. Random numbers come from one CPU
+generator per image, so that they depend neither on the batch nor on the device.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
     import torch
     from torch import Tensor
 
-Draws = Sequence["torch.Generator"]  # one an image
+Draws = Sequence["torch.Generator"]  # one per image
 Transform = Callable[..., "Tensor"]  # (images, generators, window) -> images
 STRIP = 128  # px, the side of what is blurred at once
 SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transformed
@@ -41,7 +41,7 @@ def around(boxes: Sequence[Sequence[tuple[int, int, int, int]]], images: Tensor)
 
 
 def chains(text: str) -> list[Transform]:
-    """Reads `resize+light,jpeg`: transforms one after the other (+), in chains that take turns (,).
+    """Reads `resize+light,jpeg`: transforms in sequence (+), in chains that alternate (,).
 
     Raises ValueError for an unknown name.
     """

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
-NO_WORDS = "(no words: the round trip through an autoencoder)"  # in the place of an instruction
+NO_WORDS = "(no words: the round trip through an autoencoder)"  # stands in for an instruction
 
 # The 25 instructions of Wang et al. 2025: 0-9 facial features, 10-17 accessories, 18-24 background.
 # The number is the `prompt{i}` folder of an edit, so keep a number's meaning when you edit this list.
@@ -59,9 +59,9 @@ USUAL_BUDGET = 0.3  # above it somebody has probably given 8-bit levels
 
 
 class UserError(Exception):
-    """Something the person at the keyboard can put right; shown as one line, without a traceback.
+    """An error that the user can fix; shown as one line, without a traceback.
 
-    One that lists several things has them in `lines`.
+    An error with several parts lists them in `lines`.
     """
 
     lines: Sequence[str] = ()
@@ -78,7 +78,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 def defaults_help(text: str, own: Mapping[str, Any], everyone: Collection[str] = ()) -> str:
     """Writes a flag's help where each of several methods, editors or model sets has its own default.
 
-    own: the default of each that reads the flag, the usual one first; everyone: those that might read it.
+    own: the default of each that reads the flag, the usual one first; everyone: all that might read it.
     """
     names: dict[str, list[str]] = {}
     for name, value in own.items():
@@ -93,7 +93,7 @@ def defaults_help(text: str, own: Mapping[str, Any], everyone: Collection[str] =
 
 
 class _Positional(argparse.Action):
-    """Sets its flag's value where it is given at all; it would undo the flag's own else."""
+    """Sets the flag's value only if a word was given, so that it does not reset --input_path."""
 
     def __call__(self, parser: Any, namespace: Any, values: Any, option_string: str | None = None) -> None:
         if values is not None:
@@ -101,7 +101,7 @@ class _Positional(argparse.Action):
 
 
 def add_input_argument(parser: argparse.ArgumentParser, text: str) -> None:
-    """Adds --input_path, which may also be given as a word alone, as everybody types it first."""
+    """Adds --input_path, which may also be given as a positional argument."""
     one = parser.add_mutually_exclusive_group(required=True)
     one.add_argument("--input_path", type=path, metavar="FILE", help=text)
     word = {"dest": "input_path", "nargs": "?", "metavar": "FILE", "action": _Positional}
@@ -109,7 +109,7 @@ def add_input_argument(parser: argparse.ArgumentParser, text: str) -> None:
 
 
 def number(kind: type, low: float, high: float, what: str) -> Callable[[str], Any]:
-    """Makes an argparse type: an int or float from `low` to `high`, which `what` says in words."""
+    """Makes an argparse type: an int or float from `low` to `high`; `what` describes it."""
 
     def parse(text: str) -> Any:
         with contextlib.suppress(ValueError):
@@ -249,7 +249,7 @@ def name_of_csv(text: str) -> str:
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
     """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    numbers: only these. Blank lines are left out and keep their numbers. Raises UserError if one is missing.
+    numbers: which to take; None: all. Blank lines are skipped but counted. Raises UserError if one is missing.
     """
     prompts = edit_prompts
     if file is not None:
@@ -301,12 +301,12 @@ def draw_seed(seed: int) -> int:
 
 
 def start_seed(seed: int, stem: str) -> int:
-    """Gives the seed of one image's random start: of seed and stem alone, whatever batch or process."""
+    """Gives the seed of one image's random start, which depends on nothing but the run's seed and the stem."""
     digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
 
-# Device and dtype, from here to `on_cuda`: nothing else names them
+# Device and dtype, from here to `on_cuda`: no other file names one
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
 DTYPE_HELP = "of the networks (auto: 16 bits on CUDA, else fp32); the optimised image is always fp32"
@@ -386,7 +386,7 @@ def write_file(path: Path, data: bytes) -> None:
             aside.unlink()
 
 
-# One line for each file in a directory that this project wrote there, so that no others are ever replaced
+# Lists the files that this project wrote into a directory, so that nobody else's are ever replaced
 INDEX = ".facelock.jsonl"
 NOT_OURS = "exists and was not made by this script; move it, or choose another name"
 
@@ -424,7 +424,7 @@ def _index_line(path: Path, data: bytes) -> str:
 
 
 def is_special(path: Path) -> bool:
-    """Tells a device or a pipe, such as /dev/null, which is written through and has no files beside it."""
+    """Tells whether this is a device or a pipe, such as /dev/null: written through, no files beside it."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 

@@ -158,7 +158,7 @@ def evaluate(
 
 
 def about(edits: Edits, scores: Scores, by_words: bool) -> str:
-    """Says above a table what was scored."""
+    """Describes what was scored, for the line above a table."""
     seeds = ", ".join(map(str, sorted({key.seed for key in edits.keys})))
     note = f"{len(edits.names)} images, {len(edits.prompts)} prompts, seed {seeds}"
     note += f", a gallery of {len(edits.references or edits.sources) + len(edits.gallery)} people"

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 EDIT_SETTINGS = ("model", "model_id", "dtype", "resolution", "scheduler", *EDIT_KNOBS)
 NUMBER = r"\d*\.?\d+(?:e-?\d+)?"  # as in budget_0.03
 Size = tuple[int, int]  # (H, W)
-MOST_STEPS = 9  # followed back from an edit, so that directories made from each other end, too
+MOST_STEPS = 9  # back from an edit, so that directories made from each other don't loop for ever
 
 
 class Row(NamedTuple):

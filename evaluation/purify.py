@@ -62,7 +62,7 @@ from utils import UserError
 if TYPE_CHECKING:
     import torch
 
-RESTORE = "restore this photo"  # what EditorClean's kind of attacker asks for
+RESTORE = "restore this photo"  # as attackers like EditorClean ask
 DENOISING_STEPS = 20
 BICUBIC = Image.Resampling.BICUBIC
 
@@ -113,7 +113,7 @@ def noise(pixels: np.ndarray, generator: torch.Generator, levels: float) -> np.n
 
 
 def mirror(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
-    """Exchanges left and right."""
+    """Mirrors left and right."""
     return np.ascontiguousarray(pixels[:, ::-1])
 
 
@@ -151,7 +151,7 @@ def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
 
 
 def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
-    """Makes the way to noise and back, at the editor's working size. Raises UserError."""
+    """Makes the purifier that adds noise and removes it, at the editor's working size. Raises UserError."""
     own = replace(config, vae_id=None)  # the editor's autoencoder, whatever --vae says
     own.check_denoiser("denoise")
     view, vae = own.editor.denoiser(own.load_editor()), own.load_vae()
@@ -169,7 +169,7 @@ def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
 
 
 def restored(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
-    """Makes the edit that asks for nothing, with the editor's own steps and guidance. Raises UserError."""
+    """Makes the purifier that only restores, with the editor's own steps and guidance. Raises UserError."""
     editor = config.load_editor()
 
     def restore(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -180,7 +180,7 @@ def restored(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
 
 
 def odd(text: str) -> int:
-    """argparse type: the side of a kernel, which has a middle."""
+    """argparse type: the side of a kernel, an odd number."""
     if not text.isdecimal() or int(text) % 2 == 0 or int(text) > 999:
         raise argparse.ArgumentTypeError(f"{text!r} is not an odd number from 1 to 999")
     return int(text)

@@ -118,7 +118,7 @@ def measure(
     keys: Sequence[Key],
     clean: Tensor | None,
 ) -> list[Tensor]:
-    """Gives edits (B, H, W, 3) uint8, and the clean ones as a tensor or None, to metrics -> (B,) of each."""
+    """Measures edits (B, H, W, 3) uint8 by metrics; clean: a tensor or None -> (B,) of each."""
     given = {"edits": to_tensor(images), "clean": clean}
     for one in features:
         given |= one(images, keys)
@@ -247,7 +247,7 @@ def script(
 
 
 def said(networks: dict[str, str]) -> list[str]:
-    """Names the networks above a table."""
+    """Lists the networks, for the line above a table."""
     return [f"{part}: {names}" for part, names in networks.items()]
 
 

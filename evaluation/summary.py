@@ -1,4 +1,4 @@
-"""What an experiment shows beside its tables: editors or purifiers side by side, and what came out."""
+"""Comparisons beside an experiment's tables: editors, purifiers, and the result in words."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def read_table(root: Path) -> pd.DataFrame:
 
 
 def row_name(method: str) -> str:
-    """Names a row as METHOD/budget_{B}, also one of an older table, a path."""
+    """Names a row as METHOD/budget_{B}; in older tables it is a path."""
     return "/budget_".join(filter(None, parse_row(method)))
 
 
@@ -155,7 +155,7 @@ def told_apart(size: str, pairs: Any) -> str:
 
 
 def verdict(root: Path, models: str, minutes: float) -> str:
-    """Says in words what came out, from the tables that were written. Raises UserError."""
+    """Summarises in words the tables that were written. Raises UserError."""
     values = tables.read_values(root / "per_image.csv")
     values["method"] = values["method"].map(row_name)
     table, people, lines = read_table(root).set_index("method"), by_person(values), []

@@ -182,7 +182,7 @@ def all_metrics(
 
 
 def best_of_budgets(values: pd.Series, way: int, budgets: pd.Series) -> np.ndarray:
-    """Tells which rows are the best of their budget, if there are others; never the unprotected one.
+    """Tells which rows are the best of their budget, if it has several; never the unprotected one.
 
     way: -1 if low is good, 1 if high; 0: nothing is best.
     """
@@ -277,7 +277,7 @@ def arrows(title: str) -> str:
 # files
 
 
-TEXTS = (*ABOUT, "judge", "name")  # columns of names, which may come from elsewhere
+TEXTS = (*ABOUT, "judge", "name")  # columns of names, which may come from anywhere
 
 
 def write_csv(path: Path, frame: pd.DataFrame) -> None:
@@ -370,7 +370,7 @@ def write_beside(
 
 
 def read_about(path: Path) -> dict[str, Any]:
-    """Reads what `write_about` wrote; empty if it isn't there or isn't that."""
+    """Reads the JSON that `write_beside` wrote; empty for anything else."""
     try:
         found = utils.parse_json(utils.read_plain(path, utils.MOST_TEXT))
         return found if all(isinstance(found[key], dict) for key in ("networks", "rows")) else {}

@@ -42,7 +42,7 @@ class Clip:
 
 @functools.cache
 def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
-    """Loads a transformers CLIPModel with its processor, once a process. Raises UserError."""
+    """Loads a transformers CLIPModel with its processor; cached. Raises UserError."""
     from transformers import CLIPModel, CLIPProcessor
 
     with loading("CLIP", member, hub_way(member)):

@@ -1,4 +1,4 @@
-"""Which networks belong together, the flags that choose among them, and what these resolve to.
+"""The model sets, the flags that choose among them, and the configuration that results.
 
 A member is a hub id, a name that its library knows, or a local directory or file. Nothing is downloaded
 except what the set or a flag names.
@@ -88,7 +88,7 @@ TRAINED_HERE = MODEL_SETS["mini"].judges[:1]  # judges that were trained like th
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """Which models are wanted, and where they run, by the names of the flags; None and (): the set's own."""
+    """Which models are wanted, and where they run, named like the flags; None and (): the set's own."""
 
     models: str = "full"  # one of MODEL_SETS
     model: str = next(iter(EDITORS))
@@ -155,7 +155,7 @@ class ModelConfig:
         return self.editor(self.model_id, self.settings, self.device, self.dtype, progress)
 
     def check_editor(self) -> None:
-        """Raises UserError if the editing pipeline can't be had, which `load_editor` would find out later."""
+        """Raises UserError if the editing pipeline is not available, without loading it."""
         with loading("the editor", self.model_id, hub_way(self.model_id)):
             from_hub(self.model_id)
 
@@ -165,7 +165,7 @@ class ModelConfig:
             kinds = [kind for kind, one in EDITORS.items() if one.denoiser and one.denoiser.need in needs]
             text = f"{who} needs the denoiser of {' or '.join(kinds)}"
             which = self.vae_id or self.kind
-            raise UserError(f"{text}, which {which} has not; name another --model or --vae")
+            raise UserError(f"{text}, which {which} does not have; name another --model or --vae")
 
     def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
         """Loads the autoencoder alone, or takes it from an earlier call. Raises UserError."""
@@ -190,27 +190,27 @@ class ModelConfig:
         return {"model": self.kind, "model_id": id_, "dtype": self.dtype_name, **self.settings}
 
     def last_word(self) -> str:
-        """Says what a result is worth at most: of stand-ins nothing, of an autoencoder alone no edit."""
+        """Says how little a result by stand-ins or by an autoencoder alone proves; empty for any other."""
         if self.models == "mini":
             return STAND_IN
         if self.vae_id is None and self.editor.by_words:
             return ""
         name, editors = Path(self.vae.partition("@")[0]).name, editors_of(self.vae)
         stands = f"stands for {' and '.join(editors) or 'no editor that is known here'}"
-        return f"Asked was an autoencoder alone, {name}, which {stands}; the editor itself was not asked."
+        return f"Only an autoencoder was used, {name}, which {stands}; the editor itself was not."
 
     def warn_of_cpu(self, wanted: str) -> None:
         """Warns of what a CPU costs where a GPU was looked for (--device auto) and the networks are large."""
         is_large = self.models == "full" and self.vae_id is None and self.editor.by_words
         if is_large and wanted == "auto" and self.device.type == "cpu":
             warn(
-                "no GPU found: two CPU cores take some 9 s an iteration at 512 px, a quarter of an hour for "
-                "100 (docs/speed.md), and an edit longer; a tiny autoencoder is faster (--vae tiny)"
+                "no GPU found: two CPU cores take about 9 s per iteration at 512 px, a quarter of an hour "
+                "for 100 (docs/speed.md), and longer for an edit; a tiny autoencoder is faster (--vae tiny)"
             )
 
     @contextlib.contextmanager
     def offering_mini(self, sizes: Iterable[Sequence[int]]) -> Iterator[None]:
-        """Adds to missing weights that the bundled models work, if images (H, W) have the size for them."""
+        """Adds to an error about missing weights that --models mini works, if images (H, W) have its size."""
         try:
             yield
         except Missing as error:
@@ -332,7 +332,7 @@ def editors_of(member: str) -> list[str]:
 
 
 def prompts_of(kind: str, numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
-    """Chooses instructions as `choose_prompts` does; an editor without words has one that stands for none.
+    """Chooses instructions as `choose_prompts` does; an editor without words gets a single placeholder.
 
     Raises UserError.
     """
@@ -344,12 +344,12 @@ def prompts_of(kind: str, numbers: Sequence[int] | None, file: Path | None) -> d
 
 
 def several(members: str | Sequence[str]) -> tuple[str, ...]:
-    """Makes a tuple of names, or of a single name: a string is a sequence, too."""
+    """Makes a tuple of names or of a single name."""
     return (members,) if isinstance(members, str) else tuple(members)
 
 
 def identity(member: str) -> str:
-    """Tells which recogniser a member is, however its path is written."""
+    """Identifies a recogniser, however its path is written."""
     return str(Path(member).resolve()) if Path(member).exists() else member
 
 
@@ -379,7 +379,7 @@ EDIT_KNOBS = {  # flag -> type and what it is; an editor reads those that its cl
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSettings.dtype) -> None:
-    """Adds --models, --device, --dtype and --debug: what every script that loads a model has."""
+    """Adds --models, --device, --dtype and --debug, the flags of every script that loads a model."""
     text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
     parser.add_argument("--models", choices=tuple(MODEL_SETS), default=ModelSettings.models, help=text)
     parser.add_argument("--device", default=ModelSettings.device, help=utils.DEVICE_HELP)

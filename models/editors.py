@@ -1,4 +1,4 @@
-"""The editors, a class each.
+"""The editors, one class each.
 
 An editor has no safety checker: a checker that blanks an edit would be counted as protection. To add one,
 write its class, enter it in EDITORS, and give its hub id to a set of config.py.
@@ -37,7 +37,7 @@ class Editor:
     }
     scheduler: ClassVar[str | None] = "EulerAncestralDiscreteScheduler"  # None: the checkpoint's own
     resolution: ClassVar[int] = 512  # px, long side of what it works on
-    multiple: ClassVar[int] = 8  # of whose px its sides must be
+    multiple: ClassVar[int] = 8  # px; its sides must be multiples of it
     half: ClassVar[str] = "fp16"  # the 16 bits that its networks were made for
     fp32_vae: ClassVar[bool] = False  # whether its VAE overflows in float16
     tokenizer: ClassVar[tuple[str, float]] = ("tokenizer", math.inf)  # and the tokens that its pipeline takes
@@ -170,7 +170,7 @@ class TokenEditor(Editor):
     resolution = 1024
     multiple = 16
     half = "bf16"
-    enlarges: ClassVar[bool] = True  # smaller images, too
+    enlarges: ClassVar[bool] = True  # whether smaller images are enlarged
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)
@@ -279,7 +279,7 @@ class QwenImageEdit(TokenEditor):
     def more(self, height: int, width: int) -> dict[str, Any]:
         from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 
-        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = height * width  # to which it would bring the image else
+        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = height * width  # else it resizes images
         guidance = self.knobs["guidance_scale"]
         negative = " " if guidance > 1 else None  # without one, there is no guidance
         steps = self.knobs["num_inference_steps"]
@@ -287,9 +287,9 @@ class QwenImageEdit(TokenEditor):
 
 
 class RoundTrip(Editor):
-    """The round trip D(E(x)) through an autoencoder alone: what any edit in its latent space does to a face.
+    """The round trip D(E(x)) through an autoencoder alone, which every edit in its latent space includes.
 
-    No words, no seed. The model is the autoencoder: of an editor, a tiny one, or one's own.
+    No words, no seed. The model is the autoencoder: an editor's, a tiny one, or your own.
     """
 
     pipeline_class = ""
@@ -329,7 +329,7 @@ DENOISERS = {one.denoiser.need for one in EDITORS.values() if one.denoiser}  # w
 
 @functools.cache
 def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: float) -> None:
-    """Says once that an instruction is longer than its encoder reads."""
+    """Warns once of an instruction that is longer than its encoder reads."""
     tokenizer = getattr(pipeline, name)
     n_tokens, most = len(tokenizer(prompt).input_ids), min(most, tokenizer.model_max_length)
     if n_tokens > most:
@@ -337,7 +337,7 @@ def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: float) -> None:
 
 
 def unload() -> None:
-    """Forgets the pipelines that are loaded, so that the memory has room for another."""
+    """Drops the loaded pipelines, to make room for another."""
     _warn_if_cut.cache_clear()
     _load_pipeline.cache_clear()
     gc.collect()  # some networks refer to themselves

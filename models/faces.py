@@ -1,4 +1,4 @@
-"""Faces: where they are in a picture, and how one is cut out for a recogniser."""
+"""Finds faces in a picture and cuts them out for a recogniser."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks 
 class Face(tuple):
     """A box, x0, y0, x1, y1, that knows the five points of the face in it.
 
-    Of a box without points, as one given by hand, they are taken to be where they mostly are.
+    A box without points, such as one given by hand, gets them at their usual places.
     """
 
     points: Points
@@ -41,7 +41,7 @@ class Look(NamedTuple):
     sepia: bool = False  # whether the picture's colours are exchanged for those of an old photo
 
 
-# Each look is given the pictures in which those before found no face. In colour alone MTCNN misses most blue
+# Each look gets the pictures in which the earlier ones found no face. In colour alone MTCNN misses most blue
 # and green faces, which the paper's edits make, and by its pyramid's steps some of a picture of 128 px.
 LOOKS = (Look(32), Look(32, sepia=True), Look(40))
 PHOTO_SIDE = 256  # px; faces may be smaller in pictures above it: the first look is facenet-pytorch's own
@@ -153,7 +153,7 @@ def scale_box(box: Box, size: Sequence[int], target: Sequence[int]) -> Face | No
 
 
 def scale_boxes(boxes: Iterable[Box], size: Sequence[int], target: Sequence[int]) -> list[Face]:
-    """Carries boxes as `scale_box` does, without those of which nothing is left."""
+    """Scales boxes as `scale_box` does and drops those of which nothing is left."""
     return [inside for box in boxes if (inside := scale_box(box, size, target))]
 
 

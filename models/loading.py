@@ -1,4 +1,4 @@
-"""How networks are loaded: quietly, frozen, and with one clear line where they can't be.
+"""Loads networks: quietly, frozen, and with one clear line where that fails.
 
 Nothing from a hub is executed; pickles are read with `weights_only=True`. Heavy imports are inside the
 functions.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ROOT = Path(__file__).resolve().parent.parent
-# of the files that decide what a model gives: weights, configs, vocabularies
+# of the files that determine a model's output: weights, configs, vocabularies
 READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt", ".model")
 
 # numbers in configs that decide how much is built
@@ -56,7 +56,7 @@ WAYS = {  # hub id -> GB of what is loaded, of its VAE alone, and what to fetch
 
 
 def quiet() -> None:
-    """Keeps warnings and loading bars of the libraries from between a script's few lines; downloads show."""
+    """Silences the libraries' warnings and loading bars; those of downloads stay."""
     import logging
     import warnings
 
@@ -85,9 +85,9 @@ def shown(member: str) -> str:
 
 @functools.cache
 def recorded(member: str) -> str:
-    """Writes a model as run.json has it: a local one with a hash of its weights and configs.
+    """Names a model for run.json; a local one with a hash of its weights and configs.
 
-    Other weights, or another config.json, under the same path are another model. Once a process.
+    Other weights or another config.json under the same path make another model. Cached per process.
     """
     path = Path(member)
     if not path.exists():  # of the hub, or whoever loads it says so
@@ -103,9 +103,9 @@ def recorded(member: str) -> str:
 
 
 def check_configs(folder: Path) -> None:
-    """Refuses configs of a local model that its weights can't have, before a library builds what they say.
+    """Refuses configs that don't fit a local model's weights, before a library builds the network.
 
-    A million layers would be built for hours. Raises ValueError.
+    Building a million layers would take hours. Raises ValueError.
     """
     for path in sorted(folder.rglob("*.json")):
         if path.name.endswith("config.json") and not path.name.startswith("tokenizer"):
@@ -130,7 +130,7 @@ def count_tensors(path: Path) -> int:
 
 
 def check_numbers(said: Any, most: int) -> None:
-    """Refuses counts of layers and steps beyond all sense, and sizes that are none. Raises ValueError."""
+    """Refuses absurd counts of layers and steps, and invalid sizes. Raises ValueError."""
     for key, value in said.items() if isinstance(said, dict) else ():
         check_numbers(value, most)
         numbers = value if isinstance(value, list) else [value]
@@ -148,7 +148,7 @@ def check_numbers(said: Any, most: int) -> None:
 
 
 class Missing(UserError):
-    """Weights that can't be had: which, why, and how to get them; several are named on lines of their own."""
+    """Weights that are missing: which, why, and how to get them; several are listed one per line."""
 
     def __init__(self, missing: Iterable[str]) -> None:
         super().__init__()
@@ -183,9 +183,9 @@ def file_way(size: float, url: str) -> str:
 
 @contextlib.contextmanager
 def loading(what: str, member: str, way: str = "") -> Iterator[None]:
-    """Turns whatever a library raises for weights that can't be had into one clear line.
+    """Turns any error of a library that loads weights into one clear line.
 
-    way: where they come from, and how large they are; of those that are no local files.
+    way: how to get the weights and how large they are, unless they are local files.
     """
     try:
         if Path(member).is_dir():
@@ -207,9 +207,9 @@ def is_local(member: str) -> bool:
 
 
 def load_all(needed: Iterable[Callable[[], Any]], asked: Iterable[Callable[[], Any]] = ()) -> None:
-    """Calls loaders, and names all that is missing at once. Raises UserError.
+    """Calls loaders and names everything that is missing in one error. Raises UserError.
 
-    asked: those that are tried only where something else is missing, since one can do without.
+    asked: optional ones, tried only if something needed is missing.
     """
     missing: list[str] = []
     for load in needed:
@@ -225,7 +225,7 @@ def load_all(needed: Iterable[Callable[[], Any]], asked: Iterable[Callable[[], A
         except Missing as error:
             missing += error.missing
         except UserError:
-            pass  # said when it is asked
+            pass  # reported when it is used
     raise Missing(missing)
 
 
@@ -242,10 +242,10 @@ def _reason(error: Exception) -> str:
 
 
 def from_hub(member: str) -> tuple[str, dict[str, Any]]:
-    """Turns a hub id, ID@REVISION or a local directory into what `from_pretrained` wants: name and keywords.
+    """Turns a hub id, ID@REVISION or a local directory into the name and keywords for `from_pretrained`.
 
-    Asking the hub once first makes a missing network or a wrong id an error at once, not after the libraries'
-    five retries; without a network, what an earlier run has downloaded is used, a directory, too.
+    The hub is asked once first, so that a missing network or a wrong id fails at once, not after the
+    libraries' five retries. Without a network, the local cache is used.
     """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import (
@@ -299,10 +299,9 @@ def load_network(
 ) -> Any:
     """Loads a network of diffusers or transformers from a folder of what `from_hub` gives.
 
-    None for a class that is no network. Where there are weights in fp16 alone, they are taken.
-
-    It goes straight to its place; a pipeline's own device_map knows no "cuda:1". Raises ValueError as
-    `complete` and `frozen` do, and what the libraries raise.
+    Gives None for a class that is not a network. Takes fp16 weights where there are no others. Loads straight
+    to the device, since a pipeline's own device_map knows no "cuda:1". Raises ValueError as `complete` and
+    `frozen` do, and what the libraries raise.
     """
     import diffusers
     import torch
@@ -326,9 +325,9 @@ def load_network(
 
 
 def complete(part: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
-    """Takes what `from_pretrained` gives with `output_loading_info` -> the network.
+    """Checks what `from_pretrained` returns with `output_loading_info` -> the network.
 
-    The libraries fill what is missing in a file at random. Raises ValueError instead.
+    The libraries fill missing tensors at random; this raises ValueError instead.
     """
     network, info = loaded
     for what in ("missing", "unexpected", "mismatched"):
@@ -340,7 +339,7 @@ def complete(part: str, loaded: tuple[Any, dict[str, Any]]) -> Any:
 
 
 def check_tokenizer(tokenizer: Any) -> None:
-    """Refuses a tokenizer that knows no words, as the libraries make of a folder without its files.
+    """Refuses a tokenizer that knows no words, which the libraries make from a folder without its files.
 
     Raises ValueError.
     """
@@ -350,7 +349,7 @@ def check_tokenizer(tokenizer: Any) -> None:
 
 
 def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> Any:
-    """Readies a network for inference: no dropout, no gradients. Raises ValueError: a value isn't finite."""
+    """Prepares a network for inference: no dropout, no gradients. Raises ValueError for non-finite values."""
     for name, values in network.state_dict().items():
         if values.is_floating_point() and not values.isfinite().all():
             raise ValueError(f"{name} has values that are not finite")
@@ -361,7 +360,7 @@ def frozen(network: torch.nn.Module, device: torch.device, dtype: torch.dtype) -
 
 
 def compiled(network: torch.nn.Module) -> None:
-    """Has torch compile a network where it stands, with a graph for each image size.
+    """Compiles a network in place, with one graph per image size.
 
     torch's limit of eight graphs guards against code that never settles; three sizes of portraits reach it.
     One graph for all sizes breaks torch 2.14's code generator.

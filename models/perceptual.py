@@ -57,7 +57,7 @@ def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Te
 def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compile: bool = False) -> Any:
     """Loads an lpips.LPIPS: by trunk (ImageNet weights of torchvision, heads of lpips), or a directory.
 
-    The directory has `config.json` (the keywords net and lpips) and `model.safetensors`. Once a process.
+    The directory has `config.json` (the keywords net and lpips) and `model.safetensors`. Cached.
     Raises UserError.
     """
     import lpips

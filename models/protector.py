@@ -1,6 +1,6 @@
-"""The networks of `instant`: what a loop would climb to, guessed at once from the picture and the budget.
+"""The networks of `instant`, which guess at once what a loop would climb to, from picture and budget.
 
-A network is a folder of its own, `config.json` and `model.safetensors`, made by mini/train_protector.py. Each
+A network is a folder with `config.json` and `model.safetensors`, made by train_protector.py. Each
 takes images (B, 3, H, W) in [-1, 1] and every pixel's budget (B, 1, H, W), and gives a share of that budget,
 (B, 3, H, W) in [-1, 1]: what comes of it is within the budget whatever the weights are.
 """
@@ -150,7 +150,7 @@ def read_config(member: str) -> dict[str, Any]:
     """Reads a folder's config: `network`, what it is built of, and `trained`, how. Raises UserError."""
     with loading("the protector", member):
         if not Path(member).is_dir():
-            raise UserError(f"the protector {shown(member)} isn't there; mini/train_protector.py makes one")
+            raise UserError(f"the protector {shown(member)} isn't there; train_protector.py makes one")
         said = parse_json(read_plain(Path(member) / "config.json", MOST_TEXT))
         if said["network"]["kind"] not in KINDS:
             raise ValueError(f"its network is of no kind among {', '.join(KINDS)}")
@@ -160,7 +160,7 @@ def read_config(member: str) -> dict[str, Any]:
 
 @functools.cache
 def load_protector(member: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Loads a network of `instant` from its folder, once a process. Raises UserError."""
+    """Loads a network of `instant` from its folder; cached. Raises UserError."""
     how = dict(read_config(member)["network"])
     with loading("the protector", member):
         state = read_state(Path(member) / "model.safetensors")

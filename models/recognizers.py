@@ -1,7 +1,7 @@
-"""Face recognisers of every kind: a network, the crop that it is shown, and what it says of strangers.
+"""Face recognisers of every kind: a network, its crop, and its cosines of strangers.
 
-`KINDS` lists them; a new one is a function and a row. A recogniser that an attack has seen is no judge, nor
-is one that was trained like it.
+`KINDS` lists them; a new one is a function and a row. A recogniser that an attack has seen can't be a judge,
+nor can one that was trained like it.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"  # of the package
 
 
 class Strangers(NamedTuple):
-    """What a recogniser says of pairs of strangers; None where nobody has measured it."""
+    """A recogniser's cosines of pairs of strangers; None: not measured."""
 
     mean: float | None = None  # their mean cosine
     threshold: float | None = None  # the cosine that one pair in a thousand is above
@@ -161,7 +161,7 @@ def _transformers(member: str, portraits: str) -> Parts:
     """Reads a local directory of transformers, whose preprocessor_config.json describes it."""
     from transformers import AutoModel
 
-    # transformers keeps the dtype of the file, float16, unless it is told
+    # without dtype, transformers keeps the file's float16
     how = {"local_files_only": True, "trust_remote_code": False, "output_loading_info": True}
     network = complete("the network", AutoModel.from_pretrained(member, dtype="float32", **how))
     return network, _described(Path(member) / "preprocessor_config.json", BoxCrop)
@@ -289,7 +289,7 @@ KINDS_HELP = (
 def load_recognizer(
     member: str, device: torch.device, dtype: torch.dtype, compile: bool = False, portraits: str = "photos"
 ) -> Recognizer:
-    """Loads a recogniser of one of `KINDS`, once a process. Raises UserError.
+    """Loads a recogniser of one of `KINDS`; cached. Raises UserError.
 
     portraits: photos or mini; dlib's threshold depends on what it is asked about.
     """
@@ -303,14 +303,14 @@ def load_recognizer(
 
 
 def _way(member: str) -> str:
-    """Says how a recogniser is to be had that is no file of one's own, and how large it is."""
+    """Says how to get a recogniser that is not a local file, and how large it is."""
     if member in FACENET_URLS:
         return file_way(0.1, FACENET_URLS[member])
     return "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
 
 
 def recorded_recognizer(member: str) -> str:
-    """Writes a recogniser as run.json has it; a folder called like a data set is not that training."""
+    """Names a recogniser for run.json; a folder called like a known training is not that training."""
     return member if member in (*FACENET_URLS, "dlib") else recorded(member)
 
 
@@ -327,7 +327,7 @@ def weights_file(member: str) -> Path | None:
 
 
 def hashed_recognizer(member: str) -> str:
-    """Writes a recogniser with a hash of its weights, if they are on this machine."""
+    """Names a recogniser with a hash of its weights, if they are on this machine."""
     if member in (*FACENET_URLS, "dlib"):
         path = weights_file(member)
         return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member

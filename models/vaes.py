@@ -1,6 +1,6 @@
 """Autoencoders: the editors' own, which is all that most defenses need, and tiny ones distilled from them.
 
-One comes by the id or directory of an editor, whose `vae` folder it is, or by its own.
+An autoencoder is named by the id or directory of an editor, whose `vae` folder it is, or by its own.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def load_vae(
     checkpointing: bool = False,
     compile: bool = False,
 ) -> WorkingVAE:
-    """Loads an autoencoder that sees images as an editor does; once a process. Raises UserError.
+    """Loads an autoencoder that sees images as an editor does; cached. Raises UserError.
 
     editor: its class. member: an editor, whose VAE it is, or an autoencoder; a hub id or directory of either.
     checkpointing: a gradient computes activations again instead of keeping them. compile: with torch.compile.
@@ -171,8 +171,8 @@ def _network(member: str, device: torch.device, dtype: torch.dtype) -> Any:
 def _checkpoint(vae: Any) -> None:
     """Gradient checkpointing in two levels: diffusers' own, by blocks, and within them by residual blocks.
 
-    The outermost block at 1024x1024 alone would take some 20 GB while its activations are computed again.
-    Tiny ones have the second level alone.
+    At 1024x1024, recomputing the outermost block alone would take some 20 GB. Tiny autoencoders have only the
+    second level.
     """
     from diffusers.models.autoencoders.vae import AutoencoderTinyBlock
     from diffusers.models.resnet import ResnetBlock2D

@@ -347,7 +347,7 @@ def test_an_editor_without_such_a_transformer_is_refused_in_one_line(kind, portr
     line = f"--model={kind} --model_id=nobody/nothing --defend_method=decontext --device=cpu".split()
     assert defend.main([f"--input_path={portraits}/face0.png", *line]) == 1
     (told,) = capsys.readouterr().err.splitlines()
-    assert f"the denoiser of flux-kontext or flux2-klein, which {kind} has not" in told
+    assert f"the denoiser of flux-kontext or flux2-klein, which {kind} does not have" in told
 
 
 def test_all_methods_are_those_that_suit_the_editor():

@@ -164,7 +164,7 @@ def test_a_round_trip_goes_through_the_first(folders):
 
 @pytest.mark.parametrize("flags", ["--vae tiny", "--model round-trip --vae me/vae"])
 def test_a_denoiser_is_not_to_be_had_of_an_autoencoder(flags, protector):
-    with pytest.raises(UserError, match="photoguard needs the denoiser of .*, which .* has not") as caught:
+    with pytest.raises(UserError, match="needs the denoiser of .*, which .* does not have") as caught:
         protector(f"--defend_method photoguard {flags}")
     assert "\n" not in str(caught.value)
 
