@@ -249,7 +249,7 @@ def name_of_csv(text: str) -> str:
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
     """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    numbers: which to take; None: all. Blank lines are skipped but counted. Raises UserError if one is missing.
+    numbers: which to take; None: all. Blank lines are skipped but counted. Raises UserError for unknown ones.
     """
     prompts = edit_prompts
     if file is not None:
@@ -301,7 +301,7 @@ def draw_seed(seed: int) -> int:
 
 
 def start_seed(seed: int, stem: str) -> int:
-    """Gives the seed of one image's random start, which depends on nothing but the run's seed and the stem."""
+    """Gives the seed of one image's random start, which depends on the run's seed and the stem alone."""
     digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
