@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import utils
 from models.editors import DENOISERS, EDITORS, Editor
-from models.loading import ROOT, Missing, from_hub, hub_way, loading, quiet, recorded, shown
+from models.loading import ROOT, Missing, from_hub, hub_way, loading, recorded, shown
 from models.perceptual import LPIPS_TRUNKS
 from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
 from models.vaes import WorkingVAE, load_vae
@@ -258,7 +258,6 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
     attacked = {identity(member) for member in recognizers}
     if seen := [one for one in several(wanted.judge) if identity(one) in attacked]:
         raise UserError(f"--judge {seen[0]}: the attack sees it, so it can't be a judge (--recognizer)")
-    quiet()
     device = utils.pick_device(wanted.device)
     return ModelConfig(
         models=wanted.models,

@@ -187,6 +187,7 @@ def loading(what: str, member: str, way: str = "") -> Iterator[None]:
 
     way: how to get the weights and how large they are, unless they are local files.
     """
+    quiet()
     try:
         if Path(member).is_dir():
             check_configs(Path(member))
