@@ -34,9 +34,9 @@ def test_the_notebook_runs(tiny_models, tmp_path, monkeypatch, capsys):
     changed = np.abs(found["protected"].astype(int) - found["photo"])
     assert 0 < changed.max() <= 25  # levels in 0.2
     grid, graph = map(plt.figure, plt.get_fignums())
-    assert [len(ax.images) for ax in grid.axes] == [1] * 4 and len(graph.axes[0].lines) == 2
-    curve = found["curve"]
-    assert list(curve.columns) == ["recognizer", "judge"] and list(curve.index) == [0, 0.11, 0.2]
+    assert [len(ax.images) for ax in grid.axes] == [1] * 4 and [len(ax.lines) for ax in graph.axes] == [2, 2]
+    for curve in found["curves"].values():
+        assert list(curve.columns) == ["recognizer", "judge"] and list(curve.index) == [0, 0.11, 0.2]
     out = capsys.readouterr().out
     assert "in this round trip" in out and f"{changed.max()} of 255 levels" in out
     plt.close("all")
