@@ -120,7 +120,10 @@ def judged(config: ModelConfig, source: np.ndarray, edits: Sequence[np.ndarray])
     made = "edit" if config.editor.by_words else "round trip"
     if nobody := all_attacked(config, made):
         return [str(nobody)]
-    (face,) = compare(config, detector, source, edits, boxes[:1], judges_alone=True)
+    try:
+        (face,) = compare(config, detector, source, edits, boxes[:1], judges_alone=True)
+    except UserError as error:  # the edit is there all the same
+        return [f"No verdict on this {made}: {error}."]
     told = [str(face.verdict(made, "" if config.models == "mini" else ADVICE))]
     return [*told, f"{len(boxes)} faces found, the largest compared"] if len(boxes) > 1 else told
 

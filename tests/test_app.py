@@ -237,12 +237,19 @@ def test_the_recommended_methods_come_first(is_there, defend_flags, visits):
     """instant where a network for the autoencoder is there, and a line on each under the menu."""
     pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")
     line = [*defend_flags, "--defend_method=encoder", *([] if is_there else ["--protector=/none"])]
-    page = app.build(app.Studio(defend.settings_of(app.parse_args(line))), visits)
+    studio = app.Studio(defend.settings_of(app.parse_args(line)))
+    page = app.build(studio, visits)
     (menu,) = [it for it in page.blocks.values() if getattr(it, "label", "") == "Method"]
     names = [name for _, name in menu.choices]
     first = ["facelock-wide", "facelock-wash", "facelock-dim", *(["instant"] if is_there else [])]
     assert names[: len(first)] == first and len({*names}) == len(names) and "veto" not in names
     assert all(label.startswith("for comparison: ") == (name not in first) for label, name in menu.choices)
+    if is_there:
+        visit = visits.open("a session")
+        visit.expect(picture := Picture(MINI[0], [(20, 20, 110, 110)]))
+        visit.show(picture)
+        job = studio.plan(visit, {"method": "instant", "budget": 0.06, "num_iters": 100}, [0])
+        assert 0 < studio.protect(visit, job, ignore).linf <= 0.06
 
 
 def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, tmp_path):
