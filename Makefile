@@ -25,7 +25,7 @@ EXPERIMENT ?= experiment
 # validation people (calibration/equal_visibility.py; facelock-wide and facelock-wash by --rms); what is done to the pictures
 SIGHTED = noise@0.102 encoder@0.0706 vae@0.0628 cw@0.55 facelock@0.06 facelock-dim@0.1177 facelock-wide@0.2 facelock-wash@0.2 \
 	mist@0.055 pid@0.055 editshield@0.0628 blurguard@0.1099 dctshield@0.0628
-OF_UNETS = photoguard@0.0628 advdm@0.055 sds@0.0863 diffusionguard@0.0706
+OF_UNETS = instant@0.1255 photoguard@0.0628 advdm@0.055 sds@0.0863 diffusionguard@0.0706
 OF_TOKENS = veto@0.06 decontext@0.06
 PURIFIERS = jpeg:90 jpeg:75 resize:0.5 jpeg:75+resize:0.5 palette:32+resize:0.5 blur:5:1.5 rotate:10 noise:8 mirror vae denoise:0.3 restore
 
