@@ -120,7 +120,7 @@ class Reference:
             ids = torch.cat([pipeline._prepare_latent_ids(z_k), pipeline._prepare_image_ids([z])], dim=1)
             more = {"guidance": None}
         else:
-            words, pooled, word_ids = pipeline.encode_prompt("", "", max_sequence_length=512)
+            words, pooled, word_ids = pipeline.encode_prompt("", "", max_sequence_length=64)
             canvas, reference = (pipeline._pack_latents(each, *z_k.shape) for each in (z_k, z))
             how = (batch, height // 2, width // 2, "cpu", torch.float64)
             ids = [pipeline._prepare_latent_image_ids(*how) for _ in range(2)]

@@ -226,16 +226,6 @@ def facenet_state(seed: int = 0) -> dict[str, torch.Tensor]:
     return {key: value.contiguous() for key, value in state.items()}
 
 
-def write_facenet(path: Path, seed: int = 0) -> Path:
-    """Writes `facenet_state` to a file: a pickle, or, for a .safetensors path, that."""
-    state = facenet_state(seed)
-    if path.suffix == ".safetensors":
-        save_file(state, path)
-    else:
-        torch.save(state, path)
-    return path
-
-
 def write_protector(
     directory: Path,
     editor: Path,

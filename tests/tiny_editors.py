@@ -87,7 +87,7 @@ def write_kontext(directory: Path, blocks: tuple[int, int] = (1, 1)) -> Path:
     torch.manual_seed(0)
     letters = [(chr(code), -1.0) for code in range(ord("!"), ord("~") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    t5 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0)
+    t5 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=64)  # FLUX: 512
     FluxKontextPipeline(
         vae=AutoencoderKL(
             **LEVELS,
