@@ -154,7 +154,7 @@ class Protector:
     def __init__(self, settings: Settings | None = None, **given: Any) -> None:
         self.wanted = wanted = replace(settings or Settings(), **given)
         if wanted.method not in METHODS:
-            raise UserError(f"{wanted.method!r} is no method; there are {', '.join(METHODS)}")
+            raise UserError(f"{wanted.method!r} is not a method; there are {', '.join(METHODS)}")
         if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
         # what the objective averages over

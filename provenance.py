@@ -84,7 +84,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a record of a run ({first_line(error)})") from None
     except (AttributeError, KeyError, TypeError):
-        raise UserError(f"{path}: not a record of a run (other keys and values)") from None
+        raise UserError(f"{path}: not a record of a run (unexpected keys or values)") from None
     return record
 
 

@@ -257,7 +257,7 @@ def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
     rows = find_rows([directory], seeds)
     if len(rows) > 1:
         found = ", ".join(row.method for row in rows)
-        raise UserError(f"{directory}: which are the clean edits? ({found})")
+        raise UserError(f"{directory}: holds several rows; which are the clean edits? ({found})")
     return Row("clean", rows[0].directory)
 
 

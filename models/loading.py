@@ -259,7 +259,7 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
 
     if Path(member).is_dir():
         return member, {"local_files_only": True}
-    if Path(member).is_absolute() or member.startswith(".") or member.count("/") > 1:
+    if is_local(member):
         raise FileNotFoundError("no such directory")
     name, _, revision = member.partition("@")
     fixed = {"revision": revision} if revision else {}

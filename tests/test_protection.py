@@ -266,7 +266,7 @@ def test_settings_of_a_call_replace_those_of_a_dataclass():
 @pytest.mark.parametrize(
     ("given", "error"),
     [
-        ({"method": "facelok"}, "'facelok' is no method; there are noise, encoder"),
+        ({"method": "facelok"}, "'facelok' is not a method; there are noise, encoder"),
         ({"budget": 0.007}, "budget: 0.007 is below 2/255"),
         ({"budget": 8}, "budget: 8 is above 2, the whole range.*for 8/255 give 0.0627"),
         ({"budget": -0.03}, "budget: '-0.03' is not a number above 0"),
