@@ -9,9 +9,9 @@
 
 The network sees a portrait, and how large a change may be where, and is taught to maximise what the method's
 loop would climb: through the autoencoder, the recognisers and the random transforms of --defend_method. No
-judge takes part; now and then the last of them says what is left of the validation people after a round trip
-through the autoencoder. --pairs has the network imitate the loop first. Writes OUTPUT_DIR/network, which is
-the one to use, and what it needs to go on: run again, it does. docs/methods.md has the costs.
+judge takes part; at intervals the last of them measures what is left of the validation people after a round
+trip through the autoencoder. With --pairs the network imitates the loop first. Writes OUTPUT_DIR/network, the
+one to use, and a checkpoint, from which the next run continues. docs/methods.md has the costs.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ class People:
         return [[list(box), [[float(x), float(y)] for x, y in box.points]] for box in subject.boxes]
 
     def batch(self, subjects: Sequence[Subject], budgets: Sequence[float], mirrored: Sequence[bool]) -> Batch:
-        """Brings portraits of one size together, some of them left to right."""
+        """Makes a batch of portraits of one size, some of them mirrored."""
         import numpy as np
         import torch
 
@@ -223,7 +223,7 @@ def make_pairs(people: People, protector: Protector, plan: Plan, draw: random.Ra
 
 
 class Validation:
-    """What the first judge finds of people in round trips of their protected pictures."""
+    """Measures what the last judge finds of people in round trips of their protected pictures."""
 
     def __init__(self, people: People, protector: Protector, plan: Plan) -> None:
         import torch
@@ -273,7 +273,7 @@ class Training:
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=plan.rate, weight_decay=0.0)
         self.step = 0
         settings = protector.settings()
-        self.facts = {  # of the config.json; a checkpoint of another training isn't gone on with
+        self.facts = {  # of the config.json; a checkpoint of another training isn't used
             "method": protector.name,
             "vae": [recorded(one.vae) for one in protector.attacked],
             "rms": rms_of(protector),
@@ -283,7 +283,7 @@ class Training:
         self._resume()
 
     def _resume(self) -> None:
-        """Takes up what an earlier run has left. Raises UserError for another training's."""
+        """Continues from an earlier run's checkpoint. Raises UserError for another training's."""
         import torch
 
         path = self.directory / CHECKPOINT
@@ -339,7 +339,7 @@ class Training:
 
 
 def train(training: Training, people: People, validation: Validation | None) -> None:
-    """Takes the plan's steps, saving and saying how it goes now and then."""
+    """Trains for the plan's steps; saves and logs at intervals."""
     plan, protector, directory = training.plan, training.protector, training.directory
     draw = random.Random(f"{plan.seed} {training.step}")
     warm = min(plan.warm_steps, plan.steps) if plan.pairs else 0
@@ -379,7 +379,7 @@ def train(training: Training, people: People, validation: Validation | None) -> 
 
 
 def log(directory: Path, text: str) -> None:
-    """Prints a line and keeps it, with the time."""
+    """Prints a line and appends it to the log, with the time."""
     print(text, flush=True)
     with open(directory / LOG, "a") as file:
         file.write(f"{time.strftime('%H:%M:%S')} {text}\n")
@@ -422,7 +422,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     size = {"type": utils.budget_size, "metavar": ("LOW", "HIGH"), "nargs": 2}
     parser.add_argument("--budgets", **size, default=(0.03, 0.12), help=text)
     parser.add_argument("--steps", type=some, default=4000, help="also the length of the rate's cosine")
-    parser.add_argument("--batch_size", type=some, default=8, help="portraits a step")
+    parser.add_argument("--batch_size", type=some, default=8, help="portraits per step")
     positive = utils.positive_float
     parser.add_argument("--rate", type=positive, default=5e-4, help="highest learning rate of AdamW")
     parser.add_argument("--pairs", type=utils.natural_number, default=0, help="to imitate first; 0: none")

@@ -122,25 +122,6 @@ def editor(tiny_models) -> Editor:
     return load_editor(tiny_models.editor, num_inference_steps=2)
 
 
-@pytest.mark.parametrize("size", [(64, 64), (50, 33), (45, 70), (131, 97)])
-def test_an_edit_has_its_images_size(editor, size):
-    x = noise(1, 3, *size)
-    edited = editor(x, ["hat"], 0)
-    assert edited.shape == x.shape and edited.dtype == F32 and edited.abs().max() <= 1
-    assert edited.std() > 0 and not torch.allclose(edited, x, atol=0.1)
-
-
-def test_an_edit_depends_on_seed_prompt_and_image_alone(editor):
-    x = noise(3, 3, 48, 40)
-    prompts = ["hat", "beard", "hat"]
-    batch = editor(x, prompts, 7)
-    singles = torch.cat([editor(x[i : i + 1], prompts[i : i + 1], 7) for i in range(3)])
-    torch.testing.assert_close(batch, singles, atol=1e-3, rtol=0)
-    assert torch.equal(singles[:1], editor(x[:1], ["hat"], 7))
-    for other in (editor(x[:1], ["hat"], 8), editor(x[:1], ["beard"], 7), editor(x[2:], ["hat"], 7)):
-        assert (singles[:1] - other).abs().max() > 1e-4
-
-
 class Pipeline:
     """Takes what a pipeline takes, and gives the image back, or what it is told to give."""
 

@@ -1,4 +1,4 @@
-"""models/editors.py and models/vaes.py beyond Stable Diffusion 1: each editor end to end, tiny and random."""
+"""models/editors.py and models/vaes.py: each editor end to end, tiny and random."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import tiny
+import tiny_editors
 import torch
 from PIL import Image
 from tiny import noise
@@ -34,10 +35,11 @@ pytestmark = pytest.mark.usefixtures("whole_images")
 CPU = torch.device("cpu")
 F32 = torch.float32
 WRITERS = {
-    "sdxl-instruct-pix2pix": "write_sdxl",
-    "flux-kontext": "write_kontext",
-    "flux2-klein": "write_klein",
-    "qwen-image-edit": "write_qwen",
+    "instruct-pix2pix": tiny.write_editor,
+    "sdxl-instruct-pix2pix": tiny_editors.write_sdxl,
+    "flux-kontext": tiny_editors.write_kontext,
+    "flux2-klein": tiny_editors.write_klein,
+    "qwen-image-edit": tiny_editors.write_qwen,
 }
 TOKENS = [kind for kind in WRITERS if issubclass(EDITORS[kind], TokenEditor)]
 SIDE = 96  # px, --resolution
@@ -49,10 +51,7 @@ def directory(tmp_path_factory) -> Callable[[str], Path]:
     root = tmp_path_factory.mktemp("editors")
 
     def of(kind: str) -> Path:
-        import tiny_editors
-
-        place = root / kind
-        return place if place.exists() else getattr(tiny_editors, WRITERS[kind])(place)
+        return root / kind if (root / kind).exists() else WRITERS[kind](root / kind)
 
     return of
 
@@ -64,7 +63,7 @@ def load(kind: str, directory: Path, **settings) -> Editor:
 
 
 def test_every_editor_is_tested():
-    assert EDITORS.keys() - WRITERS.keys() == {"instruct-pix2pix", "stable-diffusion", "round-trip"}
+    assert EDITORS.keys() - WRITERS.keys() == {"stable-diffusion", "round-trip"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -192,8 +191,6 @@ def test_a_gradient_reaches_the_portrait(kind, directory):
 )
 def test_an_adapter_is_the_usual_vae(make, kind, adapter, tmp_path):
     """Mean, log variance and decoder of a network's own, by its config's class, from its folder alone."""
-    import tiny_editors
-
     network, x = getattr(tiny_editors, make)(), noise(2, 3, 64, 96)
     network.save_pretrained(tmp_path / "vae")
     vae = load_vae(kind, str(tmp_path), 96, CPU, F32)
@@ -219,8 +216,6 @@ def scale_of(network: torch.nn.Module) -> torch.Tensor:
 
 def test_a_vae_of_another_class_is_loaded_by_its_config(tmp_path):
     """Whatever the editor's kind: somebody's checkpoint may have another."""
-    import tiny_editors
-
     tiny_editors.tiny_qwen_vae().save_pretrained(tmp_path / "vae")
     assert type(load_vae(FluxKontext, str(tmp_path), 64, CPU, F32)) is QwenImageVAE
     tiny.tiny_vae().save_pretrained(tmp_path / "plain" / "vae")
