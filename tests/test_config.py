@@ -10,12 +10,11 @@ import torch
 import defend
 import edit
 import experiment
-from models.config import MINI, ModelConfig, ModelSettings, resolve
+from models.config import MODEL_SETS, ModelConfig, ModelSettings, resolve
 from models.loading import recorded
 from protection import Protector
 from utils import UserError
 
-CPU = {"device": torch.device("cpu"), "dtype": torch.float32}
 EDITING = "--input_path a --prompt x --device cpu"
 
 
@@ -24,45 +23,16 @@ def config(flags: str, script=edit) -> ModelConfig:
     return resolve(ModelSettings.of(script.parse_args(line.split())))
 
 
-FULL = ModelConfig(
-    models="full",
-    kind="instruct-pix2pix",
-    model_id="timbrooks/instruct-pix2pix",
-    settings={
-        "num_inference_steps": 100,
-        "guidance_scale": 7.5,
-        "image_guidance_scale": 1.5,
-        "resolution": 512,
-        "scheduler": "EulerAncestralDiscreteScheduler",
-    },
-    recognizers=("vggface2",),
-    judges=("casia-webface", "dlib"),
-    perceptual="vgg",
-    clip="openai/clip-vit-base-patch32",
-    **CPU,
-)
-MINIS = ModelConfig(
-    models="mini",
-    kind="instruct-pix2pix",
-    model_id=str(MINI / "editor"),
-    settings={
-        "num_inference_steps": 20,
-        "guidance_scale": 1.0,
-        "image_guidance_scale": 1.0,
-        "resolution": 128,
-        "scheduler": None,
-    },
-    recognizers=(str(MINI / "recognizer"),),
-    judges=(str(MINI / "judge"), "dlib"),
-    **{name: str(MINI / name) for name in ("perceptual", "clip", "protector")},
-    **CPU,
-)
+FULL, MINIS = (resolve(models=models, device="cpu") for models in ("full", "mini"))
 
 
 @pytest.mark.parametrize("script", [edit, defend])
 @pytest.mark.parametrize("expected", [FULL, MINIS], ids=["full", "mini"])
 def test_without_flags_the_set_is_as_it_stands(expected, script):
-    assert config(f"--models {expected.models}", script) == expected
+    found, stands = config(f"--models {expected.models}", script), MODEL_SETS[expected.models]
+    assert found == expected and found.model_id == stands.editors[found.kind]
+    members = found.perceptual, found.clip, found.protector, found.judges, *found.recognizers
+    assert members == (stands.perceptual, stands.clip, stands.protector, stands.judges, stands.recognizer)
 
 
 ALL = {  # kind -> id, steps, guidance, long side or side of the area

@@ -850,13 +850,6 @@ def test_the_grid_shows_what_it_says(world, grid, monkeypatch):
     assert grid().status == 1
 
 
-def test_the_grid_names_what_is_missing(grid, capsys):
-    assert grid("--names", "nobody", "--output", "f.pdf").status == 1
-    assert "nobody" in capsys.readouterr().err and not Path("f.pdf").exists()
-    assert grid("--names", "anna", "--output", "f.pdf").status == 0
-    assert Path("f.pdf").read_bytes().startswith(b"%PDF")
-
-
 def test_two_dollars_are_no_formula_and_no_bytes_break_a_figure(world, grid):
     """Prompts and names of users: none of them is parsed, and each can be drawn."""
     texts = ["from $5 to $\\frac$", "price: $3_ and $x", "two\tparts", "fourth"]

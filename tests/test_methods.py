@@ -398,14 +398,6 @@ def test_adam_takes_any_objective():
     torch.testing.assert_close(out, goal.clamp(max=0.05), rtol=0, atol=1e-6)
 
 
-def test_a_methods_parameters_are_needs_and_knobs():
-    """A parameter without a default is a need, and x is neither."""
-    assert METHODS["noise"].parameters == {}
-    assert METHODS["cw"].parameters == {"vae": NEED, "c": 0.03, "targeted": False}
-    needs = ["vae", "face_similarity", "perceptual_distance"]
-    assert METHODS["facelock"].parameters == dict.fromkeys(needs, NEED)
-
-
 def test_random_start_is_uniform_in_the_ball():
     x = image(side=64, reach=0.5)
     offset = (random_start(x, 0.1, [0]) - x) / 0.1
@@ -456,19 +448,6 @@ def test_bad_image(case, bad):
 def test_bad_budget(case, budget):
     with pytest.raises(ValueError, match="budget"):
         protect(case, image(side=8), Linear(), budget=budget)
-
-
-@every_case
-def test_bad_start(case):
-    x = image(2, side=8)
-    with pytest.raises(ValueError, match="start is"):
-        protect(case, x, Linear(), start=x[:1])
-
-
-@pytest.mark.parametrize("seeds", [[], [1], [1, 2, 3]])
-def test_one_seed_an_image(seeds):
-    with pytest.raises(ValueError, match="seeds for 2 images"):
-        random_start(image(2, side=8), BUDGET, seeds)
 
 
 @pytest.mark.parametrize("loop", [pgd, adam])

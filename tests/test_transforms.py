@@ -198,9 +198,3 @@ def test_keeping_spectrum_takes_the_first_that_keeps_it_of_each_image():
         torch.testing.assert_close(found, expected)
         chosen.append(sigma)
     assert len(set(chosen)) > 2, chosen
-
-
-def test_the_radial_spectrum_of_a_wave_is_one_ring():
-    wave = torch.cos(2 * torch.pi * 5 * torch.arange(64) / 64).expand(3, 64, 64).double()
-    spectrum = transforms.radial_spectrum(2 * wave - 1)  # the constant is 0
-    assert spectrum.argmax() == 5 and (spectrum > 0).sum() == 1

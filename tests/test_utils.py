@@ -86,11 +86,6 @@ def test_number_list():
         assert refusal(utils.number_list, text) == f"{text!r} is not a list of numbers such as 0,3,7"
 
 
-def test_an_empty_path_is_refused():
-    assert utils.path("a/b") == Path("a/b")
-    assert refusal(utils.path, "") == "an empty path"
-
-
 def test_help_shows_defaults_but_no_none():
     parser = argparse.ArgumentParser(description="one\n    two", formatter_class=utils.HelpFormatter)
     parser.add_argument("--steps", type=int, default=3, help="how many")
@@ -197,12 +192,6 @@ def test_failed_write_leaves_nothing(call, error, shown, tmp_path, monkeypatch):
     assert shown is not UserError or str(caught.value) == f"{out}: can't be written (No space left on device)"
 
 
-def test_write_below_a_file(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="can't be written"):
-        utils.write_file(tmp_path / "file" / "out.png", b"data")
-
-
 def test_a_link_is_replaced_and_its_target_stays(tmp_path):
     (tmp_path / "target").write_text("precious")
     (tmp_path / "link").symlink_to(tmp_path / "target")
@@ -241,13 +230,6 @@ def test_a_name_may_be_as_long_as_names_may_be(length, tmp_path):
     assert os.listdir(tmp_path) == [name]
     with pytest.raises(UserError, match="File name too long"):
         utils.write_file(tmp_path / ("x" * 256), b"data")
-
-
-def test_check_directory(tmp_path):
-    utils.check_directory(tmp_path / "new" / "deeper")
-    assert os.listdir(tmp_path) == []
-    with pytest.raises(OSError, match="File name too long"):
-        utils.check_directory(tmp_path / ("x" * 300))
 
 
 # ---------------------------------------------------------------------------------------------------------
