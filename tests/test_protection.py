@@ -138,7 +138,7 @@ def unchanged() -> dict[str, torch.Tensor]:
 def test_settings_differ_where_pixels_do(flags, protector, portrait, members, unchanged):
     """Pixels of some methods, and of those for which there is a flag."""
     plain, changed = protector("").wanted, protector(flags.format(**members)).wanted
-    for method in methods_for(InstructPix2Pix):
+    for method in [*methods_for(InstructPix2Pix), "instant"]:
         first, other = (Protector(settings, method=method) for settings in (plain, changed))
         is_changed = method in CHANGES[flags]
         assert (other.settings() != first.settings()) == is_changed, method
