@@ -19,6 +19,7 @@ from tiny import noise
 import defend
 import edit
 import experiment
+from evaluation import purify
 from images import load_image, to_working
 from models import editors
 from models.config import ModelSettings, resolve, resolve_editor
@@ -85,6 +86,22 @@ def test_defend_and_edit(kind, directory, tiny_models, tmp_path):
     line = [f"--input_path={protected}", "--prompt=hat", "--seed=0", "--num_inference_steps=1", *model]
     assert edit.main([*line, f"--output_path={edited}"]) == 0
     assert load_image(edited).size == (150, 100) and load_image(edited).pixels.std() > 1
+
+
+@pytest.mark.parametrize("kind", [kind for kind in WRITERS if kind != "instruct-pix2pix"])
+@pytest.mark.parametrize("method", ["denoise:0.3", "restore"])
+def test_an_editor_purifies(kind, method, directory, tmp_path, capsys):
+    """By its own denoiser, if this project sees that; and by an edit that asks for nothing."""
+    (tmp_path / "in").mkdir()
+    Image.fromarray(tiny.portrait((150, 100))).save(tmp_path / "in/face.png")
+    flags = ["--models=mini", f"--model={kind}", f"--model_id={directory(kind)}", "--device=cpu"]
+    flags += [f"--resolution={SIDE}", f"--method={method}", f"--input_dir={tmp_path}/in"]
+    status = purify.main([*flags, f"--output_dir={tmp_path}/out"])
+    if method != "restore" and EDITORS[kind].denoiser is None:
+        assert status == 1 and "denoise needs the denoiser of " in capsys.readouterr().err
+    else:
+        made = load_image(tmp_path / "out/face.png")
+        assert status == 0 and made.size == (150, 100) and made.pixels.std() > 1
 
 
 @pytest.mark.parametrize("kind", WRITERS)
