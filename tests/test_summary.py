@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
 from evaluation import leaderboard, summary, tables
 from utils import UserError
 
+PAGE = Path(summary.__file__).parent.parent / "docs/evaluation.md"
 ROWS = ["clean", "facelock/budget_0.06", "noise/budget_0.06"]
 
 
@@ -143,3 +147,21 @@ def test_a_leaderboard_keeps_what_is_around_it_and_the_last_row_of_each_method(t
     board.write_bytes(b"\xff")
     with pytest.raises(UserError, match="board.md: not a readable text file"):
         put("cw", "0.03", "")
+
+
+def test_reading_every_value_as_the_page_says_loses_no_row_and_nobody(tmp_path, monkeypatch):
+    """Neither the unprotected edits, whose budget is empty, nor a person called NA."""
+    lines = [
+        (*row, "", "", "dlib", 0, 0, name, "left", value)
+        for row, value in ((("clean", ""), 0.5), (("facelock", "0.06"), 0.25))
+        for name in ("alice", "NA")
+    ]
+    columns = [*tables.ABOUT, "judge", *tables.EDIT[1:], "metric", "value"]
+    tables.write_csv(tmp_path / "per_image.csv", pd.DataFrame(lines, columns=columns))
+    monkeypatch.chdir(tmp_path)
+    (code,) = re.findall("```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    shown: list[pd.DataFrame] = []
+    found = {"print": shown.append}
+    exec(code, found)  # noqa: S102
+    assert shown[0]["left"].to_dict() == {("clean", ""): 0.5, ("facelock", "0.06"): 0.25}
+    assert {*found["values"]["name"]} == {"alice", "NA"}
