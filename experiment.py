@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image_dir", type=utils.path, required=True, help="directory of portraits")
     add("--output_dir", type=utils.path, required=True, help="where everything goes")
-    text = f"all that suit --model, or some of {', '.join(METHODS)}; @B: at a budget of its own"
+    text = f"all (those that suit --model), or some of {', '.join(METHODS)}; @B: at a budget of its own"
     text = f"{text} (default: {' '.join(PAPER)})"
     add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
     text = f"{BUDGET_HELP} (default: each method's own)"
