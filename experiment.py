@@ -77,7 +77,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "numbers of instructions (default: all)"
     add("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
     add("--prompt_file", type=utils.path, help="your own instructions, as in main_edit.py")
-    text = "what is done to the pictures before they are edited, as in evaluation/purify.py"
+    text = "what is done to the pictures before they are edited: jpeg:75, or in turn jpeg:75+resize:0.5; "
+    text += "all of them: evaluation/purify.py --help"
     add("--purify", nargs="+", type=purifier, default=[], metavar="STEPS", help=text)
     text = "of the editor's noise, one or more; the first is also the random start's"
     add("--seed", nargs="+", type=utils.known_seed, default=[0], help=text)
@@ -327,7 +328,8 @@ def find_baseline(wanted: str, rows: Sequence[str]) -> str:
     found = [row for row in ["clean", *rows] if name in (row, row.partition("/")[0])]
     if len(found) != 1:
         known = " ".join(row.replace("/budget_", "@") for row in rows)
-        raise UserError(f"--baseline {wanted}: {len(found)} rows are that (there are clean {known})")
+        called = f"{len(found)} rows are" if found else "no row is"
+        raise UserError(f"--baseline {wanted}: {called} called that (there are clean {known})")
     return found[0]
 
 

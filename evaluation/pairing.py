@@ -220,7 +220,8 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
             raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
         found = {given.resolve().parent: given} if is_seed else {row: row for row in _rows_below(given, 2)}
         if not found:
-            raise UserError(f"{given}: no seed{seeds[0]} in it or in its sub-directories")
+            text = f"no seed{seeds[0]} in it or in its sub-directories; main_edit.py makes them of pictures"
+            raise UserError(f"{given}: {text}")
         for row, named in found.items():
             if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
                 lacking.append(f"{row}: no {', '.join(missing)} (there are {', '.join(_seeds_in(row))})")
@@ -267,7 +268,8 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
     matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
     if len(matching) != 1:
         known = ", ".join(row.method for row in rows)
-        raise UserError(f"--baseline {name}: {len(matching)} rows have this name ({known})")
+        called = f"{len(matching)} rows are" if matching else "no row is"
+        raise UserError(f"--baseline {name}: {called} called that (there are {known})")
     return matching[0]
 
 
