@@ -129,8 +129,9 @@ def evaluate(
     table, parts = tables.all_metrics(tables.means(scores.values), groups, about_rows)
     written = {output: table}
     if against:
-        groups = {f"minus {against}, in pairs": headline}
-        groups |= {f"{title}, minus {against}": own for title, own in of_faces.items()}
+        name = tables.method_at(about_rows, against)
+        groups = {f"minus {name}, in pairs": headline}
+        groups |= {f"{title}, minus {name}": own for title, own in of_faces.items()}
         pairs, others = tables.differences(scores.values, against), about_rows.drop(against)
         written[of_baseline], more = tables.all_metrics(pairs, groups, others, "+")
         parts += more

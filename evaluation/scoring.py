@@ -229,8 +229,9 @@ def script(
             title = "; ".join([f"{len(edits.prompts)} prompts", *said(by[one.name])])
             parts = tables.all_metrics(found, {title: [one]}, about)[1]
             if baseline:
-                pairs, against = tables.differences(values, baseline), f"minus {baseline}, in pairs"
-                parts += tables.all_metrics(pairs, {against: [one]}, about.drop(baseline), "+")[1]
+                pairs, against = tables.differences(values, baseline), tables.method_at(about, baseline)
+                groups = {f"minus {against}, in pairs": [one]}
+                parts += tables.all_metrics(pairs, groups, about.drop(baseline), "+")[1]
             print(tables.as_page(parts))
             tables.write_csv(file, tables.one_metric(values, found, pairs, one, about))
             tables.write_beside(file, parts, by[one.name], directories(rows, about), args.latex)

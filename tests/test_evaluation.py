@@ -266,7 +266,11 @@ def test_the_baseline_is_compared_in_pairs(call):
     assert weak["diff"] == pytest.approx(expected, abs=1e-3)
     assert weak["diff_low"] < weak["diff"] < weak["diff_high"]
     assert weak["diff_n"] == 3 and math.isnan(strong["diff"])
-    assert f"{expected:+.2f}" in found.out
+    assert f"{expected:+.2f}" in found.out and "minus facelock at 0.03, in pairs" in found.out
+
+
+def test_the_baseline_of_the_whole_table_is_named_like_its_row(call):
+    assert "minus facelock at 0.03, in pairs" in call(eval_all, "--baseline budget_0.03").out
 
 
 def test_an_instruction_must_be_the_same_in_every_row_and_seed(world, call):
