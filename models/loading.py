@@ -102,6 +102,12 @@ def recorded(member: str) -> str:
     return f"{shown(member)} {seen.hexdigest()[:8]}"
 
 
+WORDS = {  # of schedulers, which read them when they are used
+    "prediction_type": ("epsilon", "v_prediction", "sample", "flow_prediction"),
+    "timestep_spacing": ("linspace", "leading", "trailing"),
+}
+
+
 def check_configs(folder: Path) -> None:
     """Refuses configs that don't fit a local model's weights, before a library builds the network.
 
@@ -130,9 +136,13 @@ def count_tensors(path: Path) -> int:
 
 
 def check_numbers(said: Any, most: int) -> None:
-    """Refuses absurd counts of layers and steps, and invalid sizes. Raises ValueError."""
+    """Refuses absurd counts of layers and steps, invalid sizes, and what only fails at work. ValueError."""
     for key, value in said.items() if isinstance(said, dict) else ():
         check_numbers(value, most)
+        if key in WORDS and value not in (None, *WORDS[key]):
+            raise ValueError(f"{key} is {str(value)[:40]!r}, none of {', '.join(WORDS[key])}")
+        if key.endswith("eps") and not isinstance(value, int | float | None):
+            raise ValueError(f"{key} is {str(value)[:40]!r}, not a number")
         numbers = value if isinstance(value, list) else [value]
         numbers = [one for one in numbers if one is not None and not isinstance(one, bool | dict | list)]
         limit = MOST_STEPS if STEPS.search(key) else most if LAYERS.search(key) else MOST_SIZE
