@@ -33,7 +33,7 @@ AMPLIFY = 10  # of the difference, which is shown around grey
 class Studio:
     """Does what the page asks for, by the scripts' own functions. Raises UserError, as they do.
 
-    The networks are loaded at once, so that what is wrong with them is said before anybody waits. `missing`
+    The networks are loaded at once, so that what is wrong with them shows before anybody waits. `missing`
     says which can't be had; without them the studio finds faces, and no more.
     """
 
