@@ -31,6 +31,7 @@ import runs
 import utils
 from defend import BUDGET_HELP, add_method_arguments, settings_of
 from evaluation import eval_all, figure, leaderboard, purify, report, summary, tables
+from evaluation.features import people_of
 from evaluation.pairing import Edits, find_edits, find_references
 from evaluation.scoring import LATEX_HELP
 from images import images_by_stem
@@ -166,8 +167,6 @@ class Experiment:
             raise UserError("--edit_models: edits by words and round trips don't go into one table")
         prompts = prompts_of(config.kind, args.prompts, args.prompt_file)
         runs.find_images(args.image_dir)
-        if args.reference_dir:
-            find_references(args.reference_dir, images_by_stem(args.image_dir))
         utils.check_directory(args.output_dir)
         if len({name_of(editor) for editor in named}) < len(named):
             raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
@@ -213,7 +212,8 @@ class Experiment:
         tables.check_outputs(files, suffixes=(".csv", ".md", ".json", ".tex", ".png", ".html"))
         if self.leaderboard:
             leaderboard.read_board(self.leaderboard)
-        by = eval_all.networks_of(self.config, self.config.editor.by_words)
+        others = self.reference_dir and find_references(self.reference_dir, images_by_stem(self.image_dir))
+        by = eval_all.networks_of(self.config, self.config.editor.by_words) | people_of({}, others or {})
         for table in [] if self.options.overwrite else self.tables():
             way_out = "give another --output_dir, or --overwrite"
             tables.check_networks(table.root / "all_metric.csv", by, way_out)

@@ -39,7 +39,7 @@ from evaluation import (
     eval_ssim,
     tables,
 )
-from evaluation.features import Metric, networks
+from evaluation.features import Metric, networks, people_of
 from evaluation.pairing import Edits, check_edits, find_protected, find_row
 from evaluation.scoring import Scores, Tensor, directories, edits_of, make_parser, rows_of, said, score
 from runs import listed, read_record
@@ -113,8 +113,9 @@ def evaluate(
     headline, of_faces = metrics_of(config, by_words)
     metrics = [*headline, *itertools.chain(*of_faces.values())]
     by = networks_of(config, by_words)
+    measured = by | people_of(edits.gallery, edits.references)
     if not overwrite:
-        tables.check_networks(output, by, "give another --output")
+        tables.check_networks(output, measured, "give another --output")
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
     check_edits(edits)
@@ -148,7 +149,7 @@ def evaluate(
     for path, frame in written.items():
         if path:
             tables.write_csv(path, frame)
-    tables.write_beside(output, parts, by, directories(rows, about_rows), latex)
+    tables.write_beside(output, parts, measured, directories(rows, about_rows), latex)
     whole = tables.as_page(parts)
     print(whole)
     if text:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +17,7 @@ from models.faces import Box, FaceDetector
 from models.loading import recorded
 from models.perceptual import load_perceptual
 from models.recognizers import Recognizer, hashed_recognizer
+from runs import digest
 
 if TYPE_CHECKING:
     import numpy as np
@@ -98,6 +101,14 @@ def networks(metrics: Iterable[Metric], config: ModelConfig | None) -> dict[str,
     if "perceptual" in needs:
         found["LPIPS"] = [recorded(config.perceptual)]
     return {part: ", ".join(names) for part, names in found.items()}
+
+
+def people_of(gallery: dict[str, Path], references: dict[str, list[Path]]) -> dict[str, str]:
+    """Tells by which pictures people are known, with a hash of those beside the sources."""
+    given = {"gallery": [*gallery.values()], "other photos": [*itertools.chain(*references.values())]}
+    hashes = {name: "".join(sorted(map(digest, paths))) for name, paths in given.items() if paths}
+    found = [f"{name} {hashlib.sha256(all_.encode()).hexdigest()[:8]}" for name, all_ in hashes.items()]
+    return {"people known by": ", ".join(found) or "the sources"}
 
 
 def load_features(

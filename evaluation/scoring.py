@@ -16,7 +16,7 @@ from PIL import Image
 import models.config
 import utils
 from evaluation import tables
-from evaluation.features import FACE, PIXELS, Features, Metric, load_features, networks
+from evaluation.features import FACE, PIXELS, Features, Metric, load_features, networks, people_of
 from evaluation.pairing import Edits, Key, Row, check_edits, find_edits, find_row
 from images import load_image, to_tensor
 from runs import batches
@@ -215,9 +215,10 @@ def script(
         others = [tables.beside(file, ending) for file in files.values() for ending in endings]
         tables.check_outputs(others, suffixes=endings)
         by = {one.name: networks([one], config) for one in wanted}
-        for one in wanted:
-            tables.check_networks(files[one.name], by[one.name], "give another --output")
         edits = edits_of(args)
+        people = people_of(edits.gallery, edits.references)
+        for one in wanted:
+            tables.check_networks(files[one.name], by[one.name] | people, "give another --output")
         baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
         check_edits(edits)
         scores = score(edits, [*wanted, *also], config, args.batch_size)
@@ -234,7 +235,8 @@ def script(
                 parts += tables.all_metrics(pairs, groups, about.drop(baseline), "+")[1]
             print(tables.as_page(parts))
             tables.write_csv(file, tables.one_metric(values, found, pairs, one, about))
-            tables.write_beside(file, parts, by[one.name], directories(rows, about), args.latex)
+            measured = by[one.name] | people
+            tables.write_beside(file, parts, measured, directories(rows, about), args.latex)
             print(utils.one_line(f"{file}: {len(rows)} rows"))
         if args.per_image:
             about = edits.about(rows_of(edits, wanted))

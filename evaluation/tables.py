@@ -384,12 +384,12 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def check_networks(table: Path, networks: dict[str, str], way_out: str) -> None:
-    """Refuses to replace a table in which other networks measured the same. Raises UserError."""
+    """Refuses to replace a table that was measured by other networks or against other photos. UserError."""
     page = beside(table, ".json")
     known = read_about(page).get("networks", {}) if page and table.exists() else {}
     parts = [part for part, names in networks.items() if known.get(part, names) != names]
     if said := "; ".join(f"{part}: {known[part]} there, {networks[part]} now" for part in parts):
-        raise UserError(f"{table}: measured by other networks ({said}); {way_out}")
+        raise UserError(f"{table}: measured otherwise ({said}); {way_out}")
 
 
 def check_numbers(path: Path, numbers: pd.DataFrame) -> None:

@@ -288,7 +288,7 @@ def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
     lines = [line for line in text.splitlines() if "=cmd" in line]
     assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
     # the tables of the attacked recogniser, of a judge, and of all
-    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7, 8, 13}
+    assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7, 8, len(eval_all.METRICS) + 8}
     each = tables.read_csv(Path("each.csv"))
     assert set(each["method"]) == {"clean", *(f"{odd.name}/{budget}" for budget in BUDGETS)}  # exact
     assert set(each["name"]) == {"anna", "-1+1", "cleo"}

@@ -562,13 +562,15 @@ def test_a_row_is_what_its_records_say(tmp_path):
     ("script", "line", "table"),
     [(eval_facial, "--by judge", "t_left.csv"), (eval_facial, "", "t.csv"), (eval_all, "", "t.csv")],
 )
-def test_a_run_with_another_judge_does_not_replace_a_table(call, tiny_models, script, line, table):
+def test_another_judge_or_gallery_does_not_replace_a_table(world, call, tiny_models, script, line, table):
     assert call(script, line).status == 0
     before = Path(table).read_bytes()
     assert re.search(r"(recognizer|judge) [0-9a-f]{8}", Path(table).with_suffix(".json").read_text())
     other = f"{line} --recognizer {tiny_models.judge} --judge {tiny_models.recognizer}"
     found = call(script, other, keep=True)
-    assert found.status == 1 and "measured by other networks" in found.err
+    assert found.status == 1 and "measured otherwise" in found.err
+    found = call(script, f"{line} --gallery_dir {world}/portraits", keep=True)
+    assert found.status == 1 and "people known by: the sources there, gallery" in found.err
     assert Path(table).read_bytes() == before and call(script, line, keep=True).status == 0
 
 

@@ -25,7 +25,7 @@ def changed(tmp_path_factory) -> Path:
     copy = tmp_path_factory.mktemp("extended") / "project"
     shutil.copytree(ROOT, copy, ignore=LEFT)
     changes = re.findall(r"^```diff\n(.*?)^```$", PAGE, re.DOTALL | re.MULTILINE)
-    assert len(changes) == 4
+    assert len(changes) == 6
     for change in changes:
         subprocess.run(["patch", "-p1", "--silent"], cwd=copy, input=change, text=True, check=True)
     return copy
@@ -62,9 +62,11 @@ def test_every_change_runs(changed, modules_of):
     for script, flag, more in (
         ("defend.py", "--defend_method=turn", ["--num_iters=2"]),
         ("edit.py", "--model=hq-edit", ["--num_inference_steps=2"]),
-        ("defend.py", "--recognizer assets", ["--num_iters=2"]),
+        ("defend.py", "--recognizer assets/mini/judge", ["--num_iters=2"]),
+        ("defend.py", "--recognizer assets/mini/clip", ["--num_iters=2"]),
         ("evaluation/eval_l1.py", "fewer_steps", []),
         ("evaluation/purify.py", "posterize", []),
+        ("evaluation/purify.py", "latent", []),
     ):
         _, *words = command(script, flag)
         calls.append((script.removesuffix(".py").replace("/", "."), [*words, *more]))
@@ -75,7 +77,19 @@ def test_every_change_runs(changed, modules_of):
             Image.fromarray(tiny.portrait(32, seed=seeds + number)).save(folder / f"{number}.png")
     assert [modules_of(name).main(words) for name, words in calls] == [0] * len(calls)
     assert Path(sys.modules["methods"].__file__) == changed / "methods.py"
-    for result in ("turn.png", "edit.png", "swapped.png"):
+    for result in ("turn.png", "edit.png", "swapped.png", "unlike.png"):
         assert Image.open(changed / result).size == (128, 128)
-    assert len(list((changed / "posterized").glob("*.png"))) == 12
+    for result in ("posterized", "shaken"):
+        assert len(list((changed / result).glob("*.png"))) == 12
     assert "prompt13,mean" in (changed / "l1_metric.csv").read_text()
+
+
+@pytest.mark.slow
+def test_the_suite_passes_with_every_change(changed):
+    """All that `make test` runs; of the new defense and metric it asks what it asks of the others."""
+    shutil.copytree(ROOT / "tests", changed / "tests", ignore=shutil.ignore_patterns("test_extending.py"))
+    shutil.copy(ROOT / ".gitignore", changed)
+    words = ["-m", "pytest", "-q", "-n", "2", "-m", "not slow and not browser"]
+    command = [sys.executable, *words]
+    run = subprocess.run(command, cwd=changed, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stdout[-3000:]
