@@ -138,7 +138,7 @@ def test_an_editor_that_can_not_be_had_is_known_without_loading_it():
 def test_help_shows_the_default_of_each_editor_and_set(capsys):
     with pytest.raises(SystemExit):
         edit.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split())
+    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines there
     for part in (
         "denoising steps (default: 100; flux-kontext: 28; flux2-klein: 4; qwen-image-edit: 50;",
         "img2img runs (stable-diffusion only; default: 0.5)",
