@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 
     from models.attention import Attention
     from models.denoiser import Denoiser
+    from models.protector import Network
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
@@ -266,7 +267,7 @@ class Protector:
         return self.config.load_recognizer(member, compile=self.wanted.compile and is_attacked)
 
     @property
-    def network(self) -> torch.nn.Module:
+    def network(self) -> Network:
         """What `instant` starts from. Raises UserError."""
         from models.protector import load_protector
 
@@ -368,7 +369,7 @@ class Protector:
         gradient is not finite.
         """
         mask = self.budget_mask(images, boxes)
-        start = partial(self._guess, images, mask)
+        start = partial(self._guess, images, boxes, mask)
         if not self.method.is_network:
             start = partial(random_start, images, self.run.budget, seeds)
         run = replace(self.run, start=start, is_warm=self.method.is_network, callback=callback)
@@ -386,19 +387,27 @@ class Protector:
         own = self.config.editor.working_size(size, self.resolution)
         return masks.budget_mask(images, [scale_boxes(found, own, size) for found in boxes], self.mask)
 
-    def _guess(self, images: Tensor, mask: Tensor | None) -> Tensor:
-        """Where a network has images (B, 3, H, W) start, at its own working size -> the same."""
+    def _guess(self, images: Tensor, boxes: Sequence[Sequence[Box]], mask: Tensor | None) -> Tensor:
+        """Where a network has images (B, 3, H, W) start -> the same; boxes as in `perturb`.
+
+        It sees them at the working size, or each face in its own frame, which is cut out of the image itself.
+        """
         import torch
 
         from models.protector import limited
 
         config, size, budget = self.config, images.shape[-2:], self.run.budget
         whole = images.new_ones(len(images), 1, *size) if mask is None else mask
+        seen, network = [images, budget * whole], self.network
+        own = config.editor.working_size(size, self.resolution)
+        if network.frame is None:
+            seen = [config.editor.to_working(one, self.resolution) for one in seen]
+        faces = [scale_boxes(found, own, seen[0].shape[-2:]) for found in boxes]
         with torch.no_grad():
-            working = (config.editor.to_working(one, self.resolution) for one in (images, budget * whole))
-            found = self.network(*(one.to(config.dtype) for one in working)).to(images.dtype)
-            change = budget * config.editor.from_working(found, size, self.resolution)
-            return images + limited(change, whole, self._trained()["rms"])
+            shares = network(*seen, faces)
+            if network.frame is None:
+                shares = config.editor.from_working(shares, size, self.resolution)
+            return images + limited(budget * shares, whole, self._trained()["rms"])
 
     def objective_of(
         self, images: Tensor, boxes: Sequence[Sequence[Box]], draws: Callable[[], Draws]

@@ -17,6 +17,8 @@ one to use, and a checkpoint, from which the next run continues. docs/methods.md
 from __future__ import annotations
 
 import argparse
+import cmath
+import itertools
 import json
 import math
 import random
@@ -28,14 +30,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from defend import add_defense_arguments, settings_of
+from defend import add_defense_arguments, settings_of, transform_names
 from images import to_tensor
 from methods import METHODS
-from models.faces import Face
+from models.faces import Face, PointCrop, scale_box
 from models.loading import recorded
 from models.recognizers import face_similarity_to
 from protection import Protector, Subject
 from runs import find_images
+from transforms import chains
 from utils import UserError, warn
 
 if TYPE_CHECKING:
@@ -64,6 +67,9 @@ class Plan:
     pairs: int
     warm_steps: int
     save_minutes: float
+    frame: int | None
+    sides: Sequence[int] | None
+    augment: str
     seed: int
 
     def form(self) -> dict[str, Any]:
@@ -86,13 +92,14 @@ class Plan:
 
 @dataclass
 class Batch:
-    """Portraits of one size, each with a budget of its own."""
+    """Portraits of one size, or frames of a side, each with a budget of its own."""
 
     images: Tensor  # (B, 3, H, W) in [-1, 1]
     boxes: list[list[Face]]  # at the working size
+    protector: Protector  # which works at the frames' side
     sizes: Tensor  # (B, 1, 1, 1), the budgets
     mask: Tensor  # (B, 1, H, W), a pixel's share of its budget
-    rms: float | None  # of the change, if the method's loop has one
+    frame: int | None  # the side in px at which the network sees all of it
     shares: Tensor | None = None  # (B, 3, H, W) in [-1, 1]: of the budget, where the loop came to
 
     @property
@@ -100,26 +107,42 @@ class Batch:
         """That of each pixel, (B, 1, H, W)."""
         return self.sizes * self.mask
 
+    def seen(self) -> list[Tensor]:
+        """Gives images and budget as the network sees them."""
+        size = self.frame and (self.frame, self.frame)
+        return [resized(values, size) for values in (self.images, self.budget)]
+
     def protected(self, shares: Tensor) -> Tensor:
-        """Gives the pictures that shares of the budget make, without rounding."""
+        """Gives the pictures that shares of the budget make, at the network's size, without rounding."""
         from models.protector import limited
 
-        change = limited(self.sizes * shares, self.mask, self.rms)
+        shares = resized(shares, self.frame and self.images.shape[-2:]).clamp(-1, 1)
+        change = limited(self.sizes * shares, self.mask, rms_of(self.protector))
         return (self.images + self.mask * change).clamp(-1, 1)
 
 
-class People:
-    """The portraits of a folder with their faces, which are looked for once."""
+def resized(values: Tensor, size: Sequence[int] | None) -> Tensor:
+    """Brings values (B, C, H, W) to a size (H, W), bicubic; None: they have it."""
+    import torch.nn.functional as F
 
-    def __init__(self, directory: Path, protector: Protector, cache: Path) -> None:
-        self.protector = protector
+    return values if size is None else F.interpolate(values, size, mode="bicubic", antialias=True)
+
+
+class People:
+    """The portraits of a folder with their faces, which are looked for once.
+
+    protectors: one for each side at which pictures go through the autoencoder.
+    """
+
+    def __init__(self, directory: Path, protectors: Sequence[Protector], cache: Path, plan: Plan) -> None:
+        self.protectors, self.frame, self.augmented = protectors, plan.frame, chains(plan.augment)
         known = json.loads(cache.read_text()) if cache.exists() else {}
         self.subjects: list[Subject] = []
         for path in find_images(directory):
             if path.name not in known:
                 known[path.name] = self._look(path)
             if (found := known[path.name]) is not None:
-                self.subjects.append(_subject(protector, path, found))
+                self.subjects.append(_subject(path, found))
         utils.write_file(cache, json.dumps(known).encode())
         if not self.subjects:
             raise UserError(f"{directory}: no portrait with a face")
@@ -127,38 +150,63 @@ class People:
     def _look(self, path: Path) -> list[list] | None:
         """Finds a portrait's faces -> box and points of each; None for one that can't be used."""
         try:
-            subject = self.protector.load(path)
+            subject = self.protectors[0].load(path)
         except UserError as error:
             warn(str(error))
             return None
         return [[list(box), [[float(x), float(y)] for x, y in box.points]] for box in subject.boxes]
 
-    def batch(self, subjects: Sequence[Subject], budgets: Sequence[float], mirrored: Sequence[bool]) -> Batch:
-        """Makes a batch of portraits of one size, some of them mirrored."""
-        import numpy as np
+    def batch(
+        self,
+        subjects: Sequence[Subject],
+        budgets: Sequence[float],
+        mirrored: Sequence[bool],
+        draw: random.Random | None = None,
+    ) -> Batch:
+        """Makes a batch of portraits of one size, or of frames, some of them mirrored; draw: alters them."""
         import torch
 
-        editor, resolution = self.protector.config.editor, self.protector.resolution
-        pixels, boxes = [], []
+        protector = draw.choice(self.protectors) if draw else self.protectors[-1]
+        images, boxes = [], []
         for subject, is_mirrored in zip(subjects, mirrored, strict=True):
-            own = subject.portrait.pixels
-            width = editor.working_size(own.shape[:2], resolution)[1]
-            pixels.append(own[:, ::-1] if is_mirrored else own)
-            boxes.append([_mirrored(box, width) for box in subject.boxes] if is_mirrored else subject.boxes)
-        images = editor.to_working(to_tensor(np.stack(pixels)).to(self.protector.device), resolution)
-        mask = self.protector.budget_mask(images, boxes)
+            image, faces = self._cut(subject, protector, draw)
+            if is_mirrored:
+                image, faces = image.flip(-1), [_mirrored(box, image.shape[-1]) for box in faces]
+            images.append(image)
+            boxes.append(faces)
+        images = torch.cat(images)
+        if draw:
+            draws = [torch.Generator().manual_seed(draw.randrange(2**31)) for _ in boxes]
+            images = draw.choice(self.augmented)(images, draws)
+        images = images.clamp(-1, 1).to(protector.device)  # crops leave it by rounding
+        mask = protector.budget_mask(images, boxes)
         whole = images.new_ones(len(images), 1, *images.shape[-2:]) if mask is None else mask
         sizes = torch.tensor(budgets).to(images).view(-1, 1, 1, 1)
-        return Batch(images, boxes, sizes, whole, rms_of(self.protector))
+        return Batch(images, boxes, protector, sizes, whole, self.frame)
+
+    def _cut(
+        self, subject: Subject, protector: Protector, draw: random.Random | None
+    ) -> tuple[Tensor, list[Face]]:
+        """Gives a portrait at its working size, or the frame of its first face -> (1, 3, H, W), its faces."""
+        from models.protector import frame_of
+
+        image, editor = to_tensor(subject.portrait.pixels), protector.config.editor
+        if self.frame is None:
+            return editor.to_working(image, protector.resolution), subject.boxes
+        found_at = editor.working_size(image.shape[-2:], self.protectors[0].resolution)
+        face = scale_box(subject.boxes[0], found_at, image.shape[-2:])
+        crop = frame_of(protector.resolution)
+        crop = moved(crop, draw) if draw else crop
+        return crop(image, face), [crop.place(face)]
 
     def drawn(self, draw: random.Random, plan: Plan) -> Batch:
         """Draws portraits of one size, budgets between the plan's two; half of them are mirrored."""
         size = draw.choice(self.subjects).portrait.size
-        alike = [subject for subject in self.subjects if subject.portrait.size == size]
+        alike = [one for one in self.subjects if self.frame or one.portrait.size == size]
         subjects = draw.choices(alike, k=plan.batch_size)
         low, high = (math.log(budget) for budget in plan.budgets)
         budgets = [math.exp(draw.uniform(low, high)) for _ in subjects]
-        return self.batch(subjects, budgets, [draw.random() < 0.5 for _ in subjects])
+        return self.batch(subjects, budgets, [draw.random() < 0.5 for _ in subjects], draw)
 
 
 def rms_of(protector: Protector) -> float | None:
@@ -166,11 +214,20 @@ def rms_of(protector: Protector) -> float | None:
     return protector.run.rms if "rms" in protector.method.reads else None
 
 
-def _subject(protector: Protector, path: Path, found: list) -> Subject:
+def _subject(path: Path, found: list) -> Subject:
     """A portrait whose faces are known"""
     from images import load_image
 
     return Subject(load_image(path), [Face(box, points) for box, points in found])
+
+
+def moved(crop: PointCrop, draw: random.Random) -> PointCrop:
+    """Scales a crop's template by up to 10 %, turns it by up to 6 degrees and moves it by up to 3 %."""
+    middle, (right, down) = crop.size / 2, (crop.size * draw.uniform(-0.03, 0.03) for _ in range(2))
+    by = draw.uniform(0.9, 1.1) * cmath.exp(1j * draw.uniform(-0.1, 0.1))
+    places = [by * complex(x - middle, y - middle) for x, y in crop.template]
+    points = [(place.real + middle + right, place.imag + middle + down) for place in places]
+    return PointCrop(crop.size, tuple(points))
 
 
 def _mirrored(box: Face, width: int) -> Face:
@@ -184,27 +241,29 @@ def _mirrored(box: Face, width: int) -> Face:
 # losses
 
 
-def method_loss(network: nn.Module, batch: Batch, protector: Protector, seeds: Sequence[int]) -> Tensor:
+def method_loss(network: nn.Module, batch: Batch, seeds: Sequence[int]) -> Tensor:
     """Asks the method's objective of what the network makes -> its negative mean."""
     import torch
 
     def draws() -> list[torch.Generator]:
         return [torch.Generator().manual_seed(seed) for seed in seeds]
 
-    objective = protector.objective_of(batch.images, batch.boxes, draws)(batch.images)
-    logits = network.logits(batch.images, batch.budget).float()
-    beyond = (batch.budget > 0) * (logits.abs() - 1).clamp(min=0).square()
+    objective = batch.protector.objective_of(batch.images, batch.boxes, draws)(batch.images)
+    seen, budget = batch.seen()
+    logits = network.logits(seen, budget).float()
+    beyond = (budget > 0) * (logits.abs() - 1).clamp(min=0).square()
     return KEEPING * beyond.mean() - objective(batch.protected(logits.tanh()), LAST).mean()
 
 
 def imitation_loss(network: nn.Module, batch: Batch) -> Tensor:
     """Compares the network's shares of the budget with where the loop came to, where there is a budget."""
-    difference = (network(batch.images, batch.budget).float() - batch.shares).square()
+    shares = resized(network(*batch.seen()).float(), batch.frame and batch.shares.shape[-2:])
+    difference = (shares - batch.shares).square()
     weight = (batch.budget > 0).to(difference)
     return (weight * difference).sum() / (3 * weight.sum())
 
 
-def make_pairs(people: People, protector: Protector, plan: Plan, draw: random.Random) -> Iterator[Batch]:
+def make_pairs(people: People, plan: Plan, draw: random.Random) -> Iterator[Batch]:
     """Runs the method's own loop on batches of portraits, a budget for each batch."""
     import torch
 
@@ -212,7 +271,7 @@ def make_pairs(people: People, protector: Protector, plan: Plan, draw: random.Ra
         budget = math.exp(draw.uniform(*(math.log(one) for one in plan.budgets)))
         batch = people.drawn(draw, replace(plan, budgets=(budget, budget)))
         loop = Protector.__new__(Protector)
-        loop.__dict__ |= protector.__dict__ | {"run": replace(protector.run, budget=budget)}
+        loop.__dict__ |= batch.protector.__dict__ | {"run": replace(batch.protector.run, budget=budget)}
         seeds = [draw.randrange(2**31) for _ in batch.boxes]
         changed = loop.perturb(batch.images, batch.boxes, seeds)[0] - batch.images
         yield replace(batch, shares=(changed / batch.budget.clamp(min=1e-6)).clamp(-1, 1).to(torch.float16))
@@ -225,10 +284,10 @@ def make_pairs(people: People, protector: Protector, plan: Plan, draw: random.Ra
 class Validation:
     """Measures what the last judge finds of people in round trips of their protected pictures."""
 
-    def __init__(self, people: People, protector: Protector, plan: Plan) -> None:
+    def __init__(self, people: People, plan: Plan) -> None:
         import torch
 
-        self.protector = protector
+        config = people.protectors[0].config
         self.budget = math.sqrt(plan.budgets[0] * plan.budgets[-1])
         size = people.subjects[0].portrait.size
         alike = [subject for subject in people.subjects if subject.portrait.size == size]
@@ -236,7 +295,7 @@ class Validation:
         groups = [alike[row : row + plan.batch_size] for row in rows]
         self.batches = [people.batch(few, [self.budget] * len(few), [False] * len(few)) for few in groups]
         # the hardest to deceive are those that share nothing with the recogniser: the last of the panel
-        self.judge = protector.config.load_recognizer(protector.config.judges[-1], torch.float32)
+        self.judge = config.load_recognizer(config.judges[-1], torch.float32)
         self.before = self.left(None)
 
     def left(self, network: nn.Module | None) -> float:
@@ -248,8 +307,8 @@ class Validation:
             for batch in self.batches:
                 images = batch.images
                 if network is not None:
-                    images = batch.protected(network(images, batch.budget).float())
-                trip = self.protector.loaders(self.protector.config)["vae"]().round_trip(images)
+                    images = batch.protected(network(*batch.seen()).float())
+                trip = batch.protector.loaders(batch.protector.config)["vae"]().round_trip(images)
                 similarity = face_similarity_to([self.judge], batch.images, batch.boxes)
                 found.append(self.judge.left(similarity(trip)))
         return float(torch.cat(found).mean())
@@ -278,9 +337,16 @@ class Training:
             "vae": [recorded(one.vae) for one in protector.attacked],
             "rms": rms_of(protector),
             "budgets": list(plan.budgets),
+            "augment": plan.augment,
+            "sides": plan.sides,
             "settings": [f"{key} {value}" for key, value in settings.items() if key != "attack_budget"],
         }
         self._resume()
+
+    @property
+    def about(self) -> str:
+        """What a checkpoint is of."""
+        return json.dumps([self.plan.form(), self.plan.frame, self.facts])
 
     def _resume(self) -> None:
         """Continues from an earlier run's checkpoint. Raises UserError for another training's."""
@@ -290,7 +356,7 @@ class Training:
         if not path.exists():
             return
         state = torch.load(path, map_location=self.protector.device, weights_only=True)
-        if state["about"] != json.dumps([self.plan.form(), self.facts]):
+        if state["about"] != self.about:
             raise UserError(f"{path} is of another network, method or model; choose another --output_dir")
         self.network.load_state_dict(state["network"])
         self.average.load_state_dict(state["average"])
@@ -306,13 +372,15 @@ class Training:
         state = {
             "network": self.network.state_dict(), "average": self.average.state_dict(),
             "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "about": json.dumps([self.plan.form(), self.facts]),
+            "about": self.about,
         }  # fmt: skip
         torch.save(state, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
         halves = {key: value.half().contiguous().cpu() for key, value in self.average.state_dict().items()}
         utils.write_file(self.directory / "network" / "model.safetensors", save(halves))
         config = {"network": self.plan.form(), "trained": {**self.facts, "steps": self.step}}
+        if self.plan.frame:
+            config["frame"] = self.plan.frame
         utils.write_file(self.directory / "network" / "config.json", json.dumps(config, indent=1).encode())
 
     def turn(self, loss_of: Any, share: float) -> float:
@@ -345,7 +413,7 @@ def train(training: Training, people: People, validation: Validation | None) -> 
     warm = min(plan.warm_steps, plan.steps) if plan.pairs else 0
     pairs = []
     if training.step < warm:
-        pairs = list(make_pairs(people, protector, plan, draw))
+        pairs = list(make_pairs(people, plan, draw))
         log(directory, f"{plan.batch_size * len(pairs)} pairs made by {protector.name}'s loop")
     began, losses = time.perf_counter(), []
     while training.step < plan.steps:
@@ -359,7 +427,7 @@ def train(training: Training, people: People, validation: Validation | None) -> 
             seeds = [draw.randrange(2**31) for _ in batch.boxes]
 
             def loss_of(network: nn.Module, batch: Batch = batch, seeds: Sequence[int] = seeds) -> Tensor:
-                return method_loss(network, batch, protector, seeds)
+                return method_loss(network, batch, seeds)
 
         share = training.step / warm if is_warm else (training.step - warm) / (plan.steps - warm)
         losses.append(training.turn(loss_of, share))
@@ -423,6 +491,13 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--budgets", **size, default=(0.03, 0.12), help=text)
     parser.add_argument("--steps", type=some, default=4000, help="also the length of the rate's cosine")
     parser.add_argument("--batch_size", type=some, default=8, help="portraits per step")
+    text = "px of the square in which it sees each face, 5/3 as wide (default: it sees the whole picture)"
+    side = utils.number(int, 32, 1024, "a whole number from 32 to 1024")
+    parser.add_argument("--frame", type=side, help=text)
+    text = "px at which frames go through the autoencoder, drawn for each batch (default: --resolution)"
+    parser.add_argument("--sides", type=side, nargs="+", help=text)
+    text = "what happens to the portraits before, like --transforms, a chain for each batch"
+    parser.add_argument("--augment", type=transform_names, default="none", help=text)
     positive = utils.positive_float
     parser.add_argument("--rate", type=positive, default=5e-4, help="highest learning rate of AdamW")
     parser.add_argument("--pairs", type=utils.natural_number, default=0, help="to imitate first; 0: none")
@@ -442,6 +517,8 @@ def run(args: argparse.Namespace) -> int:
         raise UserError(f"{args.method} has no objective that a network could learn")
     if len(args.channels) != len(args.depths) or any(channels % 8 for channels in args.channels):
         raise UserError("--channels and --depths: as many of each, and channels are multiples of 8")
+    if args.sides and not args.frame:
+        raise UserError("--sides are those of frames: give --frame")
     from models.norms import quicken
 
     args.seed = utils.draw_seed(args.seed)
@@ -449,16 +526,18 @@ def run(args: argparse.Namespace) -> int:
     utils.check_directory(args.output_dir)
     args.output_dir.mkdir(parents=True, exist_ok=True)
     mask = args.budget_mask or METHODS["instant"].mask
-    protector = Protector(settings_of(args), budget_mask=mask)
+    sides = args.sides or [args.resolution]
+    protectors = [Protector(settings_of(args), budget_mask=mask, resolution=side) for side in sides]
+    protector = protectors[0]
     protector.preload()
     if protector.device.type == "cpu" and "vae" in protector.needs and not protector.wanted.compile:
-        for one in protector.attacked:
+        for one in itertools.chain(*(each.attacked for each in protectors)):
             quicken(protector.loaders(one)["vae"]().vae)
-    people = People(args.image_dir, protector, args.output_dir / FACES)
+    people = People(args.image_dir, protectors, args.output_dir / FACES, plan)
     validation = None
     if args.validation_dir:
-        held_out = People(args.validation_dir, protector, args.output_dir / f"validation_{FACES}")
-        validation = Validation(held_out, protector, plan)
+        held_out = People(args.validation_dir, protectors, args.output_dir / f"validation_{FACES}", plan)
+        validation = Validation(held_out, plan)
     training = Training(plan, protector, args.output_dir)
     if plan.network == "mixture" and not training.step:
         begin_mixture(training, people, random.Random(plan.seed))

@@ -186,20 +186,15 @@ class PointCrop:
     template: Points  # in the crop's pixels
 
     def __call__(self, image: Tensor, face: Box) -> Tensor:
-        """Cuts a face out of an image (1, 3, H, W) in [-1, 1] -> (1, 3, size, size), black outside of it.
+        """Cuts a face out of an image (1, C, H, W) in [-1, 1] -> (1, C, size, size), black outside of it.
 
-        Antialiased, differentiable. The similarity transform is the least-squares one, in complex numbers:
-        a crop's pixel u is at a u + b in the image.
+        Antialiased, differentiable.
         """
         import numpy as np
         import torch
         import torch.nn.functional as F
 
-        points = face.points if isinstance(face, Face) else Face(face).points
-        there, here = (np.array(five) @ [1, 1j] for five in (points, self.template))
-        centred = here - here.mean()
-        a = np.vdot(centred, there - there.mean()) / np.vdot(centred, centred).real
-        b = there.mean() - a * here.mean()
+        a, b = self.similarity(face)
         steps = np.arange(self.size)
         places = a * (steps[None, :] + 1j * steps[:, None]) + b  # (size, size), in pixels of the image
         height, width = image.shape[-2:]
@@ -207,7 +202,7 @@ class PointCrop:
         x0, x1 = np.clip([places.real.min() - margin, places.real.max() + margin], 0, width).astype(int)
         y0, y1 = np.clip([places.imag.min() - margin, places.imag.max() + margin], 0, height).astype(int)
         if x1 <= x0 or y1 <= y0:  # the face is outside
-            return image.new_full((1, 3, self.size, self.size), -1.0)
+            return image.new_full((1, image.shape[1], self.size, self.size), -1.0)
         part = image[..., y0:y1, x0:x1]
         if scale > 1:
             size = [max(1, round(side / scale)) for side in part.shape[-2:]]
@@ -216,3 +211,46 @@ class PointCrop:
         down = (places.imag + 0.5 - y0) / (y1 - y0) * 2 - 1
         grid = torch.from_numpy(np.stack([across, down], axis=-1)[None]).to(part)  # (1, size, size, 2)
         return F.grid_sample(part + 1, grid, align_corners=False) - 1  # zeros outside are black
+
+    def similarity(self, face: Box) -> tuple[complex, complex]:
+        """Finds a and b of the least-squares similarity transform: a crop's pixel u is at a u + b in the
+        image, as complex numbers."""
+        import numpy as np
+
+        points = face.points if isinstance(face, Face) else Face(face).points
+        there, here = (np.array(five) @ [1, 1j] for five in (points, self.template))
+        centred = here - here.mean()
+        a = np.vdot(centred, there - there.mean()) / np.vdot(centred, centred).real
+        return a, there.mean() - a * here.mean()
+
+    def place(self, face: Box) -> Face:
+        """Tells where a face is in its crop; the box is as upright as before."""
+        a, b = self.similarity(face)
+        x0, y0, x1, y1 = face
+        middle, half = (complex(x0 + x1 - 1, y0 + y1 - 1) / 2 - b) / a, max(x1 - x0, y1 - y0) / abs(a) / 2
+        sides = [place + 0.5 + way * half for way in (-1, 1) for place in (middle.real, middle.imag)]
+        box = clip_box(sides, (self.size, self.size))
+        points = [(complex(x, y) - b) / a for x, y in Face(face, getattr(face, "points", None)).points]
+        return Face(box, [(point.real, point.imag) for point in points])
+
+    def back(self, crop: Tensor, face: Box, size: Sequence[int]) -> Tensor:
+        """Carries values of a crop (1, C, size, size) to an image of `size` (H, W), 0 where it isn't."""
+        import numpy as np
+        import torch
+        import torch.nn.functional as F
+
+        a, b = self.similarity(face)
+        edge = self.size - 0.5
+        corners = a * np.array([-0.5 - 0.5j, edge - 0.5j, -0.5 + edge * 1j, edge + edge * 1j]) + b
+        x0, x1 = np.clip([corners.real.min(), corners.real.max() + 1], 0, size[1]).astype(int)
+        y0, y1 = np.clip([corners.imag.min(), corners.imag.max() + 1], 0, size[0]).astype(int)
+        found = crop.new_zeros(*crop.shape[:2], *size)
+        if abs(a) < 1:  # the image is the smaller one
+            small = [max(1, round(self.size * abs(a)))] * 2
+            crop = F.interpolate(crop, small, mode="bilinear", antialias=True, align_corners=False)
+        places = np.arange(x0, x1)[None, :] + 1j * np.arange(y0, y1)[:, None]
+        places = (places - b) / a  # in pixels of the crop
+        grid = np.stack([places.real, places.imag], axis=-1)[None] * 2 / self.size + (1 / self.size - 1)
+        grid = torch.from_numpy(grid).to(crop)
+        found[..., y0:y1, x0:x1] = F.grid_sample(crop, grid, mode="bicubic", align_corners=False)
+        return found

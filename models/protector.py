@@ -11,18 +11,49 @@ import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from models.faces import Box, PointCrop
 from models.loading import frozen, loading, read_state, shown
+from models.recognizers import ARCFACE, ARCFACE_SIDE
 from utils import MOST_TEXT, UserError, parse_json, read_plain
 
 USUAL = 0.06  # a budget that the networks are shown as 1
 PATCH = 4  # px; a network works on patches of this side
+MOST_FRAME = 1024  # px
+FACE_SHARE = 0.6  # of a frame's side that ArcFace's crop has
 GRID = 8  # faces are compared by their mean colours in GRID x GRID fields
+
+
+class Network(NamedTuple):
+    """A network with the frame in which it wants to see a face; None: it sees the whole picture."""
+
+    shares: nn.Module
+    frame: PointCrop | None
+
+    def __call__(self, images: Tensor, budget: Tensor, boxes: Sequence[Sequence[Box]] = ()) -> Tensor:
+        """Gives shares of the budget, float32 (B, 3, H, W) in [-1, 1]; 0 outside of the frames.
+
+        images, budget: as `Shares` has them; boxes: the faces of each image, in its pixels.
+        """
+        if self.frame is None:
+            return self._ask(images, budget)
+        size = images.shape[-2:]
+        found = torch.zeros_like(images)
+        for row, faces in enumerate(boxes):
+            for face in faces:
+                one, where = (self.frame(part[row : row + 1], face) for part in (images, 2 * budget - 1))
+                found[row] += self.frame.back(self._ask(one, (where + 1) / 2), face, size)[0]
+        return found.clamp(-1, 1)
+
+    def _ask(self, images: Tensor, budget: Tensor) -> Tensor:
+        """Asks the network in its own dtype."""
+        dtype = next(self.shares.parameters()).dtype
+        return self.shares(images.to(dtype), budget.to(dtype)).float()
 
 
 class Block(nn.Module):
@@ -159,12 +190,21 @@ def read_config(member: str) -> dict[str, Any]:
 
 
 @functools.cache
-def load_protector(member: str, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def load_protector(member: str, device: torch.device, dtype: torch.dtype) -> Network:
     """Loads a network of `instant` from its folder; cached. Raises UserError."""
-    how = dict(read_config(member)["network"])
+    config = read_config(member)
+    how, frame = dict(config["network"]), config.get("frame")
     with loading("the protector", member):
         state = read_state(Path(member) / "model.safetensors")
         with torch.device("meta"):  # a config can't ask for more than its weights are
             network = KINDS[how.pop("kind")](**how)
         network.load_state_dict(state, assign=True)
-        return frozen(network, device, dtype)
+        return Network(frozen(network, device, dtype), None if frame is None else frame_of(frame))
+
+
+def frame_of(size: int) -> PointCrop:
+    """Makes the square of a side in px in whose middle is ArcFace's crop. Raises ValueError."""
+    if not isinstance(size, int) or not 32 <= size <= MOST_FRAME:
+        raise ValueError(f"its frame is no whole number from 32 to {MOST_FRAME}")
+    share, border = size * FACE_SHARE, size * (1 - FACE_SHARE) / 2
+    return PointCrop(size, tuple(tuple(border + share * x / ARCFACE_SIDE for x in one) for one in ARCFACE))

@@ -12,8 +12,9 @@ from PIL import Image
 from torch import nn
 
 import train_protector
+from models.faces import Face
 from models.norms import quicken
-from models.protector import KINDS, load_protector
+from models.protector import KINDS, frame_of, load_protector
 from utils import UserError
 
 CPU = torch.device("cpu")
@@ -80,6 +81,44 @@ def test_a_network_keeps_to_the_root_mean_square_of_its_method(protector, portra
         assert 0.02 < np.sqrt((change**2).mean()) / 127.5 < 0.032
 
 
+def framed(folder, frame=32):
+    """Makes a folder's network one that sees faces in a frame."""
+    said = json.loads((folder / "config.json").read_text()) | {"frame": frame}
+    (folder / "config.json").write_text(json.dumps(said))
+    return folder
+
+
+@pytest.mark.parametrize("size", [(80, 60), (400, 300)])
+def test_a_network_with_a_frame_changes_the_face_alone_wherever_it_is(size, tmp_path, tiny_models):
+    """And the same there, whatever surrounds it: each of two faces, within a share of the budget."""
+    folder = framed(tiny.write_protector(tmp_path / "framed", tiny_models.editor))
+    network, images = load_protector(str(folder), CPU, torch.float32), image(*size, count=1)
+    side, budget = size[1] // 5, torch.full((1, 1, *size), 0.06)
+    faces = [Face((x, y, x + side, y + side)) for x, y in ((side, side), (3 * side, 4 * side))]
+    shares = network(images, budget, [faces])
+    assert 0.01 < shares.abs().max() <= 1
+    changed = (shares != 0).any(dim=1)[0].nonzero()
+    reach = 1.5 * side  # from the middle of a face
+    for down, right in changed.tolist():
+        assert any(abs(right - x - side / 2) < reach > abs(down - y - side / 2) for x, y, *_ in faces)
+    alone = network(images, budget, [faces[:1]])
+    x0, y0, x1, y1 = faces[0]
+    torch.testing.assert_close(alone[..., y0:y1, x0:x1], shares[..., y0:y1, x0:x1])
+    assert not alone[..., 3 * side + y0 : 3 * side + y1, 2 * side + x0 : 2 * side + x1].any()
+    assert not network(images, budget, [[]]).any()
+
+
+@pytest.mark.parametrize("side", [64, 400])  # smaller than the face, and larger
+def test_a_crop_goes_back_to_where_it_was_cut(side):
+    smooth = nn.functional.interpolate(image(9, 9, count=1), (300, 260), mode="bicubic").clamp(-1, 1)
+    face = Face((90, 80, 190, 200))
+    crop = frame_of(side)
+    there = crop.back(crop(smooth, face), face, (300, 260))
+    x0, y0, x1, y1 = face
+    assert (there - smooth)[..., y0:y1, x0:x1].abs().mean() < 0.02
+    assert crop.place(face).points[2] == pytest.approx(crop.template[2], abs=side / 10)
+
+
 def test_refine_goes_on_with_the_loop_that_the_network_was_trained_after(protector, universal):
     at_once = protector(f"--defend_method instant --protector {universal}")
     assert at_once.needs == [] and at_once.is_at_once
@@ -116,12 +155,16 @@ def test_another_autoencoders_network_is_warned_of(protector, tiny_models, capsy
         ("config.json", '{"network": {"kind": "unet"}}', "can't be loaded"),
         ("config.json", '{"network": {"kind": "os.system"}, "trained": {}}', "no kind among"),
         ("config.json", None, "can't be loaded"),
+        ("config.json", "frame 8", "its frame is no whole number from 32 to 1024"),
+        ("config.json", "frame [64]", "its frame is no whole number"),
         ("model.safetensors", "", "can't be loaded"),
         ("model.safetensors", None, "can't be loaded"),
     ],
 )
 def test_a_broken_folder_is_one_line(name, content, says, tmp_path, tiny_models, protector):
     folder = tiny.write_protector(tmp_path / "network", tiny_models.editor)
+    if (content or "").startswith("frame"):
+        content = framed(folder, json.loads(content[6:])).joinpath(name).read_text()
     (folder / name).unlink()
     if content is not None:
         (folder / name).write_text(content)
@@ -180,9 +223,12 @@ def training(tmp_path, tiny_models, monkeypatch):
     return train
 
 
+FRAMES = "--frame 32 --sides 32 48 --augment light+noise,blur --pairs 2 --warm_steps 1"
+
+
 @pytest.mark.parametrize(
     "flags",
-    ["", "--network universal", "--network mixture --patterns 2", "--pairs 2 --warm_steps 1"],
+    ["", "--network universal", "--network mixture --patterns 2", "--pairs 2 --warm_steps 1", FRAMES],
 )
 def test_training_makes_a_network_that_is_used_and_gone_on_with(flags, training, tmp_path, protector, capsys):
     method = "--defend_method facelock-dim --num_iters 2"
