@@ -47,7 +47,8 @@ FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
 MIX = "resize+mirror+light,rotate+shift,resize+mirror+blur"  # what facelock_dim's samples are seen through
 LOOKS = "pose+noise+hide,pose+blur+hide"  # ... and facelock_wide's
-WASHING = "jpeg,shrink,shrink+jpeg"  # what may happen to a picture before it is edited
+# what may happen to a picture before it is edited; only what is coarse survives it
+WASHING = "coarse+jpeg,coarse+shrink,coarse+shrink+jpeg"
 
 # ---------------------------------------------------------------------------------------------------------
 # the defenses
@@ -165,7 +166,7 @@ def facelock_wide(
         -mean over samples of cos(f(T(y)), f(x)),  y = clip(D(E(W(x'))), -1, 1)
 
     f is best several recognisers, the mean of their similarities. T as in `facelock_dim`; W is what happens
-    to the picture before it is edited, by default nothing.
+    to the picture before it is edited: nothing, or, for facelock-wash, JPEG and other sizes.
     """
     similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples, face_window)
     ways = itertools.cycle(chains(wash))
@@ -175,20 +176,6 @@ def facelock_wide(
         return -similarity(y, t).to(x_adv.dtype)
 
     return objective
-
-
-def facelock_wash(
-    x: Tensor,
-    vae: Any,
-    face_similarity: Callable[[Tensor], Tensor],
-    face_window: Window,
-    generators: Draws,
-    transforms: str = LOOKS,
-    samples: int = 2,
-    wash: str = WASHING,
-) -> Objective:
-    """Takes the face so that JPEG and other sizes don't bring it back: `facelock_wide` through such a W"""
-    return facelock_wide(x, vae, face_similarity, face_window, generators, transforms, samples, wash)
 
 
 def eot(
@@ -397,8 +384,9 @@ METHODS: dict[str, Method] = {
         facelock_wide, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS * 3 // 4
     ),
     "facelock-wash": Method(
-        facelock_wash, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS // 3
-    ),
+        partial(facelock_wide, wash=WASHING), l2_pgd, L2, run=WIDE, mask="face",
+        version=2, most_pixels=MOST_PIXELS // 3,
+    ),  # fmt: skip
     "instant": Method(instant, stay, reads=(), mask="face", is_network=True),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),

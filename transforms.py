@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
 Draws = Sequence["torch.Generator"]  # one per image
 Transform = Callable[..., "Tensor"]  # (images, generators, window) -> images
 STRIP = 128  # px, the side of what is blurred at once
+COARSE = 1.0  # px, the sigma of what is left of a gradient
 SURROUNDINGS = 5 / 3  # of a face's long side: the square in which it is transformed
 
 
@@ -49,6 +50,7 @@ def chains(text: str) -> list[Transform]:
         "none": lambda images, generators, window: images,
         "resize": resize, "shift": shift, "mirror": mirror, "rotate": rotate, "pose": pose, "crop": crop,
         "light": light, "blur": soften, "noise": grain, "hide": hide, "jpeg": jpeg, "shrink": shrink,
+        "coarse": coarse,
     }  # fmt: skip
     if unknown := [name for name in text.replace("+", ",").split(",") if name not in known]:
         raise ValueError(f"{unknown[0]!r} is none of {', '.join(known)}")
@@ -199,6 +201,12 @@ def shrink(images: Tensor, generators: Draws, window: Window | None = None) -> T
 
     shares = uniform(generators, 0.45, 0.95, images).tolist()
     return torch.cat([one(*pair) for pair in zip(images, shares, strict=True)]).clamp(-1, 1)
+
+
+def coarse(images: Tensor, generators: Draws, window: Window | None = None) -> Tensor:
+    """Changes nothing, but of a gradient lets only the coarse part pass, which survives a smaller size."""
+    low = smooth(images, COARSE)
+    return low + (images - low).detach()
 
 
 def blur(images: Tensor, side: int, sigma: float) -> Tensor:

@@ -15,7 +15,7 @@ import transforms
 from images import to_tensor, to_uint8
 
 NAMES = ["resize", "shift", "mirror", "rotate", "pose", "crop"]
-NAMES += ["light", "blur", "noise", "hide", "jpeg", "shrink"]
+NAMES += ["light", "blur", "noise", "hide", "jpeg", "shrink", "coarse"]
 
 
 def generators(*seeds: int) -> list[torch.Generator]:
