@@ -211,7 +211,9 @@ def test_the_vae_sees_what_the_editor_sees(kind, size, directory, monkeypatch):
     working = EDITORS[kind].to_working(x, SIDE)
     pixels = found.image[:, :, 0] if found.image.ndim == 5 else found.image
     torch.testing.assert_close(pixels, working, atol=0.501 / 127.5 if is_token else 1e-6, rtol=0)
+    whole = vae.encode(x).latent_dist.mean
     monkeypatch.setattr(vae, "to_working", lambda images, _: images)
+    torch.testing.assert_close(vae.encode(working).latent_dist.mean, whole)
     z = vae.encode(pixels).latent_dist.mean
     if kind == "flux2-klein":  # its patches are channels already
         expected = z.flatten(2).transpose(1, 2)
