@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -21,53 +23,67 @@ def no_network():
             raise OSError("no network in the tests")
         return connect(self, address)
 
+    def refuse_name(*args, **kwargs):
+        raise socket.gaierror("no network in the tests")
+
     connect = socket.socket.connect
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
-        patch.setattr(socket, "getaddrinfo", lambda *args, **kwargs: refuse_name())
+        patch.setattr(socket, "getaddrinfo", refuse_name)
         yield
-
-
-def refuse_name():
-    raise socket.gaierror("no network in the tests")
 
 
 @pytest.fixture
 def fresh_loaders():
     """Forgets the networks that other tests have loaded, before a test and after it."""
-    from models import clip, editors, perceptual, protector, recognizers, vaes
+    import tiny
 
-    loaders = (
-        vaes.load_vae,
-        editors._load_pipeline,
-        recognizers.load_recognizer,
-        perceptual.load_perceptual,
-        clip.load_clip,
-        protector.load_protector,
-    )
-    for loader in loaders:
-        loader.cache_clear()
+    tiny.forget()
     yield
-    for loader in loaders:
-        loader.cache_clear()
+    tiny.forget()
 
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory) -> SimpleNamespace:
-    """Writes directories of tiny random models: editor, img2img, recognizer, judge, perceptual, clip."""
+    """Writes directories of tiny random models: editor, img2img, recognizer, judge, perceptual, protector.
+
+    The bundled CLIP is small enough.
+    """
     import tiny
+
+    from models.config import MINI
 
     root = tmp_path_factory.mktemp("models")
     return SimpleNamespace(
-        root=root,
         editor=tiny.write_editor(root / "editor"),
         img2img=tiny.write_img2img(root / "img2img"),
         recognizer=tiny.write_recognizer(root / "recognizer"),
         judge=tiny.write_convnext(root / "judge"),
         perceptual=tiny.write_perceptual(root / "perceptual"),
         protector=tiny.write_protector(root / "protector", root / "editor"),
-        clip=tiny.write_clip(root / "clip"),
+        clip=MINI / "clip",
     )
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory):
+    """Gives a function: a kind of editor -> the directory of a tiny one, written once."""
+    import tiny_editors
+
+    root = tmp_path_factory.mktemp("editors")
+
+    def of(kind: str) -> Path:
+        return root / kind if (root / kind).exists() else tiny_editors.WRITERS[kind](root / kind)
+
+    return of
+
+
+@pytest.fixture
+def portrait(tmp_path) -> Path:
+    """Writes one portrait, in/face0.png."""
+    import tiny
+
+    return tiny.write_portraits(tmp_path / "in", 1)[0]
 
 
 @pytest.fixture
@@ -113,3 +129,63 @@ def protector(defend_flags):
         return Protector(defend.settings_of(args))
 
     return make
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch):
+    """portraits/, edits/clean and edits/facelock/budget_{0.02,0.03}, prompts 0 and 3, seed 5; run in out/."""
+    import tiny
+
+    from evaluation import features, tables
+
+    for number, name in enumerate(tiny.NAMES):
+        tiny.write(tmp_path / "portraits" / f"{name}.png", tiny.portrait(32, seed=number))
+    for row, levels in {"clean": [0] * 3, tiny.WEAK: [1, 2, 3], tiny.STRONG: [8] * 3}.items():
+        tiny.write_edits(tmp_path, row, 5, levels)
+    (tmp_path / "out").mkdir()
+    monkeypatch.chdir(tmp_path / "out")
+    monkeypatch.setattr(tables, "FEWEST", 2)  # so that three images have an interval
+    monkeypatch.setattr(features, "FaceDetector", tiny.WholeImage)
+    return tmp_path
+
+
+@pytest.fixture
+def call(world, tiny_models, capsys):
+    """Runs a script on the world -> status, out, err, its errors, its table by row, and its values by edit.
+
+    A flag that is given again replaces that of the world.
+    """
+    from evaluation import eval_all, eval_clip_i, eval_clip_s, eval_facial, eval_lpips, figure, tables
+
+    edits = f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock --seed 5"
+    loads, sources = "--models mini --device cpu", f"--src_dir {world}/portraits"
+    lpips, clip = f"--lpips {tiny_models.perceptual}", f"--clip_id {tiny_models.clip}"
+    faces = f"--recognizer {tiny_models.recognizer} --judge {tiny_models.judge}"
+    more_of = {
+        eval_lpips: f"{loads} {lpips}",
+        eval_clip_i: f"{loads} {sources} {clip}",
+        eval_clip_s: f"{loads} {sources} {clip}",
+        eval_facial: f"{loads} {sources} {faces} --by recognizer",
+        eval_all: f"{loads} {sources} {clip} {lpips} {faces}",
+    }
+
+    def run(script, line: str = "", *more: str, output: str = "t.csv", keep: bool = False):
+        capsys.readouterr()
+        for name in () if keep else (output, "each.csv"):
+            Path(name).unlink(missing_ok=True)
+        words = ["grid"] if script is figure else []
+        words += f"{edits} {more_of.get(script, '')}".split()
+        if script is not figure and "--output" not in (*line.split(), *more):
+            words += ["--output", output, "--per_image", "each.csv"]
+        found = SimpleNamespace(status=script.main([*words, *line.split(), *more]))
+        found.out, found.err = capsys.readouterr()
+        lines = [text.strip() for text in re.split(r"[\r\n]+", found.err)]
+        found.error = "".join(text for text in lines if text.startswith("error:"))
+        if script is not figure and Path(output).exists():
+            found.table = tables.read_csv(Path(output)).set_index("method")
+        if Path("each.csv").exists():
+            each = tables.read_values(Path("each.csv"))
+            found.each = each.pivot_table("value", ["method", "prompt", "name"], "metric")
+        return found
+
+    return run

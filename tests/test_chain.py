@@ -5,26 +5,17 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 from PIL import Image
+from tiny import NAMES, STRONG, WEAK, changed, write
 
 import main_edit
 import runs
 from evaluation import eval_all, eval_psnr, figure, pairing, purify, tables
-
-pytestmark = pytest.mark.usefixtures("whole_images")
-
-NAMES = ("anna", "ben", "cleo")
-BUDGETS = ("budget_0.02", "budget_0.03")
-
-
-def write(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
+from utils import UserError
 
 
 def note(directory: Path, sources: Path, **arguments: object) -> None:
@@ -44,61 +35,48 @@ def note(directory: Path, sources: Path, **arguments: object) -> None:
 
 
 @pytest.fixture
-def world(tmp_path, monkeypatch) -> Path:
-    """portraits/, protected/facelock/budget_{B}, edits of both with prompt 0 and seed 5, all recorded."""
-    for number, name in enumerate(NAMES):
-        source = tiny.portrait(32, seed=number)
-        write(tmp_path / "portraits" / f"{name}.png", source)
-        write(tmp_path / "edits/clean/seed5/prompt0" / f"{name}.png", source // 2)
-        for level, budget in enumerate(BUDGETS, 1):
-            protected = np.where(source > 127, source - level, source + level).astype(np.uint8)
-            write(tmp_path / "protected/facelock" / budget / f"{name}.png", protected)
-            write(tmp_path / "edits/facelock" / budget / "seed5/prompt0" / f"{name}.png", protected // 2)
-    note(tmp_path / "edits/clean/seed5", tmp_path / "portraits")
-    for budget in BUDGETS:
-        protected = tmp_path / "protected/facelock" / budget
-        note(protected, tmp_path / "portraits", attack_budget=float(budget[7:]))
-        note(tmp_path / "edits/facelock" / budget / "seed5", protected)
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path / "out")
-    return tmp_path
+def world(world) -> Path:
+    """The world with protected/facelock/budget_{B}, one level away and two, and a record of all."""
+    tiny.write_protected(world, weak=1, strong=2)
+    note(world / "edits/clean/seed5", world / "portraits")
+    for row in (WEAK, STRONG):
+        note(world / "protected" / row, world / "portraits", attack_budget=float(row[-4:]))
+        note(world / "edits" / row / "seed5", world / "protected" / row)
+    return world
 
 
 @pytest.fixture
-def call(world, tiny_models, capsys):
-    """Runs eval_psnr, eval_all or figure's grid on the world -> status, output and errors."""
-    edits = f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock --seed 5"
-    names = {"recognizer": "recognizer", "judge": "judge", "lpips": "perceptual", "clip_id": "clip"}
-    members = " ".join(f"--{flag} {getattr(tiny_models, name)}" for flag, name in names.items())
-    sources = f"--src_dir {world}/portraits --protected_dirs {world}/protected/facelock"
-    lines = {
-        eval_psnr: edits,
-        eval_all: f"{edits} {sources} --models mini --device cpu {members}",
-        figure: f"grid {edits} {sources}",
-    }
+def call(world, call):
+    """Runs a script on the world's edits, and, if it looks at more, on its sources and protected images."""
 
-    def run(script, *more: str) -> SimpleNamespace:
-        capsys.readouterr()
-        status = script.main([*lines[script].split(), *more])
-        out, err = capsys.readouterr()
-        errors = [text for text in re.split(r"[\r\n]+", err) if text.strip().startswith("error:")]
-        return SimpleNamespace(status=status, out=out, err=err, error="".join(errors))
+    def run(script, line: str = "", *more: str, **how):
+        images = f"--src_dir {world}/portraits --protected_dirs {world}/protected/facelock"
+        return call(script, line if script is eval_psnr else f"{images} {line}", *more, **how)
 
     return run
+
+
+def quick(script) -> list[str]:
+    """Gives a figure of one person alone; `call` has the script's other flags."""
+    return ["--names", "ben"] if script is figure else []
 
 
 # ---------------------------------------------------------------------------------------------------------
 # the chain
 
 
-def test_what_belongs_together_is_scored_without_a_warning(call):
+def test_what_belongs_together_is_scored_without_a_warning(world, call):
+    """Also once the data set has been moved."""
     for script in (eval_psnr, eval_all, figure):
-        found = call(script)
+        found = call(script, "", *quick(script))
         assert found.status == 0 and "warning" not in found.err, found.err
+    (world / "portraits").rename(world / "moved")
+    (world / "protected").rename(world / "elsewhere")
+    assert call(eval_all, f"--src_dir {world}/moved --protected_dirs {world}/elsewhere/facelock").status == 0
 
 
 def replace_protected(world: Path) -> None:
-    write(world / "protected/facelock/budget_0.03/ben.png", tiny.portrait(32, seed=7))
+    write(world / f"protected/{STRONG}/ben.png", tiny.portrait(32, seed=7))
 
 
 def write_others(world: Path) -> None:
@@ -109,22 +87,20 @@ def write_others(world: Path) -> None:
 def replace_source(world: Path) -> None:
     """A portrait is replaced under its name: its protected form and the edits of that are old."""
     write(world / "portraits/ben.png", tiny.portrait(32, seed=7))
-    write(world / "edits/clean/seed5/prompt0/ben.png", tiny.portrait(32, seed=7) // 2)
     note(world / "edits/clean/seed5", world / "portraits")
 
 
 def unprotect(world: Path) -> None:
-    path = world / "protected/facelock/budget_0.03/ben.png"
+    path = world / f"protected/{STRONG}/ben.png"
     write(path, np.array(Image.open(world / "portraits/ben.png")))
-    note(world / "edits/facelock/budget_0.03/seed5", path.parent)
+    note(world / f"edits/{STRONG}/seed5", path.parent)
 
 
 def exceed_the_budget(world: Path) -> None:
-    path = world / "protected/facelock/budget_0.02/ben.png"
-    source = np.array(Image.open(world / "portraits/ben.png"))
-    write(path, np.where(source > 127, source - 5, source + 5).astype(np.uint8))
+    path = world / f"protected/{WEAK}/ben.png"
+    write(path, changed(np.array(Image.open(world / "portraits/ben.png")), 5))
     note(path.parent, world / "portraits", attack_budget=0.02)
-    note(world / "edits/facelock/budget_0.02/seed5", path.parent)
+    note(world / f"edits/{WEAK}/seed5", path.parent)
 
 
 PROTECTED = "{0}/protected/facelock/budget_0.0"
@@ -142,31 +118,24 @@ OTHERS = "holds edits of other pictures than those in {0}/others (anna, ben, cle
         (exceed_the_budget, [eval_all], "", "beyond the budget 0.02 of its run.json: ben 0.0392"),
         (write_others, [figure], f"--protected_dirs {PROTECTED}3 {PROTECTED}2", "go in the order of"),
     ],
-)  # fmt: skip
+)
 def test_what_does_not_belong_together_is_refused(world, call, happens, scripts, more, says):
     happens(world)
     for script in scripts:
-        found = call(script, *more.format(world).split())
+        found = call(script, more.format(world))
         assert found.status == 1 and says.format(world) in found.error
         assert not [*Path().iterdir()]
-
-
-def test_a_moved_data_set_is_the_same_data_set(world, call):
-    (world / "portraits").rename(world / "moved")
-    (world / "protected").rename(world / "elsewhere")
-    more = ["--src_dir", f"{world}/moved", "--protected_dirs", f"{world}/elsewhere/facelock"]
-    assert call(eval_all, *more).status == 0
 
 
 @pytest.mark.parametrize("script", [eval_psnr, eval_all, figure])
 def test_edits_without_a_record_are_scored_with_one_warning(world, call, script):
     for path in (world / "edits").rglob("manifest.jsonl"):
         path.unlink()
-    found = call(script)
+    found = call(script, "", *quick(script))
     assert found.status == 0
     (line,) = [line for line in re.split(r"[\r\n]+", found.err) if "warning" in line]
     assert "that can't be checked" in line
-    assert all(f"{world}/edits/{row}" in line for row in ("clean", *(f"facelock/{b}" for b in BUDGETS)))
+    assert all(f"{world}/edits/{row}" in line for row in ("clean", WEAK, STRONG))
 
 
 def test_a_chain_of_real_runs(tmp_path, edit_flags):
@@ -179,47 +148,43 @@ def test_a_chain_of_real_runs(tmp_path, edit_flags):
     assert main_edit.main([*edit_flags, *flags]) == 0
     for method in ("mirror", "shift:4"):
         assert purify.purify_directory(place["edits"], place["cheats"] / method, purify.chain(method)) == 0
-    edits = pairing.find_edits([place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["in"])
-    assert len(edits.rows) == 2
-    pairing.check_edits(edits)
-    foreign = pairing.find_edits(
-        [place["cheats"]], [1], clean_edit_dir=place["edits"], src_dir=place["other"]
-    )
-    with pytest.raises(pairing.UserError, match="of other pictures than those in"):
-        pairing.check_edits(foreign)
+
+    def edits_of(sources: str) -> pairing.Edits:
+        where = {"clean_edit_dir": place["edits"], "src_dir": place[sources]}
+        return pairing.find_edits([place["cheats"]], [1], **where)
+
+    assert len(edits_of("in").rows) == 2
+    pairing.check_edits(edits_of("in"))
+    with pytest.raises(UserError, match="of other pictures than those in"):
+        pairing.check_edits(edits_of("other"))
 
 
 def test_a_chain_ends_at_a_file_that_was_made_anew_and_after_some_steps(world):
-    portraits, protected = world / "portraits", world / "protected/facelock/budget_0.03"
+    portraits, protected = world / "portraits", world / "protected" / STRONG
 
     def origins() -> list[str]:
-        directory = world / "edits/facelock/budget_0.03/seed5"
-        return pairing.Manifests().origins(directory, "prompt0/ben.png")
+        return pairing.Manifests().origins(world / f"edits/{STRONG}/seed5", "prompt0/ben.png")
 
     before = origins()
     assert before == [runs.digest(place / "ben.png") for place in (protected, portraits)]
     note(portraits, protected)  # made of each other
     assert len(origins()) == pairing.MOST_STEPS
-    write(protected / "ben.png", tiny.portrait(32, seed=7))
+    replace_protected(world)
     note(protected, portraits)
     assert origins() == before[:1]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# seeds
-
-
 def test_seed00_is_not_seed_0(world, call):
-    rows = [world / "edits/clean", *(world / "edits/facelock" / budget for budget in BUDGETS)]
+    rows = [world / "edits" / row for row in ("clean", WEAK, STRONG)]
     for row in rows:
         (row / "seed5").rename(row / "seed0")
     (rows[1] / "seed00/prompt0").mkdir(parents=True)
     (rows[1] / "seed0/prompt00").mkdir()
-    assert call(eval_psnr, "--seed", "0").status == 0
-    found = call(eval_psnr, "--seed", "0", "--defend_edit_dirs", f"{rows[1]}/seed00")
+    assert call(eval_psnr, "--seed 0").status == 0
+    found = call(eval_psnr, f"--seed 0 --defend_edit_dirs {rows[1]}/seed00")
     assert found.status == 1 and "seed00: holds other edits than --seed 0" in found.error
     (rows[1] / "seed0").rename(world / "away")
-    found = call(eval_psnr, "--seed", "0")
+    found = call(eval_psnr, "--seed 0")
     assert found.status == 1 and "budget_0.02: no seed0 (there are seed00)" in found.error
 
 
@@ -237,7 +202,7 @@ def test_nothing_that_is_not_ours_is_overwritten(world, call, script):
     targets += [world / "portraits/ben.png", world / "edits/clean/seed5/run.json"]
     before = {path: path.read_bytes() for path in targets}
     for path in targets:
-        found = call(script, "--output", str(path))
+        found = call(script, f"--output {path}")
         assert found.status == 1 and f"{path}: " in found.error
     assert {path: path.read_bytes() for path in targets} == before
 
@@ -245,29 +210,29 @@ def test_nothing_that_is_not_ours_is_overwritten(world, call, script):
 def test_a_table_leaves_what_lies_beside_it(call):
     for name in ("t.md", "t_protected.csv", "t_minus_baseline.csv"):
         Path(name).write_text("mine")
-        found = call(eval_all, "--output", "t.csv")
+        found = call(eval_all, "--output t.csv")
         assert found.status == 1 and f"{name}: exists and was not made" in found.error
         assert Path(name).read_text() == "mine"
         Path(name).unlink()
     for _ in range(2):  # its own are made again
-        assert call(eval_all, "--output", "t.csv", "--baseline", "clean").status == 0
+        assert call(eval_all, "--output t.csv --baseline clean").status == 0
     assert sorted(path.name for path in Path().iterdir()) == [
         ".facelock.jsonl", "t.csv", "t.json", "t.md", "t_minus_baseline.csv", "t_protected.csv"
     ]  # fmt: skip
 
 
 def test_a_figure_is_made_again_but_not_over_what_it_shows(world, call):
-    for name in ("f.pdf", "f.png", "f.png"):
-        assert call(figure, "--output", name).status == 0
+    for _ in range(2):
+        assert call(figure, "--output f.png", *quick(figure)).status == 0
     Path("f.png").rename(world / "portraits/anna.png")  # a figure of ours, but what the run reads
     note(world / "edits/clean/seed5", world / "portraits")
-    found = call(figure, "--names", "ben", "anna", "--output", f"{world}/portraits/anna.png")
+    found = call(figure, f"--names ben anna --output {world}/portraits/anna.png")
     assert found.status == 1 and "would overwrite what this run reads" in found.error
 
 
 def test_a_device_is_written_through(call):
     for script in (eval_psnr, eval_all, figure):
-        assert call(script, "--output", "/dev/null").status == 0
+        assert call(script, "--output /dev/null", *quick(script)).status == 0
     assert not Path("/dev/null").is_file() and not [*Path().iterdir()]
     assert not [*Path("/dev").glob("null?*")]
 
@@ -277,33 +242,17 @@ def test_names_break_no_line_no_table_and_no_spreadsheet(world, call):
     (world / "edits/facelock").rename(odd)
     for path in world.rglob("ben.png"):
         path.rename(path.with_name("-1+1.png"))
-    for directory in (world / "edits/clean", *odd.iterdir()):
-        (directory / "seed5/manifest.jsonl").unlink()
-    for path in (world / "protected/facelock").glob("*/manifest.jsonl"):
+    for path in world.rglob("manifest.jsonl"):
         path.unlink()
-    found = call(eval_all, "--defend_edit_dirs", str(odd), "--per_image", "each.csv", "--baseline", "clean")
+    found = call(eval_all, "--baseline clean", "--defend_edit_dirs", str(odd))
     assert found.status == 0
-    text = Path("all_metric.md").read_text()
+    text = Path("t.md").read_text()
     assert "\x1b" not in found.out + found.err + text
     lines = [line for line in text.splitlines() if "=cmd" in line]
     assert lines and all("=cmd\\|x\\n\\x1b[31mred" in line for line in lines)
     # the tables of the attacked recogniser, of a judge, and of all
     assert {len(re.findall(r"(?<!\\)\|", line)) for line in lines} == {7, 8, len(eval_all.METRICS) + 8}
-    each = tables.read_csv(Path("each.csv"))
-    assert set(each["method"]) == {"clean", *(f"{odd.name}/{budget}" for budget in BUDGETS)}  # exact
+    written, each = Path("each.csv").read_text(), tables.read_csv(Path("each.csv"))
+    assert "\n\"'=cmd|x" in written and ",'-1+1," in written  # no formula for a spreadsheet
+    assert set(each["method"]) == {"clean", *(f"{odd.name}/{row.split('/')[1]}" for row in (WEAK, STRONG))}
     assert set(each["name"]) == {"anna", "-1+1", "cleo"}
-
-
-def test_names_at_the_beginning_of_a_cell_are_no_formulas(tmp_path):
-    import pandas as pd
-
-    names = ["=1+1", "+x", "-x", "@x", "x=1", "a,b", 'q"q', "n\udce9"]
-    frame = pd.DataFrame({"method": names, "value": [-1.5, 1e-7, float("inf"), float("nan"), 0, 2, 3, 4]})
-    tables.write_csv(tmp_path / "t.csv", frame)
-    text = (tmp_path / "t.csv").read_bytes().decode(errors="surrogateescape")
-    assert text.splitlines() == [
-        "method,value", "'=1+1,-1.5", "'+x,1e-07", "'-x,inf", "'@x,", "x=1,0",
-        '"a,b",2', '"q""q",3', "n\udce9,4"
-    ]  # fmt: skip
-    (tmp_path / "t.csv").write_text(text[: text.index("n\udce9")])
-    assert list(tables.read_csv(tmp_path / "t.csv")["method"]) == names[:-1]

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import gc
-import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +10,9 @@ import torch
 from diffusers import DDIMScheduler
 
 from models.denoiser import Denoiser
-from models.editors import InstructPix2Pix, StableDiffusion
 from utils import UserError
 
 DOUBLE = torch.float64
-SETTINGS = {"resolution": 64, "scheduler": None}
 
 
 def latents(*seeds: int) -> list[torch.Tensor]:
@@ -40,13 +36,6 @@ def test_the_noise_is_that_of_the_network(prediction, shown, k):
         if prediction == "v_prediction":  # v = sqrt(a) e - sqrt(1 - a) z_0, z_k = sqrt(a) z_0 + sqrt(1 - a) e
             output = a**0.5 * output + (1 - a) ** 0.5 * z_k[i : i + 1]
         torch.testing.assert_close(found[i : i + 1], output, rtol=0, atol=1e-10)
-
-
-def test_noised_is_the_schedulers():
-    editor = tiny.tiny_editor(dtype=DOUBLE)
-    (z, noise), k = latents(1, 2), torch.tensor([10, 800])
-    expected = editor.pipeline.scheduler.add_noise(0.18215 * z, noise, k)
-    torch.testing.assert_close(Denoiser(editor).noised(z, k, noise), expected, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
@@ -83,47 +72,10 @@ def test_timesteps_without_image_do_not_count():
     assert denoiser.edit(z, noise, 4).isfinite().all()
 
 
-def test_it_keeps_no_editor_in_memory():
-    denoiser = Denoiser(tiny.tiny_editor(dtype=DOUBLE))
-    network = weakref.ref(denoiser.unet)
-    denoiser.predict_noise(*latents(1), 0, *latents(2))
-    del denoiser
-    gc.collect()
-    assert network() is None
-
-
-def test_gradients_reach_both_latents_and_no_weight():
-    editor = tiny.tiny_editor(dtype=DOUBLE)
-    z_k, z = (latent.requires_grad_() for latent in latents(1, 2))
-    Denoiser(editor, checkpointing=True).predict_noise(z_k, 500, z).sum().backward()
-    assert editor.pipeline.unet.is_gradient_checkpointing
-    assert (z_k.grad != 0).any() and (z.grad != 0).any()
-    assert all(weight.grad is None for weight in editor.pipeline.unet.parameters())
-
-
 def test_checkpointing_changes_nothing():
     z_k, z = latents(1, 2)
     plain, checkpointed = (Denoiser(tiny.tiny_editor(dtype=DOUBLE), on) for on in (False, True))
     assert torch.equal(plain.predict_noise(z_k, 500, z), checkpointed.predict_noise(z_k, 500, z))
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_computes_in_the_networks_dtype(dtype):
-    z_k, z = latents(1, 2)
-    found = Denoiser(tiny.tiny_editor(dtype=dtype)).predict_noise(z_k.float(), 500, z.float())
-    assert found.dtype == torch.float32 and found.isfinite().all()
-
-
-@pytest.mark.parametrize("kind", [InstructPix2Pix, StableDiffusion])
-def test_of_a_real_editor(kind, tiny_models):
-    """Loaded as the edit scripts load it."""
-    shown = kind is InstructPix2Pix
-    path = tiny_models.editor if shown else tiny_models.img2img
-    editor = kind(str(path), {**kind.knobs, **SETTINGS}, torch.device("cpu"), torch.float32)
-    denoiser = Denoiser(editor)
-    assert (denoiser.shown, denoiser.scaling) == (shown, 0.18215)
-    z_k, z = (latent.float() for latent in latents(1, 2))
-    assert denoiser.predict_noise(z_k, 5, z).shape == z_k.shape
 
 
 def test_an_editor_of_another_kind_is_one_clear_error():

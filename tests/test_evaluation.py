@@ -16,6 +16,7 @@ import tiny
 import torch
 from PIL import Image
 from scipy import stats
+from tiny import STRONG, WEAK, changed, write, write_edits, write_protected
 
 import utils
 from evaluation import (
@@ -33,81 +34,13 @@ from evaluation import (
     tables,
 )
 from images import load_image, to_tensor
-from models.clip import Clip, load_clip
+from models.clip import load_clip
 from models.config import resolve
 from models.perceptual import load_perceptual
-from models.recognizers import Recognizer, Strangers, load_recognizer
+from models.recognizers import load_recognizer
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
-NAMES = ("anna", "ben", "cleo")
-WEAK, STRONG = "facelock/budget_0.02", "facelock/budget_0.03"
-
-
-def write(path: Path, pixels: np.ndarray) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels).save(path)
-
-
-def changed(pixels: np.ndarray, levels: int) -> np.ndarray:
-    """All pixels `levels` away, without clipping."""
-    return np.where(pixels > 127, pixels - levels, pixels + levels).astype(np.uint8)
-
-
-def write_edits(world: Path, row: str, seed: int, levels: list[int]) -> None:
-    for prompt in (0, 3):
-        for number, (name, level) in enumerate(zip(NAMES, levels, strict=True)):
-            place = world / "edits" / row / f"seed{seed}/prompt{prompt}/{name}.png"
-            write(place, changed(tiny.portrait(32, seed=number), level + prompt * (level > 0)))
-
-
-@pytest.fixture
-def world(tmp_path, monkeypatch) -> Path:
-    """portraits/, edits/clean and edits/facelock/budget_{0.02,0.03}, prompts 0 and 3, seed 5; run in out/."""
-    for number, name in enumerate(NAMES):
-        write(tmp_path / "portraits" / f"{name}.png", tiny.portrait(32, seed=number))
-    for row, levels in {"clean": [0] * 3, WEAK: [1, 2, 3], STRONG: [8] * 3}.items():
-        write_edits(tmp_path, row, 5, levels)
-    (tmp_path / "out").mkdir()
-    monkeypatch.chdir(tmp_path / "out")
-    monkeypatch.setattr(tables, "FEWEST", 2)  # so that three images have an interval
-    monkeypatch.setattr(features, "FaceDetector", tiny.WholeImage)
-    return tmp_path
-
-
-@pytest.fixture
-def call(world, tiny_models, capsys):
-    """Runs a script on the world -> status, out, err, its table by row, and its values by edit.
-
-    A flag that is given again replaces that of the world.
-    """
-    edits = f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/facelock --seed 5"
-    loads, sources = "--models mini --device cpu", f"--src_dir {world}/portraits"
-    lpips, clip = f"--lpips {tiny_models.perceptual}", f"--clip_id {tiny_models.clip}"
-    faces = f"--recognizer {tiny_models.recognizer} --judge {tiny_models.judge}"
-    more_of = {
-        eval_lpips: f"{loads} {lpips}",
-        eval_clip_i: f"{loads} {sources} {clip}",
-        eval_clip_s: f"{loads} {sources} {clip}",
-        eval_facial: f"{loads} {sources} {faces} --by recognizer",
-        eval_all: f"{loads} {sources} {clip} {lpips} {faces}",
-    }
-
-    def run(script, line: str = "", output: str = "t.csv", keep: bool = False) -> SimpleNamespace:
-        capsys.readouterr()
-        for name in () if keep else (output, "each.csv"):
-            Path(name).unlink(missing_ok=True)
-        words = f"{edits} {more_of.get(script, '')} --output {output} --per_image each.csv {line}".split()
-        found = SimpleNamespace(status=script.main(words))
-        found.out, found.err = capsys.readouterr()
-        if Path(output).exists():
-            found.table = tables.read_csv(Path(output)).set_index("method")
-        if Path("each.csv").exists():
-            each = tables.read_values(Path("each.csv"))
-            found.each = each.pivot_table("value", ["method", "prompt", "name"], "metric")
-        return found
-
-    return run
 
 
 def level_psnr(levels: float) -> float:
@@ -117,13 +50,6 @@ def level_psnr(levels: float) -> float:
 
 # ---------------------------------------------------------------------------------------------------------
 # PSNR and its table
-
-
-def test_psnr_of_known_differences():
-    a = torch.zeros(3, 3, 8, 8)
-    values = eval_psnr.psnr(torch.stack([a[0], a[0] + 0.2, a[0] - 2 / 255]), a)
-    assert math.isinf(values[0])
-    assert values[1:].tolist() == pytest.approx([20.0, level_psnr(1)], abs=1e-3)
 
 
 def test_psnr_table(call):
@@ -260,6 +186,7 @@ def test_several_seeds_are_one_mean(world, call):
 
 
 def test_the_baseline_is_compared_in_pairs(call):
+    assert "minus facelock at 0.03, in pairs" in call(eval_all, "--baseline budget_0.03").out
     found = call(eval_psnr, "--baseline budget_0.03 --prompts 0")
     weak, strong = found.table.loc[WEAK], found.table.loc[STRONG]
     expected = np.mean([level_psnr(1 + i) - level_psnr(8) for i in range(3)])
@@ -267,10 +194,6 @@ def test_the_baseline_is_compared_in_pairs(call):
     assert weak["diff_low"] < weak["diff"] < weak["diff_high"]
     assert weak["diff_n"] == 3 and math.isnan(strong["diff"])
     assert f"{expected:+.2f}" in found.out and "minus facelock at 0.03, in pairs" in found.out
-
-
-def test_the_baseline_of_the_whole_table_is_named_like_its_row(call):
-    assert "minus facelock at 0.03, in pairs" in call(eval_all, "--baseline budget_0.03").out
 
 
 def test_an_instruction_must_be_the_same_in_every_row_and_seed(world, call):
@@ -286,9 +209,6 @@ def test_an_instruction_must_be_the_same_in_every_row_and_seed(world, call):
     assert call(eval_psnr, "--prompts 3").status == 0  # 0 isn't asked for
     (world / "own.txt").write_text("Turn it green\n")
     assert "Turn it green" in call(eval_psnr, f"--prompt_file {world}/own.txt").err
-    for broken in ({"prompts": ["a"]}, {"prompts": {"first": "a"}}):
-        strong.write_text(json.dumps(record | broken))
-        assert "run.json: not a record of a run" in call(eval_psnr).err
     for name in ("clean", WEAK):
         shutil.copytree(world / "edits" / name / "seed5", world / "edits" / name / "seed6")
     (world / "edits/clean/seed6/run.json").write_text(json.dumps(record | {"prompts": {"0": "b"}}))
@@ -436,28 +356,12 @@ def test_eval_all_says_what_the_single_scripts_say(call):
     np.testing.assert_allclose(means[found.table.index], found.table["facial"], atol=2e-6)
 
 
-def test_eval_all_reads_and_embeds_every_file_once(world, call, monkeypatch):
-    decoded, embedded = [], {"clip": 0, "faces": 0}
-
-    def counted(path):
-        decoded.append(path)
-        return load_image(path)
-
-    def embed_images(self, images, embed=Clip.embed_images):
-        embedded["clip"] += len(images)
-        return embed(self, images)
-
-    def embed(self, images, boxes, embed=Recognizer.embed):
-        embedded["faces"] += len(images)
-        return embed(self, images, boxes)
-
-    monkeypatch.setattr(scoring, "load_image", counted)
-    monkeypatch.setattr(Clip, "embed_images", embed_images)
-    monkeypatch.setattr(Recognizer, "embed", embed)
+def test_eval_all_reads_every_file_once(world, call, monkeypatch):
+    read = []
+    monkeypatch.setattr(scoring, "load_image", lambda path: read.append(path) or load_image(path))
     assert call(eval_all).status == 0
     files = [*(world / "portraits").rglob("*.png"), *(world / "edits").rglob("*.png")]
-    assert sorted(decoded) == sorted(files)
-    assert embedded == {"clip": len(files), "faces": 2 * len(files)}  # by the recogniser and by the judge
+    assert sorted(read) == sorted(files)
 
 
 def test_batch_size_order_and_suffixes_change_nothing(world, call, monkeypatch):
@@ -480,11 +384,9 @@ def test_a_damaged_source_is_left_out_of_every_metric(world, call):
 
 
 def test_eval_all_tells_how_visible_a_protection_is(world, call):
-    for levels, row in ((3, STRONG), (2, WEAK)):
-        for number, name in enumerate(NAMES):
-            write(world / "protected" / row / f"{name}.png", changed(tiny.portrait(32, seed=number), levels))
+    write_protected(world, weak=2, strong=3)
     flags = f"--protected_dirs {world}/protected/facelock --baseline clean"
-    found = call(eval_all, flags, "o/t.csv")
+    found = call(eval_all, flags, output="o/t.csv")
     visible = pd.read_csv("o/t_protected.csv")
     assert found.status == 0 and visible["budget"].tolist() == [0.02, 0.03]
     assert visible["linf"].tolist() == pytest.approx([4 / 255, 6 / 255], rel=1e-5)
@@ -493,20 +395,20 @@ def test_eval_all_tells_how_visible_a_protection_is(world, call):
     assert len(pairs) == 2 and pairs["facial"][1] < 0
     text = Path("o/t.md").read_text()
     assert "minus clean, in pairs" in text and "protected images against their sources" in text
-    found = call(eval_all, "", "o/t.csv")  # nothing of the earlier one is left
+    found = call(eval_all, "", output="o/t.csv")  # nothing of the earlier one is left
     assert sorted(path.name for path in Path("o").iterdir()) == [
         ".facelock.jsonl", "t.csv", "t.json", "t.md"
     ]  # fmt: skip
     assert "o/t_protected.csv: from an earlier run, removed" in found.out
     (world / f"protected/{STRONG}/ben.png").write_text("x")
-    found = call(eval_all, flags, "o/t.csv")  # and the rest is there
+    found = call(eval_all, flags, output="o/t.csv")  # and the rest is there
     assert found.status == 1 and "budget_0.03/ben.png: not a readable image" in found.err
     assert pd.read_csv("o/t_protected.csv")["linf_n"].tolist() == [2, 2]
     assert found.table["facial_n"].tolist() == [3, 3, 3]
     write(world / f"protected/{STRONG}/ben.png", tiny.portrait(40))
-    assert "is 40x40, but" in call(eval_all, flags, "o/t.csv").err
+    assert "is 40x40, but" in call(eval_all, flags, output="o/t.csv").err
     (world / f"protected/{WEAK}/ben.png").unlink()
-    assert "ben in" in call(eval_all, flags, "o/t.csv").err
+    assert "ben in" in call(eval_all, flags, output="o/t.csv").err
 
 
 @pytest.mark.parametrize(
@@ -649,11 +551,11 @@ def test_values_have_fixed_digits_and_zero_no_minus():
 # FR
 
 
-def embed(recognizer: Path, *paths: Path) -> list[torch.Tensor]:
-    """The embedding of each whole image."""
+def embed(recognizer: Path, *paths: Path, box: tuple | None = None) -> list[torch.Tensor]:
+    """The embedding of each image's box, by default all of it."""
     network = load_recognizer(str(recognizer), CPU, torch.float32)
     images = [to_tensor(np.asarray(Image.open(path))) for path in paths]
-    return [network.embed(image, [[(0, 0, image.shape[3], image.shape[2])]])[0] for image in images]
+    return [network.embed(one, [[box or (0, 0, one.shape[3], one.shape[2])]])[0] for one in images]
 
 
 def test_fr_is_the_cosine_to_the_source(world, call, tiny_models):
@@ -663,7 +565,7 @@ def test_fr_is_the_cosine_to_the_source(world, call, tiny_models):
     a, b = embed(tiny_models.recognizer, world / "portraits/ben.png", place)
     assert found.each.loc[(STRONG, 3, "ben")].item() == pytest.approx((a @ b).item(), abs=1e-4)
     assert found.each.loc[(STRONG, 3, "ben")].item() < 0.99999
-    of_judge = call(eval_facial, "--by judge", "x.csv").each["facial_judge"]
+    of_judge = call(eval_facial, "--by judge", output="x.csv").each["facial_judge"]
     assert abs(of_judge[STRONG, 3, "ben"] - (a @ b).item()) > 1e-3
     assert Path("x_left.csv").exists() and Path("x_facial_judge.csv").exists()
 
@@ -676,18 +578,6 @@ class FacesInBrightImages(tiny.WholeImage):
 
     def __call__(self, pixels):
         return [(0, 0, 16, 16), (0, 0, 4, 4)] if pixels.mean() > self.threshold else []
-
-
-class MeanColour:
-    """A recogniser whose embedding is the mean colour in the box, in [0, 2]."""
-
-    def __init__(self) -> None:
-        self.boxes, self.strangers = [], Strangers()
-
-    def embed(self, images, boxes):
-        self.boxes += [box for (box,) in boxes]
-        crops = [image[:, y0:y1, x0:x1] for image, ((x0, y0, x1, y1),) in zip(images, boxes, strict=True)]
-        return torch.stack([crop.mean(dim=(1, 2)) + 1 for crop in crops])
 
 
 def test_recognised_is_found_and_above_the_threshold():
@@ -718,17 +608,14 @@ def test_a_gallery_makes_it_harder_to_be_identified(world, call):
     assert means[[WEAK, STRONG]].tolist() == [0, 0]
 
 
-def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(capsys):
-    recognizer = MeanColour()
-    faces = features.FaceFeatures({"judge": recognizer}, FacesInBrightImages(), CPU)
-    faces.add_source("x", np.full((32, 32, 3), 200, np.uint8))
-    edits = np.stack([np.full((32, 32, 3), level, np.uint8) for level in (10, 180)])
-    found = faces(edits, [pairing.Key(0, 0, "x")] * 2)
-    assert found["undetected"].tolist() == [1, 0]
-    assert recognizer.boxes == [(0, 0, 16, 16)] * 3  # the largest face, and the source's
-    scores = scoring.Scores([eval_facial.NO_FACE], values(metric="no_face", x=[1.0, 0.0]), [], 2, 0)
-    assert scores.report() == 0
-    assert "m: no face was found in 1 of 2 edits" in capsys.readouterr().out
+def test_an_edit_without_a_face_gets_its_sources_box_and_is_counted(world, call, tiny_models, monkeypatch):
+    place = world / f"edits/{WEAK}/seed5/prompt0/anna.png"
+    write(place, tiny.portrait(32) // 8)
+    monkeypatch.setattr(features, "FaceDetector", lambda device: FacesInBrightImages(60))
+    found = call(eval_facial)
+    assert found.status == 0 and "no face was found in 1 of 6 edits" in found.out
+    a, b = embed(tiny_models.recognizer, world / "portraits/anna.png", place, box=(0, 0, 16, 16))
+    assert found.each["facial"][WEAK, 0, "anna"] == pytest.approx((a @ b).item(), abs=1e-4)
 
 
 def test_a_source_without_a_face_is_named_and_the_rest_is_scored(world, call, monkeypatch):
@@ -754,7 +641,7 @@ def test_left_is_the_same_scale_for_all_judges_and_the_panels_is_the_highest(cal
     assert (on_scale["facial_judge"] - on_scale["facial_recognizer"]).abs().max() > 1e-3
     means = tables.read_csv(Path("t_left.csv")).set_index("method")["mean"].sort_index()
     np.testing.assert_allclose(means, found.each.groupby("method")["left"].mean(), atol=1e-5)
-    assert call(eval_facial, f"{panel} --what identified", "rank.csv").status == 0
+    assert call(eval_facial, f"{panel} --what identified", output="rank.csv").status == 0
     names = ["rank_identified_by_any.csv", "rank_identified_judge.csv", "rank_identified_recognizer.csv"]
     of_any, *of_judges = (pd.read_csv(name)["mean"] for name in names)
     assert (of_any >= np.maximum(*of_judges) - 1e-9).all()
@@ -809,16 +696,12 @@ def test_people_are_compared_with_their_other_photos(world, call, tiny_models):
 
 
 @pytest.fixture
-def grid(world, monkeypatch):
-    """Draws a grid -> status, and what it shows; the protected images are 2 levels away."""
-    for number, name in enumerate(NAMES):
-        write(world / "protected" / f"{name}.png", changed(tiny.portrait(32, seed=number), 2))
-    flags = (
-        f"--src_dir {world}/portraits --protected_dirs {world}/protected --seed 5 "
-        f"--clean_edit_dir {world}/edits/clean --defend_edit_dirs {world}/edits/{STRONG} --output f.png"
-    )
-    seen = SimpleNamespace()
-    draw = figure.draw
+def grid(world, call, monkeypatch):
+    """Draws a grid -> status, and what it shows; the protected images are 2 and 3 levels away."""
+    write_protected(world, weak=2, strong=3)
+    flags = f"--src_dir {world}/portraits --protected_dirs {world}/protected/{WEAK} --output f.png"
+    flags += f" --defend_edit_dirs {world}/edits/{STRONG}"
+    seen, draw = SimpleNamespace(), figure.draw
 
     def record(cells, labels, columns):
         seen.cells, seen.labels, seen.columns = cells, labels, columns
@@ -827,7 +710,7 @@ def grid(world, monkeypatch):
     monkeypatch.setattr(figure, "draw", record)
 
     def run(*more: str) -> SimpleNamespace:
-        seen.status = figure.main(["grid", *flags.split(), *more])
+        seen.status = call(figure, flags, *more).status
         return seen
 
     return run
@@ -845,8 +728,8 @@ def test_the_grid_shows_what_it_says(world, grid, monkeypatch):
     assert set(np.unique(difference)) == {128 - 20, 128 + 20}
     with Image.open("f.png") as picture:
         assert picture.width > 5 * 100 and picture.height > 4 * 100
-    protected, edits = f"{world}/protected", [f"{world}/edits/{row}" for row in (WEAK, STRONG)]
-    two = ["--protected_dirs", protected, protected, "--defend_edit_dirs", *edits]
+    protected, edits = ([f"{world}/{of}/{row}" for row in (WEAK, STRONG)] for of in ("protected", "edits"))
+    two = ["--protected_dirs", *protected, "--defend_edit_dirs", *edits]
     assert grid(*two, "--titles", "weak", "strong").columns[2:] == [
         "protected\nweak", "edit of protected\nweak", "protected\nstrong", "edit of protected\nstrong"
     ]  # fmt: skip
@@ -902,9 +785,7 @@ def test_the_plot_shows_a_metric_against_budget(call, plot):
 
 
 def test_the_plot_shows_a_metric_against_visibility(world, call, plot):
-    for levels, row in ((3, STRONG), (2, WEAK)):
-        for number, name in enumerate(NAMES):
-            write(world / "protected" / row / f"{name}.png", changed(tiny.portrait(32, seed=number), levels))
+    write_protected(world, weak=2, strong=3)
     assert call(eval_all, f"--protected_dirs {world}/protected/facelock").status == 0
     line = "--tables t.csv --metric facial --against psnr"
     seen = plot(line)

@@ -19,6 +19,7 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import tiny
 from PIL import Image
 from test_reliability import ENVIRONMENT, at_most, files, mutated
 
@@ -138,7 +139,7 @@ def test_mutations_end_in_a_result_or_one_line(tmp_path, capfd, count, fresh_loa
         path = tmp_path / name
         path.write_bytes(data := changed(bench.sound[name], draw))
         if name.startswith(("editor", "recognizer")):
-            forget()
+            tiny.forget()
         capfd.readouterr()
         with at_most(SECONDS):
             try:
@@ -160,14 +161,6 @@ def test_mutations_end_in_a_result_or_one_line(tmp_path, capfd, count, fresh_loa
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     assert not told, "\n".join(told)
     assert peak < MEMORY, peak
-
-
-def forget() -> None:
-    """Forgets what a process has loaded: the files are others now."""
-    from models import editors, loading, recognizers, vaes
-
-    for loader in (vaes.load_vae, editors._load_pipeline, recognizers.load_recognizer, loading.recorded):
-        loader.cache_clear()
 
 
 @pytest.mark.slow

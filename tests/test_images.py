@@ -1,6 +1,5 @@
 """images.py: image files, 8 bits within the budget, output names, working size."""
 
-import os
 import shutil
 import struct
 import subprocess
@@ -67,12 +66,8 @@ def test_round_trip_of_all_values():
     for dtype in (torch.float32, torch.float64):
         assert np.array_equal(to_uint8(images.to(dtype)), pixels)
     assert torch.equal(to_tensor(pixels[0]), images)
-
-
-def test_to_uint8_rounds_and_clips():
-    values = torch.tensor([-7.0, -1.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 1.0, 7.0])
-    levels = to_uint8(values.reshape(1, 1, 1, 6).repeat(1, 3, 1, 1))
-    assert levels.dtype == np.uint8 and levels[0, 0, :, 2].tolist() == [0, 0, 0, 1, 255, 255]
+    between = torch.tensor([-7.0, 0.4 / 127.5 - 1, 0.6 / 127.5 - 1, 7.0]).expand(1, 3, 1, 4)
+    assert to_uint8(between)[0, 0, :, 2].tolist() == [0, 0, 1, 255]
 
 
 @pytest.mark.parametrize("budget", [0.008, 0.02, 0.03])
@@ -89,11 +84,9 @@ def test_saved_png_is_within_the_budget(budget, reach, tmp_path):
     assert 0 < moved.max() * 2 / 255 <= budget
     assert moved.max() == int(budget * 127.5)
     assert linf(saved, source) == pytest.approx(moved.max() * 2 / 255)
-
     nearest = np.floor((images[0].double().permute(1, 2, 0).numpy() + 1) * 127.5 + 0.5)
-    fits = np.abs(nearest - source) * 2 / 255 <= budget
-    assert np.array_equal(saved[fits], nearest[fits])
-    assert (np.sign(saved.astype(int) - source) == np.sign(nearest - source))[~fits].all()
+    most = int(budget * 127.5)
+    assert np.array_equal(saved, np.clip(nearest, source.astype(int) - most, source.astype(int) + most))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -115,11 +108,11 @@ def in_a_palette(path):
     return save(image, path("png"), transparency=0), colours[indices], alpha
 
 
-def with_alpha(mode):
+def with_alpha(channels):
     def write(path):
-        values = random_pixels(channels=(len(mode),))
+        values = random_pixels(channels=(channels,))
         values[0, :, -1] = 0  # the colours under full transparency count, too
-        colours = values[..., :3] if mode == "RGBA" else grey(values[..., 0])
+        colours = values[..., :3] if channels == 4 else grey(values[..., 0])
         return save(values, path("png")), colours, values[..., -1]
 
     return write
@@ -160,8 +153,8 @@ KINDS = {
     "32-bit-tiff": in_grey("tif", lambda levels: levels * np.int32(257)),
     "float-tiff": in_grey("tif", lambda levels: (levels / 255).astype(np.float32)),
     "P": in_a_palette,
-    "LA": with_alpha("LA"),
-    "RGBA": with_alpha("RGBA"),
+    "LA": with_alpha(2),
+    "RGBA": with_alpha(4),
     "RGB-tRNS": colour_key,
     "animated-gif": animated("gif"),
     "animated-webp": animated("webp", lossless=True),
@@ -226,19 +219,15 @@ def icc_profile(swapped, name="sRGB"):
     return data.replace("sRGB".encode("utf-16-be"), name.encode("utf-16-be"))
 
 
-@pytest.mark.parametrize("mode", ["RGB", "P", "RGBA"])
-def test_icc_profile_is_converted(mode, tmp_path):
+@pytest.mark.parametrize(
+    ("mode", "name"), [("RGB", "wild"), ("P", "wild"), ("RGBA", "wild"), ("RGB", "sRGB")]
+)
+def test_icc_profile_is_converted(mode, name, tmp_path):
+    """Also one that is only called sRGB, as linear sRGB is, whose pixels would come out much too dark."""
     image, colours = paletted()
     expected = colours[np.array(image)][..., [1, 0, 2]]
-    file = save(image.convert(mode), tmp_path / "a.png", icc_profile=icc_profile(True, "wild"))
+    file = save(image.convert(mode), tmp_path / "a.png", icc_profile=icc_profile(True, name))
     assert np.abs(load_image(file).pixels.astype(int) - expected).max() <= 2
-
-
-def test_a_profile_that_is_only_called_srgb_is_converted(tmp_path):
-    """As linear sRGB is, whose pixels would come out much too dark."""
-    pixels = random_pixels()
-    file = save(pixels, tmp_path / "a.png", icc_profile=icc_profile(True))
-    assert np.abs(load_image(file).pixels.astype(int) - pixels[..., [1, 0, 2]]).max() <= 2
 
 
 def almost_srgb():
@@ -265,7 +254,6 @@ def cut_off(path, data):
 
 UNREADABLE = {
     "missing.png": lambda path: path,
-    f"{'x' * 300}.png": lambda path: path,
     "folder.png": lambda path: path.mkdir() or path,
     "text.png": lambda path: cut_off(path, b"This is\nno image.\n"),
     "empty.png": lambda path: cut_off(path, b""),
@@ -349,13 +337,9 @@ def test_sixteen_bit_grey_of_any_writer_is_scaled(tmp_path):
     (tmp_path / "a.pgm").write_bytes(b"P5 21 13 65535\n" + values.astype(">u2").tobytes())
     for file in (write_png16(tmp_path / "a.png", values), tmp_path / "a.tif", tmp_path / "a.pgm"):
         assert np.array_equal(load_image(file).pixels, expected.repeat(3, axis=2)), file
-
-
-def test_sixteen_bit_colour_that_is_scaled_is_read(tmp_path):
-    """Pillow cuts PNG and TIFF, but scales PPM."""
-    values = deep(3)
-    (tmp_path / "a.ppm").write_bytes(b"P6 21 13 65535\n" + values.astype(">u2").tobytes())
-    assert np.abs(load_image(tmp_path / "a.ppm").pixels - values / 257).max() <= 0.5
+    colour = deep(3)  # Pillow cuts PNG and TIFF, but scales PPM
+    (tmp_path / "a.ppm").write_bytes(b"P6 21 13 65535\n" + colour.astype(">u2").tobytes())
+    assert np.abs(load_image(tmp_path / "a.ppm").pixels - colour / 257).max() <= 0.5
 
 
 def test_a_postscript_file_starts_nothing(tmp_path, monkeypatch):
@@ -365,12 +349,7 @@ def test_a_postscript_file_starts_nothing(tmp_path, monkeypatch):
     )
     with Image.open(tmp_path / "a.png") as image:
         assert image.format == "EPS"  # the bait works
-
-    def start(*_, **__):
-        pytest.fail("a process was started")
-
-    for name in ("Popen", "run", "check_call", "check_output", "call"):
-        monkeypatch.setattr(subprocess, name, start)
+    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("a process was started"))
     with pytest.raises(UserError, match="not a readable image"):
         load_image(tmp_path / "a.png")
     assert image_size(tmp_path / "a.png") is None
@@ -405,13 +384,6 @@ def test_heic_is_read_with_its_plugin_and_named_without(tmp_path, monkeypatch):
     Image.ID.remove("HEIF")
 
 
-def test_a_small_image_is_named(tmp_path):
-    file = save(random_pixels(20, 64), tmp_path / "a.png")
-    with pytest.raises(UserError, match="a.png: a 64x20 image .* too small"):
-        load_image(file, 64)
-    assert load_image(save(random_pixels(40, 64), file), 64).size == (40, 64)
-
-
 # ---------------------------------------------------------------------------------------------------------
 # writing image files
 
@@ -432,52 +404,21 @@ def test_metadata_is_dropped(tmp_path):
     assert b"Secret" not in out.read_bytes()
 
 
-def choose(given, source):
-    return choose_output(given, source, "protected", "JPEG and its like would destroy the perturbation")
-
-
-@pytest.mark.parametrize(
-    ("name", "reason"),
-    [
-        ("out.jpg", "JPEG and its like would destroy the perturbation; ask for a .png"),
-        ("out.JPEG", "would destroy"),
-        ("out.webp", "would destroy"),
-        ("out", "ask for a .png"),
-        ("source.png", "overwrite the input"),
-        ("link.png", "overwrite the input"),
-        ("folder.png", "is a directory"),
-        ("pipe.png", "not a regular file"),
-        ("device.png", "not a regular file"),
-        (f"{'x' * 300}.png", "File name too long"),
-        ("source.png/out.png", "is not a directory"),
-    ],
-)
-def test_choose_output_refuses(name, reason, tmp_path):
-    source = save(random_pixels(), tmp_path / "source.png")
-    (tmp_path / "link.png").symlink_to(source)
-    (tmp_path / "device.png").symlink_to(os.devnull)
-    (tmp_path / "folder.png").mkdir()
-    os.mkfifo(tmp_path / "pipe.png")
-    with pytest.raises(UserError, match=reason) as caught:
-        choose(tmp_path / name, source)
-    assert str(caught.value).startswith(f"{tmp_path / name.removesuffix('/out.png')}: ")
+def choose(source):
+    return choose_output(None, source, "protected", "would destroy the perturbation")
 
 
 def test_choose_output_takes_the_next_free_name_and_says_it(tmp_path, capsys):
     """Of a.png and a.jpg, and again; a broken link has its name, too."""
-    assert choose(None, tmp_path / "a.png") == tmp_path / "protected_a.png"
+    assert choose(tmp_path / "a.png") == tmp_path / "protected_a.png"
     assert capsys.readouterr().out == ""
     (tmp_path / "protected_a.png").touch()
     (tmp_path / "protected_a_2.png").symlink_to(tmp_path / "nowhere")
-    assert choose(None, tmp_path / "a.jpg") == tmp_path / "protected_a_3.png"
-    assert capsys.readouterr().out == "protected_a_3.png: the next free name, earlier ones are kept\n"
-
-
-@pytest.mark.parametrize("name", ["x" * 251 + ".png", "."])
-def test_no_name_can_be_made_of_the_inputs(name, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="no output can have such a name"):
-        choose(None, Path(name))
+    assert choose(tmp_path / "a.jpg") == tmp_path / "protected_a_3.png"
+    assert "protected_a_3.png: the next free name" in capsys.readouterr().out
+    for name in (tmp_path / ("x" * 251 + ".png"), Path(".")):
+        with pytest.raises(UserError, match="no output can have such a name"):
+            choose(name)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -504,9 +445,10 @@ def test_working_size(size, resolution, expected):
 
 
 @pytest.mark.parametrize(("size", "resolution"), [((31, 100), 128), ((100, 31), 512), ((2000, 100), 512)])
-def test_too_small(size, resolution):
-    with pytest.raises(UserError, match=f"a {size[1]}x{size[0]} image .* under 32 px is too small"):
-        working_size(size, resolution)
+def test_a_small_image_is_named(size, resolution, tmp_path):
+    file = save(random_pixels(*size), tmp_path / "a.png")
+    with pytest.raises(UserError, match=f"a.png: a {size[1]}x{size[0]} image .* under 32 px is too small"):
+        load_image(file, resolution)
     with pytest.raises(UserError):
         to_working(torch.zeros(1, 3, *size), resolution)
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
 import hashlib
 import itertools
 import pathlib
@@ -19,9 +17,7 @@ import train_kontext
 import train_recognizer
 import train_vae
 import world
-from drawing import texture
 from drawing.choices import Edit
-from drawing.people import Identity
 from PIL import Image
 
 from models.recognizers import load_recognizer
@@ -61,22 +57,6 @@ def test_a_portrait_is_a_function_of_its_arguments():
     assert np.array_equal(first, portraits.portrait(PEOPLE[0], 1, 5))
 
 
-def test_people_are_who_they_were():
-    """Trained models know these people; another order of the draws would make others of them."""
-    words = portraits.describe(0)
-    assert (words["hair"], words["eyes"], words["skin"]) == ("swept-up blond hair", "grey eyes", "olive skin")
-    assert portraits.describe(100_000, 3) == {
-        "hair": "short side-parted red hair",
-        "eyes": "hazel eyes",
-        "skin": "olive skin",
-        "clothes": "a two-tone white T-shirt",
-        "background": "a two-tone light blue backdrop",
-        "expression": "neutral",
-        "beard": "a chin beard",
-        "freckles": "freckles",
-    }
-
-
 @pytest.mark.parametrize("path", BUNDLED, ids=lambda path: path.stem)
 def test_bundled_portraits_are_the_generators(path):
     identity = int(path.stem.removeprefix("portrait_"))
@@ -98,11 +78,6 @@ def test_sources_and_edits_are_drawn_as_they_were():
     assert (portraits.VERSION, drawn.hexdigest()[:16]) == (2, "5a3caee345c257bb"), CHANGED
 
 
-def test_the_texture_is_the_same_on_every_machine():
-    tables = b"".join(table.astype("<f4").tobytes() for table in texture._tables())
-    assert hashlib.sha256(tables).hexdigest()[:16] == "fe42faaee4cf98f7", CHANGED
-
-
 def test_an_edit_keeps_the_noise_of_what_it_leaves():
     """Pairs differ by the edit alone; JPEG spreads it within its blocks."""
     for person in PEOPLE:
@@ -119,37 +94,10 @@ def test_no_people_are_shared():
 
 @pytest.mark.parametrize("prompt", edit_prompts, ids=edit_prompts.get)
 def test_an_edit_changes_its_part_and_leaves_the_rest(prompt):
-    counted = 0
-    for person in PEOPLE[:4]:
-        mask = (np.abs(pixels(person, 0, prompt) - pixels(person, 0)) > 8).any(axis=-1)
-        counted += mask.mean() >= 0.002
-        assert mask.mean() < 0.95
-        if prompt in (2, 3, 4, 8, 11, 13, 14, 15, 16, 17):  # what is put on or in a face leaves most of it
-            assert mask.mean() < 0.2
-    assert counted >= 2
-
-
-def test_an_edit_depends_only_on_what_is_seen(monkeypatch):
-    """What lies under hair is unknown to an editor, so no edit may bring it to light."""
-    hidden, identity_of = [], portraits.identity_of
-    for person in (portraits.VALIDATION[501], portraits.VALIDATION[513]):  # bald, and long hair over the ears
-        usual, known = identity_of(person), {}
-
-        def shown(who: Identity, prompt: int | None = None, person: int = person) -> np.ndarray:
-            monkeypatch.setattr(portraits, "identity_of", lambda _: who)
-            return np.asarray(portraits.portrait(person, 0, prompt, 64)).astype(int)
-
-        known[None] = shown(usual)
-        numbers = [field.name for field in dataclasses.fields(usual) if field.type in (float, "float")]
-        for name in numbers:
-            other = dataclasses.replace(usual, **{name: getattr(usual, name) * 1.06 + 0.3})
-            if np.array_equal(shown(other), known[None]):
-                hidden.append(name)
-                for prompt in edit_prompts:
-                    if prompt not in known:
-                        known[prompt] = shown(usual, prompt)
-                    assert np.abs(shown(other, prompt) - known[prompt]).max() <= 1, (name, prompt)
-    assert {"hair_volume", "ear_y"} <= set(hidden)
+    on_the_face = prompt in (2, 3, 4, 8, 11, 13, 14, 15, 16, 17)  # which leaves most of the picture
+    masks = [np.abs(pixels(person, 0, prompt) - pixels(person, 0)).max(axis=-1) > 8 for person in PEOPLE[:4]]
+    shares = [mask.mean() for mask in masks]
+    assert max(shares) < (0.2 if on_the_face else 0.95) and sum(share >= 0.002 for share in shares) >= 2
 
 
 def test_sheet_and_portraits_are_written(tmp_path, capsys):
@@ -166,9 +114,7 @@ def test_sheet_and_portraits_are_written(tmp_path, capsys):
 # training
 
 
-def tiny_training(
-    steps: int, stop: int | None = None, flags: argparse.Namespace | None = None
-) -> torch.Tensor:
+def tiny_training(steps: int, stop: int | None = None) -> torch.Tensor:
     """Trains a line; `stop` kills it in the middle of that step."""
 
     def loss_fn(model: torch.nn.Module, step: int, draws: torch.Generator) -> dict[str, torch.Tensor]:
@@ -178,11 +124,8 @@ def tiny_training(
         return {"loss": (model(x) - x.sum(1, keepdim=True)).float().square().mean()}
 
     torch.manual_seed(0)
-    model = torch.nn.Linear(4, 1)
-    trained = world.train(
-        "line", model, loss_fn, steps=steps, lr=0.1, warmup=2, flags=flags, save_every=5, log_every=100
-    )
-    return trained.weight.detach().clone()
+    how = {"steps": steps, "lr": 0.1, "warmup": 2, "save_every": 5, "log_every": 100}
+    return world.train("line", torch.nn.Linear(4, 1), loss_fn, **how).weight.detach().clone()
 
 
 def test_a_killed_training_goes_on_to_the_same_weights(work):
@@ -193,19 +136,6 @@ def test_a_killed_training_goes_on_to_the_same_weights(work):
     assert torch.equal(tiny_training(20), whole)
     assert "step 10 of" in (work / "line.log").read_text()
     assert not list(work.glob("*.tmp"))
-
-
-def test_a_checkpoint_of_another_training_is_refused(work):
-    def train(*flags):
-        return tiny_training(10, flags=train_editor.parse([*flags, f"--work={work}"]))
-
-    train("--steps=10")
-    train("--steps=20", "--device=cpu")  # goes on
-    for flags, named in ((["--start_from=x"], "--start_from"), (["--lr=1", "--seed=2"], "--lr, --seed")):
-        with pytest.raises(SystemExit, match=f"another {named}; choose another --work"):
-            train(*flags)
-    with pytest.raises(SystemExit, match="another --steps"):
-        tiny_training(9)
 
 
 def test_the_judges_people_are_the_judges(capsys):
@@ -224,23 +154,6 @@ def test_the_second_editors_training_ends_in_a_pipeline(tmp_path):
     assert "prompts closer" in (tmp_path / "work" / "kontext.log").read_text()
     size = sum(file.stat().st_size for file in (tmp_path / "out").rglob("*"))
     assert size < 15e6
-
-
-# ---------------------------------------------------------------------------------------------------------
-# measures
-
-
-@pytest.mark.parametrize(("share", "status"), [(0.99, 1), (1.0, 0)])
-def test_check_exits_1_where_a_target_is_missed(monkeypatch, capsys, share, status):
-    def one_row(table: check.Table, *_: object) -> None:
-        table.row("share", str(share), ">= 1", np.float64(share) >= 1)
-
-    monkeypatch.setattr(check, "Models", lambda steps: None)
-    parts = ("vae", "edits", "recognisers", "clip", "defenses", "guidance", "second")
-    for name in parts:
-        monkeypatch.setattr(check, f"check_{name}", one_row)
-    assert check.main([]) == status
-    assert f"{len(parts) * status} targets missed" in capsys.readouterr().out
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -76,16 +76,6 @@ def test_a_method_may_have_a_budget_of_its_own(parsed):
             parsed("experiment.py", [*line, wrong])
 
 
-def test_an_experiment_goes_on_after_a_part_that_failed_and_stops_at_a_signal():
-    done = []
-    parts = [
-        (name, lambda name=name, status=status: done.append(name) or status)
-        for name, status in (("a", 0), ("b", 1), ("c", 0), ("d", 130), ("e", 0))
-    ]
-    assert experiment.go_through(parts) == 130 and done == ["a", "b", "c", "d"]
-    assert experiment.go_through(parts[:3]) == 1
-
-
 @pytest.mark.slow
 def test_make_table_is_the_whole_experiment(tmp_path):
     """One bundled portrait, the control and one method; run again, it has nothing left to make."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from PIL import Image
+import tiny
 
 from evaluation import report, tables
 from evaluation.eval_all import METRICS, VISIBILITY
@@ -20,7 +20,6 @@ from evaluation.features import Metric
 from evaluation.pairing import Row, about_rows
 from evaluation.scoring import directories
 
-NAMES = [f"person{number}" for number in range(7)]
 HOSTILE = "<script>alert(1)</script>"
 HEADLINE = "What the panel of judges says, and the other metrics"
 MINUS = "in pairs: the same person, instruction and seed"
@@ -29,7 +28,7 @@ PROMPTS = {0: "Turn the person's hair pink", 5: 'Let <b onclick="x()">it</b> be 
 METHODS = ["noise/budget_0.03", "facelock/budget_0.03", "facelock/budget_0.06"]
 
 
-def make_values(root, names, more=()):
+def make_values(root, names):
     """The values of an experiment as eval_all.py has them; facelock takes person 0 away, but not person 6."""
     rng = np.random.default_rng(0)
     lines = []
@@ -53,8 +52,9 @@ def make_values(root, names, more=()):
 
 
 def write_tables(root, values):
-    from evaluation import tables
-
+    """Writes what eval_all.py does of such values, over what is there."""
+    (root / "all_metric.csv").unlink(missing_ok=True)
+    values = values.astype({"method": object, "name": object, "metric": object})
     names = list(dict.fromkeys(values["metric"]))
     rows = list(dict.fromkeys(values["method"]))
     of_faces = [metric_of_panel("left", ["judge"]), NO_FACE, metric_of("similarity", "recognizer", "")]
@@ -71,15 +71,7 @@ def write_tables(root, values):
 
 
 def write_picture(path, seed):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    pixels = np.random.default_rng(seed).integers(0, 256, (24, 20, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(path)
-
-
-def write_record(folder, **more):
-    folder.mkdir(parents=True, exist_ok=True)
-    record = {"seed": 0, "arguments": {"model_id": "assets/mini/editor", "num_iters": 30}, **more}
-    (folder / "run.json").write_text(json.dumps(record))
+    tiny.write(path, np.random.default_rng(seed).integers(0, 256, (24, 20, 3), dtype=np.uint8))
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -96,7 +88,7 @@ def whole(tmp_path_factory):
     tmp_path = tmp_path_factory.mktemp("whole")
     root = tmp_path / "experiment"
     root.mkdir()
-    names = [*NAMES[:-1], HOSTILE.replace("/", "")]
+    names = [*(f"person{number}" for number in range(6)), HOSTILE.replace("/", "")]
     values = make_values(root, names)
     write_tables(root, values)
     visible = values[(values["method"] != "clean") & (values["metric"] == "psnr")]
@@ -115,12 +107,16 @@ def whole(tmp_path_factory):
         for row in ("clean", *METHODS):
             for prompt in PROMPTS:
                 write_picture(root / f"edits/{row}/seed0/prompt{prompt}/{name}.png", number + prompt)
+    record = {
+        "seed": 0,
+        "arguments": {"model_id": "assets/mini/editor", "num_iters": 30},
+        "prompts": {str(number): text for number, text in PROMPTS.items()},
+        "sources": str(tmp_path / "portraits"),
+        "command": ["experiment.py", "--models", "mini", "--image_dir", "a folder"],
+        "versions": {"python": "3.11.7", "torch": "2.14.1"},
+    }
     for row in ("clean", *METHODS):
-        texts = {str(number): text for number, text in PROMPTS.items()}
-        command = ["experiment.py", "--models", "mini", "--image_dir", "a folder"]
-        versions = {"python": "3.11.7", "torch": "2.14.1"}
-        more = {"sources": str(tmp_path / "portraits"), "command": command, "versions": versions}
-        write_record(root / f"edits/{row}/seed0", prompts=texts, **more)
+        (root / f"edits/{row}/seed0/run.json").write_text(json.dumps(record))
     return root
 
 
@@ -216,20 +212,8 @@ def test_three_sentences_say_what_came_out(page):
 def test_nothing_is_called_more_than_chance_that_is_not(experiment):
     values = report.read_values(experiment / "per_image.csv")
     noise = values["method"].str.contains("clean|noise")
-    (experiment / "all_metric.csv").unlink()
-    write_tables(experiment, values[noise].astype({"method": object, "name": object, "metric": object}))
+    write_tables(experiment, values[noise])
     assert "which may be chance" in words_of(make(experiment))
-
-
-def test_methods_of_unequal_budgets_are_shown_together(experiment):
-    """In pictures and plots; there is no curve of one point. With a budget in common, that one is shown."""
-    values = report.read_values(experiment / "per_image.csv")
-    two = values[values["method"].str.contains("clean|noise/budget_0.03|facelock/budget_0.06")]
-    (experiment / "all_metric.csv").unlink()
-    write_tables(experiment, two.astype({"method": object, "name": object, "metric": object}))
-    found = report.Report(experiment)
-    assert {row.label for row in found.shown} == {"unprotected", "noise 0.03", "facelock 0.06"}
-    assert list(found.budgets(found.lead)) == []
 
 
 def test_a_table_of_another_run_is_refused(experiment, capsys):
@@ -288,9 +272,8 @@ def test_what_is_missing_is_said(experiment, missing):
 
 
 def test_results_without_unprotected_edits_can_be_reported(experiment):
-    values = report.read_values(experiment / "per_image.csv").astype({"method": object, "metric": object})
-    (experiment / "all_metric.csv").unlink()
-    write_tables(experiment, values[values["method"] != "clean"].astype({"name": object}))
+    values = report.read_values(experiment / "per_image.csv")
+    write_tables(experiment, values[values["method"] != "clean"])
     text = words_of(make(experiment))
     assert "No paired differences" in text and "does best of 3 protections" in text
 
@@ -333,11 +316,6 @@ def test_what_is_no_experiment_is_an_error_of_one_line(experiment, capsys, what,
     assert error.count("\n") == 1 and said in error
 
 
-def test_a_damaged_record_is_named(experiment):
-    (experiment / "protected/run.json").write_text("{")
-    assert "not a record of a run" in words_of(make(experiment))
-
-
 def test_no_file_of_another_kind_is_overwritten(experiment, capsys):
     other = experiment.parent / "other.html"
     other.write_text("<p>mine</p>")
@@ -345,14 +323,6 @@ def test_no_file_of_another_kind_is_overwritten(experiment, capsys):
     assert other.read_text() == "<p>mine</p>" and "was not made by this script" in capsys.readouterr().err
     make(experiment, experiment.parent / "report.txt", status=1)
     assert "is written as .html" in capsys.readouterr().err
-
-
-def test_rows_are_named_by_the_last_part_of_their_directory():
-    methods = ["clean", "x/edits/vae/budget_0.03", "y/vae/budget_0.03", "e/mist", "x/cheats/mirrored"]
-    rows = report.name_rows(dict.fromkeys([(method, "facial") for method in methods]), {})
-    assert rows[0].label == "unprotected" and rows[3].label == "mist"
-    assert rows[1].name == methods[1]  # two of the same name
-    assert [row.kind for row in rows] == ["clean", "method", "method", "method", "cheat"]
 
 
 # ---------------------------------------------------------------------------------------------------------

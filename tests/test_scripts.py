@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -130,21 +131,12 @@ def test_help_answers_without_torch():
         assert "default: None" not in text and "==SUPPRESS==" not in text, script
 
 
-DEFAULTS = [
-    (defend, "--input_path=a --defend_method=facelock", {"num_iters": 100, "model": "instruct-pix2pix"}),
-    (main_defend, "--image_dir=a --output_dir=b --defend_method=cw", {"models": "full", "batch_size": 1}),
-    (edit, "--input_path=a --prompt=b", {"seed": -1, "strength": None, "models": "full"}),
-    (main_edit, "--src_dir=a --edit_dir=b", {"seed": -1, "prompts": None, "overwrite": False}),
-]
-
-
-@pytest.mark.parametrize(("script", "line", "defaults"), DEFAULTS)
-def test_defaults_are_the_releases(script, line, defaults):
-    given = vars(args := script.parse_args(line.split()))
-    if script in (defend, main_defend):
-        given = given | vars(Protector(defend.settings_of(args)).run)
-        defaults = defaults | {"budget": 0.03, "step_size": 0.01, "num_iters": 100, "seed": 0}
-    assert {name: given[name] for name in defaults} == defaults
+def test_defaults_are_the_releases():
+    (protect, edits), line = (defend, edit), "--input_path=a"
+    found = vars(Protector(defend.settings_of(protect.parse_args([line]))).run)
+    assert (found["budget"], found["step_size"], found["num_iters"]) == (0.03, 0.01, 100)
+    given = edits.parse_args([line, "--prompt=b"])
+    assert (given.seed, given.models, given.model) == (-1, "full", "instruct-pix2pix")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -170,17 +162,6 @@ def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, bu
     assert (reported is not None) == method.startswith("facelock")
 
 
-@pytest.mark.parametrize(
-    ("size", "working"),
-    [((98, 98), (64, 64)), ((103, 70), (64, 43)), ((187, 161), (64, 55)), ((40, 64), (40, 64))],
-)
-def test_a_whole_image_is_a_whole_working_image(tmp_path, protector, size, working):
-    (path,) = tiny.write_portraits(tmp_path, 1, size)
-    tool = protector()
-    tool.detector = lambda pixels: [(0, 0, size[1], size[0])]
-    assert tool.load(path).boxes == [(0, 0, working[1], working[0])]
-
-
 @pytest.mark.parametrize(("faces", "count"), [("largest", 1), ("all", 2)])
 def test_faces_are_scaled_to_the_working_size(tmp_path, protector, faces, count):
     (path,) = tiny.write_portraits(tmp_path, 1, 128)
@@ -188,13 +169,6 @@ def test_faces_are_scaled_to_the_working_size(tmp_path, protector, faces, count)
     tool.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
     assert tool.load(path).boxes == [(10, 20, 60, 55), (0, 1, 15, 64)][:count]
     assert tool.load(path, [(100, 0, 200, 64)]).boxes == [(50, 0, 64, 32)]
-
-
-def test_who_looks_at_no_face_looks_for_none(tmp_path, protector):
-    (path,) = tiny.write_portraits(tmp_path, 1)
-    tool = protector("--defend_method vae")
-    tool.detector = lambda pixels: pytest.fail("looked")
-    assert tool.load(path).boxes == []
 
 
 def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
@@ -302,27 +276,15 @@ def exif_rotated(path: Path) -> None:
     Image.fromarray(tiny.portrait((45, 70))).save(path, exif=exif, quality=95)
 
 
-def sixteen_bit(path: Path) -> None:
-    Image.fromarray(np.linspace(0, 65535, 64 * 48).reshape(48, 64).astype(np.uint16)).save(path)
-
-
 def with_alpha(path: Path) -> None:
     alpha = np.arange(4096).reshape(64, 64) % 256
     Image.fromarray(np.dstack([tiny.portrait(), alpha]).astype(np.uint8)).save(path)
 
 
-KINDS = {  # name -> (writes it, upright size (W, H))
-    "rotated.jpg": (exif_rotated, (45, 70)),
-    "palette.png": (lambda path: Image.fromarray(tiny.portrait((45, 70))).quantize(16).save(path), (70, 45)),
-    "deep.png": (sixteen_bit, (64, 48)),
-    "alpha.png": (with_alpha, (64, 64)),
-    "large.webp": (lambda p: Image.fromarray(tiny.portrait((97, 131))).save(p, lossless=True), (131, 97)),
-}
-
-
-@pytest.mark.parametrize("name", KINDS)
-def test_any_image_keeps_its_size_orientation_and_alpha(call, tmp_path, name):
-    write, size = KINDS[name]
+@pytest.mark.parametrize(
+    ("name", "write", "size"), [("rotated.jpg", exif_rotated, (45, 70)), ("alpha.png", with_alpha, (64, 64))]
+)
+def test_an_image_keeps_its_size_orientation_and_alpha(call, tmp_path, name, write, size):
     source, output, edited = tmp_path / name, tmp_path / "out.png", tmp_path / "edited.png"
     write(source)
     call(defend, f"--input_path {source} --defend_method encoder --output_path {output}")
@@ -385,17 +347,15 @@ def test_the_start_depends_on_seed_and_name_alone(call, folder, tmp_path):
 # the batch scripts give what the single ones give
 
 
-@pytest.mark.parametrize("method", ["encoder", "facelock"])
-def test_main_defend_gives_what_defend_gives(call, folder, tmp_path, method):
-    done = call(main_defend, f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method {method}")
+def test_main_defend_gives_what_defend_gives(call, folder, tmp_path):
+    done = call(main_defend, f"--image_dir {folder} --output_dir {tmp_path}/out")
     made = tmp_path / "out" / "budget_0.03"
     assert done.status == 0 and "3 written, 0 there already, 0 failed" in done.out
     for name in ("face0", "face2"):
-        line = f"--input_path {folder}/{name}.png --output_path {tmp_path}/{name}.png"
-        call(defend, f"{line} --defend_method {method}")
+        call(defend, f"--input_path {folder}/{name}.png --output_path {tmp_path}/{name}.png")
         assert np.array_equal(pixels(tmp_path / f"{name}.png"), pixels(made / f"{name}.png"))
     record = json.loads((made / "run.json").read_text())
-    assert record["seed"] == 0 and record["arguments"]["defend_method"] == method
+    assert record["seed"] == 0 and record["arguments"]["defend_method"] == "facelock"
 
 
 def test_main_edit_gives_what_edit_gives(call, folder, tmp_path):
@@ -437,15 +397,6 @@ def finished(call, folder, tmp_path) -> SimpleNamespace:
     return SimpleNamespace(line=line, made=made, files=tree(made))
 
 
-def test_a_changed_argument_is_refused_and_listed(call, finished):
-    done = call(main_defend, finished.line, "--step_size", 0.003)
-    assert done.status == 1 and len(done.errors) == 1
-    assert "step_size: 0.01 there, 0.003 now" in done.errors[0] and str(finished.made) in done.errors[0]
-    assert tree(finished.made) == finished.files
-    done = call(main_defend, finished.line, "--step_size", 0.003, "--overwrite")
-    assert done.status == 0 and "3 written" in done.out
-
-
 def test_a_folder_from_before_vae_was_named_so_is_known(call, finished, tiny_models):
     """Its run.json calls the flag vae_ids; what was attacked through several editors is another result."""
     path = finished.made / "run.json"
@@ -471,23 +422,16 @@ def test_another_version_of_a_method_is_another_setting(call, finished, monkeypa
 
 def test_an_edit_of_what_was_protected_otherwise_since_is_refused(call, folder, tmp_path):
     """The worst there was: edits of noise under the name of encoder, without a word."""
-    protect = f"--image_dir {folder} --output_dir {tmp_path}/protected"
-    made = tmp_path / "protected/budget_0.03"
-    edits = f"--src_dir {made} --edit_dir {tmp_path}/edits --seed 0 --prompts 0,3"
+    protect = f"--image_dir {folder} --output_dir {tmp_path}/protected --overwrite"
+    edits = f"--src_dir {tmp_path}/protected/budget_0.03 --edit_dir {tmp_path}/edits --seed 0 --prompts 0,3"
     assert call(main_defend, f"{protect} --defend_method noise").status == 0
     assert call(main_edit, edits).status == 0
-    done = call(main_defend, f"{protect} --defend_method encoder")
-    assert done.status == 1 and "defend_method: 'noise' there, 'encoder' now" in done.errors[0]
-    assert call(main_defend, f"{protect} --defend_method encoder --overwrite").status == 0
+    assert call(main_defend, f"{protect} --defend_method encoder").status == 0
     before = tree(tmp_path / "edits")
     done = call(main_edit, edits)
-    first = ["prompt0/face0", "prompt3/face0", "prompt0/face1", "prompt3/face1", "prompt0/face2"]
-    names = ", ".join(f"{name}.png: its source has changed" for name in first)
-    assert done.status == 1 and len(done.errors) == 1 and "written" not in done.out
-    assert f"{names} and 1 more; --overwrite makes them again" in done.errors[0]
-    assert tree(tmp_path / "edits") == before
-    done = call(main_edit, edits, "--overwrite")
-    assert done.status == 0 and "6 written, 0 there already" in done.out
+    assert done.status == 1 and len(done.errors) == 1 and tree(tmp_path / "edits") == before
+    assert "prompt0/face0.png: its source has changed" in done.errors[0] and "and 1 more" in done.errors[0]
+    assert "6 written, 0 there already" in call(main_edit, edits, "--overwrite").out
     after = tree(tmp_path / "edits")
     assert all(after[name] != before[name] for name in after if name.endswith(".png"))
     assert "0 written, 6 there already" in call(main_edit, edits, "--verify").out
@@ -504,35 +448,29 @@ def test_budget_folders_are_named_as_the_releases(call, folder, tmp_path):
     assert {path.name for path in out.iterdir()} == {"budget_0.0313725", "budget_0.03137250000001"}
 
 
-def test_main_defend_draws_a_seed_only_for_a_new_directory(call, folder, tmp_path):
+def test_main_defend_draws_a_seed_only_for_a_new_directory_and_main_edit_a_new_one(call, folder, tmp_path):
     line = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method noise --seed -1"
-    drawn = call(main_defend, line)
-    seed = int(re.search(r"^seed: (\d+)$", drawn.out, re.MULTILINE)[1])
+    seed = int(re.search(r"^seed: (\d+)$", call(main_defend, line).out, re.MULTILINE)[1])
     assert json.loads((tmp_path / "out/budget_0.03/run.json").read_text())["seed"] == seed
     again = call(main_defend, line)
     assert again.status == 1 and len(again.errors) == 1 and f"--seed {seed}" in again.errors[0]
     assert call(main_defend, line, "--seed", seed).status == 0
-
-
-def test_main_edit_starts_a_new_folder_for_each_drawn_seed(call, folder, tmp_path):
-    line = f"--src_dir {folder} --edit_dir {tmp_path}/out --prompts 0"
+    line = f"--src_dir {folder} --edit_dir {tmp_path}/edits --prompts 0"
     seeds = [re.search(r"^seed: (\d+)$", call(main_edit, line).out, re.MULTILINE)[1] for _ in range(2)]
-    assert {path.name for path in (tmp_path / "out").iterdir()} == {f"seed{seed}" for seed in seeds}
+    assert {path.name for path in (tmp_path / "edits").iterdir()} == {f"seed{seed}" for seed in seeds}
 
 
 def test_a_bad_file_among_good_ones(call, folder, tmp_path):
     (folder / "face1.png").write_text("no image")
-    (folder / "small.png").write_bytes(b"")
     Image.new("RGB", (64, 8)).save(folder / "thin.png")
-    protect = f"--image_dir {folder} --output_dir {tmp_path}/out --defend_method encoder"
     edits = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 1 --prompts 2"
-    for script, line, made in ((main_defend, protect, "budget_0.03"), (main_edit, edits, "seed1/prompt2")):
-        done = call(script, f"{line} --batch_size 4")
-        assert done.status == 1 and "2 written, 0 there already, 3 failed" in done.out
-        listed = re.findall(r"^  failed: (.*)$", done.err, re.MULTILINE)
-        assert [Path(line.split(":")[0]).name for line in listed] == ["face1.png", "small.png", "thin.png"]
-        assert "too small" in listed[2] and "Traceback" not in done.err
-        assert {path.name for path in (tmp_path / "out" / made).glob("*.png")} == {"face0.png", "face2.png"}
+    done = call(main_edit, f"{edits} --batch_size 4")
+    assert done.status == 1 and "2 written, 0 there already, 2 failed" in done.out
+    listed = re.findall(r"^  failed: (.*)$", done.err, re.MULTILINE)
+    assert [Path(line.split(":")[0]).name for line in listed] == ["face1.png", "thin.png"]
+    assert "too small" in listed[1] and "Traceback" not in done.err
+    made = (tmp_path / "out/seed1/prompt2").glob("*.png")
+    assert {path.name for path in made} == {"face0.png", "face2.png"}
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -554,6 +492,9 @@ def bad(tmp_path) -> Path:
     tiny.write_portraits(root / "protected" / "budget_0.03", 1)
     tiny.write_portraits(root / "budget_0.03", 1)
     (root / "null.png").symlink_to("/dev/null")
+    (root / "link.png").symlink_to(root / "good/face0.png")
+    (root / "folder.png").mkdir()
+    os.mkfifo(root / "pipe.png")
     for folder in ("budget_0.03", "seed0/prompt2"):  # as the authors' release leaves them
         (root / "release" / folder).mkdir(parents=True)
         (root / "release" / folder / "p0.jpg").write_bytes((root / "whole.jpg").read_bytes())
@@ -573,6 +514,7 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
         1, "bad/texts: no image files"),
     ("no-directory", main_defend, "--image_dir {bad}/none --output_dir {bad}/out",
         1, "none: no such directory"),
+    ("no-directory", main_edit, "--src_dir {bad}/file --edit_dir {bad}/out", 1, "bad/file: not a directory"),
     ("twins", main_defend, "--image_dir {bad}/twins --output_dir {bad}/out", 1, "face0.jpg=face0.png"),
     ("method", defend, f"{ONE} --defend_method magic", 2, "invalid choice: 'magic'"),
     ("above", defend, f"{ONE} --attack_budget 8", 2, "8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
@@ -598,6 +540,12 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("release", main_edit, f"{EDITS} --edit_dir {{bad}}/release", 1, "but no run.json that says"),
     ("long-name", defend, "--input_path {bad}/{long}.png", 1, "File name too long"),
     ("itself", defend, f"{ONE} --output_path {{bad}}/good/face0.png", 1, "would overwrite the input"),
+    ("link", defend, f"{ONE} --output_path {{bad}}/link.png", 1, "would overwrite the input"),
+    ("link", edit, f"{EDIT} --output_path {{bad}}/null.png", 1, "null.png: is not a regular file"),
+    ("folder", defend, f"{ONE} --output_path {{bad}}/folder.png", 1, "folder.png: is a directory"),
+    ("pipe", edit, f"{EDIT} --output_path {{bad}}/pipe.png", 1, "pipe.png: is not a regular file"),
+    ("suffix", defend, f"{ONE} --output_path {{bad}}/out", 1, "ask for a .png"),
+    ("long-output", defend, f"{ONE} --output_path {{bad}}/{{long}}.png", 1, "File name too long"),
     ("both", defend, f"{ONE} --compile --checkpointing", 1, "--checkpointing don't go together"),
     ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae looks at no face"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "--face_box"),
@@ -612,15 +560,8 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("script", "line", "status", "says"),
-    [
-        pytest.param(*case, id=f"{script.__name__}-{what}")
-        for what, *case in BAD_INPUTS
-        for script in case[:1]
-    ],
-)
-def test_bad_input_is_one_line_and_nothing_is_written(call, bad, script, line, status, says):
+@pytest.mark.parametrize(("what", "script", "line", "status", "says"), BAD_INPUTS)
+def test_bad_input_is_one_line_and_nothing_is_written(call, bad, what, script, line, status, says):
     before = tree(bad)
     done = call(script, line, bad=bad, long="x" * 300)
     assert done.status == status and "invalid " not in done.err.replace("invalid choice", "")
@@ -646,18 +587,14 @@ def test_defend_as_a_command_from_another_directory(face, defend_flags, tmp_path
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr  # of the libraries'
 
 
-@pytest.mark.parametrize(
-    ("method", "dtype", "runs_in", "told"),
-    [
-        ("cw", "auto", torch.float32, False),
-        ("cw", "bf16", torch.float32, True),
-        ("encoder", "bf16", torch.bfloat16, False),
-    ],
-)
-def test_cw_runs_in_float32(protector, capsys, method, dtype, runs_in, told):
-    tool = protector(f"--defend_method {method} --dtype {dtype}")
-    assert (tool.config.dtype, tool.config.load_vae().vae.dtype) == (runs_in, runs_in)
-    assert ("cw runs in fp32" in capsys.readouterr().err) is told
+@pytest.mark.parametrize(("method", "runs_in"), [("cw", torch.float32), ("encoder", torch.bfloat16)])
+def test_cw_runs_in_float32(protector, capsys, method, runs_in):
+    """And says so where it was asked for something else."""
+    tool = protector(f"--defend_method {method} --dtype bf16")
+    assert tool.config.load_vae().vae.dtype == runs_in
+    assert ("cw runs in fp32" in capsys.readouterr().err) == (method == "cw")
+    protector(f"--defend_method {method} --dtype auto")
+    assert capsys.readouterr().err == ""
 
 
 def test_compile_compiles_the_networks(tmp_path, defend_flags, fresh_loaders, monkeypatch, capsys):
@@ -703,27 +640,22 @@ def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, script, li
 
 def test_the_report_is_a_table(call, folder, tmp_path):
     """pandas reads it, with names as text; it holds what was said, also of files that were there already."""
-    (folder / "face0.png").rename(folder / "007.png")
-    (folder / "face1.png").rename(folder / "=1+1.png")
+    for old, new in (("face0.png", "007.png"), ("face1.png", "=1+1.png"), ("face2.png", "../face2.png")):
+        (folder / old).rename(folder / new)
     line = f"--image_dir {folder} --output_dir {tmp_path}/out"
-    (folder / "face2.png").rename(tmp_path / "face2.png")
     assert call(main_defend, line).status == 0
     (tmp_path / "face2.png").rename(folder / "face2.png")
     done = call(main_defend, line)
-    made = tmp_path / "out/budget_0.03"
     assert "1 written, 2 there already" in done.out
-    table = pd.read_csv(made / "report.csv", dtype={"name": str}).set_index("name")
+    table = pd.read_csv(tmp_path / "out/budget_0.03/report.csv", dtype={"name": str}).set_index("name")
     assert list(table.index) == ["'=1+1", "007", "face2"]  # no formula for a spreadsheet
     numbers = ["linf", "psnr"]
     numbers += [f"{who}_{when}" for who in ("recognizer", "judge") for when in ("before", "after")]
     assert list(table) == ["method", "budget", *numbers]
     assert (table["method"] == "facelock").all() and (table["budget"] == 0.03).all()
     row = table.loc["face2"]
-    assert row["linf"] == pytest.approx(levels(folder / "face2.png", made / "face2.png") * 2 / 255, abs=1e-5)
-    shown = f"L-infinity {row['linf']:.4f} (budget 0.03), PSNR {row['psnr']:.1f} dB"
-    assert f"face2.png: {shown}" in done.out
-    after = f"recognizer {row['recognizer_before']:.2f} -> {row['recognizer_after']:.2f}"
-    assert after in done.out
+    assert f"face2.png: L-infinity {row['linf']:.4f} (budget 0.03), PSNR {row['psnr']:.1f} dB" in done.out
+    assert f"recognizer {row['recognizer_before']:.2f} -> {row['recognizer_after']:.2f}" in done.out
 
 
 def test_each_images_line_is_out_before_the_next_is_begun(folder, tmp_path, defend_flags, monkeypatch):
@@ -768,12 +700,6 @@ def test_control_characters_of_names_do_not_reach_the_terminal(call, tmp_path):
 # models as people have them
 
 
-def leave(directory: Path, change) -> None:
-    """Applies `change` to the weights of every part of an editor's directory."""
-    for path in directory.glob("*/*.safetensors"):
-        change(path)
-
-
 def as_variant(path: Path) -> None:
     path.rename(path.with_suffix(".fp16.safetensors"))
 
@@ -794,18 +720,18 @@ def name_what_is_not_there(path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", [as_variant, as_pickle, name_what_is_not_there])
-def test_an_editor_is_loaded_in_any_of_its_forms_and_quietly(call, face, tiny_models, tmp_path, change):
+def test_an_editor_is_loaded_in_any_of_its_forms_and_quietly(
+    call, face, tiny_models, tmp_path, caplog, change
+):
     line = f"--input_path {face} --prompt hat --seed 0 --output_path {tmp_path}"
     assert call(edit, f"{line}/expected.png").status == 0
-    leave(shutil.copytree(tiny_models.editor, tmp_path / "editor"), change)
-    told = []
-    handler = logging.Handler()
-    handler.emit = lambda record: told.append(record.getMessage())
+    for path in shutil.copytree(tiny_models.editor, tmp_path / "editor").glob("*/*.safetensors"):
+        change(path)
     loggers = [logging.getLogger(name) for name in ("diffusers", "transformers", "huggingface_hub")]
     for logger in loggers:
-        logger.addHandler(handler)
+        logger.addHandler(caplog.handler)
     done = call(edit, f"{line}/out.png --model_id {tmp_path}/editor")
     for logger in loggers:
-        logger.removeHandler(handler)
-    assert done.status == 0 and told == []
+        logger.removeHandler(caplog.handler)
+    assert done.status == 0 and not caplog.records
     assert (tmp_path / "out.png").read_bytes() == (tmp_path / "expected.png").read_bytes()

@@ -3,8 +3,6 @@
 import argparse
 import os
 import re
-import threading
-import time
 from pathlib import Path
 
 import pytest
@@ -27,23 +25,19 @@ def refusal(kind, text) -> str:
     return str(caught.value)
 
 
-@pytest.mark.parametrize("text", ["0.0078", "0", "-0.03", "nan", "inf", "-inf", "0.03x", "", "2.01"])
-def test_budget_refused(text):
-    assert text in refusal(utils.budget_size, text)
-
-
 @pytest.mark.parametrize(
     ("text", "advice"),
     [
-        ("8", "8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
-        ("257", "for 257/255 give 2.02"),
+        *((text, "") for text in ("0.0078", "0", "-0.03", "nan", "inf", "-inf", "0.03x", "", "2.01")),
+        ("8", "8 is above 2, the whole range. 8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
         ("300", "for 300/255 give 2.35"),
         ("1e308", "1e+308 in [-1, 1] is"),
     ],
 )
-def test_a_budget_in_levels_is_refused_with_what_to_give(text, advice):
+def test_budget_refused(text, advice):
+    """With what to give, where levels seem to be meant."""
     told = refusal(utils.budget_size, text)
-    assert f"{text} is above 2, the whole range. " in told and advice in told
+    assert text in told and advice in told
 
 
 @pytest.mark.parametrize(
@@ -64,36 +58,21 @@ def test_whole_levels_are_allowed():
 @pytest.mark.parametrize(
     ("kind", "good", "bad"),
     [
-        (utils.natural_number, ["0", "100"], ["-1", "1.5", "nan", "", "one"]),
-        (utils.positive_int, ["1", "100"], ["0", "-1", "1.5", "nan"]),
-        (utils.positive_float, ["0.1", "1e-9"], ["0", "-1", "nan", "inf", "0.1x", "1e-320"]),
-        (utils.non_negative_float, ["0", "7.5"], ["-0.1", "nan", "inf"]),
-        (utils.at_least_one, ["1", "1.5"], ["0.99", "nan", "inf"]),
-        (utils.share, ["1", "0.01"], ["0", "1.01", "nan"]),
-        (utils.seed_number, ["-1", "0", str(2**63 - 1)], ["-2", str(2**63), "1.0"]),
-        (utils.known_seed, ["0", str(2**63 - 1)], ["-1", str(2**63)]),
+        (utils.natural_number, {"0": 0, "100": 100}, ["-1", "1.5", "nan", "", "one"]),
+        (utils.positive_int, {"1": 1}, ["0", "-1", "1.5", "nan"]),
+        (utils.positive_float, {"0.1": 0.1, "1e-9": 1e-9}, ["0", "-1", "nan", "inf", "0.1x", "1e-320"]),
+        (utils.non_negative_float, {"0": 0, "7.5": 7.5}, ["-0.1", "nan", "inf"]),
+        (utils.at_least_one, {"1": 1, "1.5": 1.5}, ["0.99", "nan", "inf"]),
+        (utils.share, {"1": 1, "0.01": 0.01}, ["0", "1.01", "nan"]),
+        (utils.seed_number, {"-1": -1, str(2**63 - 1): 2**63 - 1}, ["-2", str(2**63), "1.0"]),
+        (utils.known_seed, {"0": 0, str(2**63 - 1): 2**63 - 1}, ["-1", str(2**63)]),
+        (utils.number_list, {"0,3, 7": [0, 3, 7]}, ["", "0,", "a", "1.5"]),
     ],
 )
 def test_number_types(kind, good, bad):
-    assert [kind(text) for text in good] == [float(text) if "." in text else kind(text) for text in good]
+    assert {text: kind(text) for text in good} == good
     for text in bad:
         assert refusal(kind, text).startswith(f"{text!r} is not a ")
-
-
-def test_number_list():
-    assert utils.number_list("0,3, 7") == [0, 3, 7]
-    for text in ("", "0,", "a", "1.5"):
-        assert refusal(utils.number_list, text) == f"{text!r} is not a list of numbers such as 0,3,7"
-
-
-def test_help_shows_defaults_but_no_none():
-    parser = argparse.ArgumentParser(description="one\n    two", formatter_class=utils.HelpFormatter)
-    parser.add_argument("--steps", type=int, default=3, help="how many")
-    parser.add_argument("--resolution", type=int, help="long side (default: full: 512)")
-    text = parser.format_help()
-    assert "how many (default: 3)" in text and "(default: full: 512)" in text
-    assert "None" not in text
-    assert "one\n    two" in text
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -115,21 +94,18 @@ def test_choose_prompts(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "numbers", "reason"),
+    ("content", "reason"),
     [
-        (b"one\ntwo\n", [0, 2, 5], "--prompts 2,5: only 0 to 1"),
-        (b"", None, "no instructions"),
-        (b" \n\n", None, "no instructions"),
-        (b"\x89PNG\r\n\x1a\n\xff\xfe", None, "not a readable text file"),
-        (None, None, "not a readable text file"),
+        (b"one\ntwo\n", "--prompts 2,5: only 0 to 1"),
+        (b"", "no instructions"),
+        (b" \n\n", "no instructions"),
+        (b"\x89PNG\r\n\x1a\n\xff\xfe", "not a readable text file"),
     ],
 )
-def test_prompts_refused(content, numbers, reason, tmp_path):
-    file = tmp_path / "prompts.txt"
-    if content is not None:
-        file.write_bytes(content)
+def test_prompts_refused(content, reason, tmp_path):
+    (tmp_path / "prompts.txt").write_bytes(content)
     with pytest.raises(UserError, match=reason) as caught:
-        utils.choose_prompts(numbers, file)
+        utils.choose_prompts([0, 2, 5], tmp_path / "prompts.txt")
     assert "\n" not in str(caught.value)
 
 
@@ -172,24 +148,19 @@ def test_device_and_dtype():
 # whole-file writes
 
 
-@pytest.mark.parametrize("call", ["replace", "fsync"])
-@pytest.mark.parametrize(
-    ("error", "shown"),
-    [(OSError(28, "No space left on device"), UserError), (KeyboardInterrupt(), KeyboardInterrupt)],
-)
-def test_failed_write_leaves_nothing(call, error, shown, tmp_path, monkeypatch):
-    """Neither half a file nor a temporary one; and an older result stays as it was."""
+def test_a_write_that_is_interrupted_leaves_nothing(tmp_path, monkeypatch):
+    """Neither half a file nor a temporary one; and an older result stays as it was. See test_a_full_disk."""
     out = tmp_path / "out.png"
     out.write_bytes(b"older")
 
-    def fail(*_):
-        raise error
+    def interrupt(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(os, call, fail)
-    with pytest.raises(shown) as caught:
-        utils.write_file(out, b"newer")
-    assert os.listdir(tmp_path) == ["out.png"] and out.read_bytes() == b"older"
-    assert shown is not UserError or str(caught.value) == f"{out}: can't be written (No space left on device)"
+    for call in ("replace", "fsync"):
+        monkeypatch.setattr(os, call, interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            utils.write_file(out, b"newer")
+        assert os.listdir(tmp_path) == ["out.png"] and out.read_bytes() == b"older"
 
 
 def test_a_link_is_replaced_and_its_target_stays(tmp_path):
@@ -205,15 +176,7 @@ def test_a_device_is_written_through(tmp_path):
     (tmp_path / "null").symlink_to(os.devnull)
     utils.write_file(tmp_path / "null", b"data")
     assert (tmp_path / "null").is_symlink() and not Path(os.devnull).is_file()
-    os.mkfifo(tmp_path / "pipe")
-    read = []
-    reader = threading.Thread(target=lambda: read.append((tmp_path / "pipe").read_bytes()))
-    reader.start()
-    time.sleep(0.3)  # a pipe without a reader is refused
-    utils.write_file(tmp_path / "pipe", b"data")
-    reader.join(10)
-    assert read == [b"data"] and (tmp_path / "pipe").is_fifo()
-    assert sorted(os.listdir(tmp_path)) == ["null", "pipe"]
+    assert os.listdir(tmp_path) == ["null"]
 
 
 def test_a_directory_is_not_written_into(tmp_path):
@@ -221,15 +184,6 @@ def test_a_directory_is_not_written_into(tmp_path):
     with pytest.raises(UserError, match="out: can't be written"):
         utils.write_file(tmp_path / "out", b"data")
     assert os.listdir(tmp_path) == ["out"] and (tmp_path / "out").is_dir()
-
-
-@pytest.mark.parametrize("length", [247, 251, 255])
-def test_a_name_may_be_as_long_as_names_may_be(length, tmp_path):
-    name = "x" * (length - 4) + ".png"
-    utils.write_file(tmp_path / name, b"data")
-    assert os.listdir(tmp_path) == [name]
-    with pytest.raises(UserError, match="File name too long"):
-        utils.write_file(tmp_path / ("x" * 256), b"data")
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -240,13 +194,9 @@ def test_a_name_may_be_as_long_as_names_may_be(length, tmp_path):
     ("error", "status", "line"),
     [
         (UserError("a.png: no such file"), 1, r"error: a\.png: no such file\n"),
-        (
-            ValueError("two\nlines"),
-            1,
-            r"error: ValueError at test_utils\.py:\d+: two \(--debug shows all\)\n",
-        ),
+        (ValueError("two\nlines"), 1, r"error: ValueError at test_utils\.py:\d+: two \(--debug .*\n"),
         (PermissionError(13, "not yours", "a"), 1, r"error: a: can't be used \(not yours\)\n"),
-        (KeyError(), 1, r"error: KeyError at test_utils\.py:\d+: KeyError \(--debug shows all\)\n"),
+        (KeyError(), 1, r"error: KeyError at test_utils\.py:\d+: KeyError \(--debug .*\n"),
         (KeyboardInterrupt(), 130, r"stopped\n"),
     ],
 )

@@ -24,10 +24,6 @@ from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import (
-    CLIPConfig,
-    CLIPImageProcessor,
-    CLIPModel,
-    CLIPProcessor,
     CLIPTextConfig,
     CLIPTextModel,
     CLIPTokenizer,
@@ -174,26 +170,6 @@ def write_img2img(directory: Path, seed: int = 0) -> Path:
     return write_editor(directory, seed, StableDiffusionImg2ImgPipeline, channels=4)
 
 
-def write_clip(directory: Path, size: int = 32, seed: int = 0) -> Path:
-    """Writes a transformers CLIPModel with its CLIPProcessor."""
-    torch.manual_seed(seed)
-    tokenizer = tiny_tokenizer()
-    shape = {
-        "hidden_size": WIDTH,
-        "intermediate_size": 2 * WIDTH,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    text = {**shape, **special, "vocab_size": len(tokenizer), "max_position_embeddings": TOKENS}
-    vision = {**shape, "image_size": size, "patch_size": 8}
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=WIDTH)
-    CLIPModel(config).eval().save_pretrained(directory)
-    images = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
-    CLIPProcessor(image_processor=images, tokenizer=tokenizer).save_pretrained(directory)
-    return directory
-
-
 def write_recognizer(
     directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0, network: Any = None
 ) -> Path:
@@ -264,6 +240,15 @@ def write_perceptual(directory: Path, heads: bool = False, seed: int = 0) -> Pat
     return directory
 
 
+def forget() -> None:
+    """Forgets what this process has loaded."""
+    from models import clip, editors, loading, perceptual, protector, recognizers, vaes
+
+    loaders = [vaes.load_vae, editors._load_pipeline, recognizers.load_recognizer, clip.load_clip]
+    for loader in (*loaders, perceptual.load_perceptual, protector.load_protector, loading.recorded):
+        loader.cache_clear()
+
+
 def spoil(state: dict[str, torch.Tensor], change: str) -> None:
     """Takes something from the largest tensor of a file, or adds another: what must not be loaded."""
     name = max(state, key=lambda key: state[key].numel())
@@ -324,3 +309,33 @@ def write_portraits(directory: Path, n: int = 3, size: int | Iterable[int] = 64)
     for number, path in enumerate(paths):
         Image.fromarray(portrait(size, seed=number)).save(path)
     return paths
+
+
+NAMES = ("anna", "ben", "cleo")  # of the portraits that the evaluation is tested with
+WEAK, STRONG = "facelock/budget_0.02", "facelock/budget_0.03"
+
+
+def write(path: Path, pixels: np.ndarray) -> None:
+    """Writes (H, W, 3) uint8, with the directory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def changed(pixels: np.ndarray, levels: int) -> np.ndarray:
+    """Moves all pixels `levels` away, without clipping."""
+    return np.where(pixels > 127, pixels - levels, pixels + levels).astype(np.uint8)
+
+
+def write_edits(world: Path, row: str, seed: int, levels: list[int]) -> None:
+    """Writes the edits of NAMES in edits/ROW, so many levels away from their portraits."""
+    for prompt in (0, 3):
+        for number, (name, level) in enumerate(zip(NAMES, levels, strict=True)):
+            place = world / "edits" / row / f"seed{seed}/prompt{prompt}/{name}.png"
+            write(place, changed(portrait(32, seed=number), level + prompt * (level > 0)))
+
+
+def write_protected(world: Path, weak: int, strong: int) -> None:
+    """Writes NAMES in protected/WEAK and protected/STRONG, so many levels away from their portraits."""
+    for row, level in ((WEAK, weak), (STRONG, strong)):
+        for number, name in enumerate(NAMES):
+            write(world / "protected" / row / f"{name}.png", changed(portrait(32, seed=number), level))

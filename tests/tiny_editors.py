@@ -20,7 +20,7 @@ from diffusers import (
     StableDiffusionXLInstructPix2PixPipeline,
     UNet2DConditionModel,
 )
-from tiny import LEVELS, SCHEDULE, UNET, WIDTH, text_config, tiny_tokenizer
+from tiny import LEVELS, SCHEDULE, UNET, WIDTH, text_config, tiny_tokenizer, write_editor, write_img2img
 from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
@@ -82,8 +82,8 @@ def write_sdxl(directory: Path) -> Path:
     return directory
 
 
-def write_kontext(directory: Path, blocks: tuple[int, int] = (1, 1)) -> Path:
-    """Writes a FluxKontextPipeline. blocks: how many, double and single."""
+def write_kontext(directory: Path) -> Path:
+    """Writes a FluxKontextPipeline of two double and three single blocks."""
     torch.manual_seed(0)
     letters = [(chr(code), -1.0) for code in range(ord("!"), ord("~") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
@@ -105,8 +105,8 @@ def write_kontext(directory: Path, blocks: tuple[int, int] = (1, 1)) -> Path:
         tokenizer_2=t5,
         transformer=FluxTransformer2DModel(
             in_channels=64,
-            **BLOCKS | {"num_layers": blocks[0]},
-            num_single_layers=blocks[1],
+            **BLOCKS | {"num_layers": 2},
+            num_single_layers=3,
             joint_attention_dim=WIDTH,
             pooled_projection_dim=WIDTH,
             axes_dims_rope=(2, 2, 4),
@@ -126,8 +126,8 @@ def tiny_flux2_vae() -> AutoencoderKLFlux2:
     return _frozen(vae)
 
 
-def write_klein(directory: Path, is_distilled: bool = True, blocks: tuple[int, int] = (1, 1)) -> Path:
-    """Writes a Flux2KleinPipeline. blocks: how many, double and single."""
+def write_klein(directory: Path) -> Path:
+    """Writes a Flux2KleinPipeline, distilled, of two double and three single blocks."""
     vae, tokenizer = tiny_flux2_vae(), _bytes_tokenizer()
     Flux2KleinPipeline(
         vae=vae,
@@ -145,15 +145,15 @@ def write_klein(directory: Path, is_distilled: bool = True, blocks: tuple[int, i
         tokenizer=tokenizer,
         transformer=Flux2Transformer2DModel(
             in_channels=128,
-            **BLOCKS | {"num_layers": blocks[0]},
-            num_single_layers=blocks[1],
+            **BLOCKS | {"num_layers": 2},
+            num_single_layers=3,
             joint_attention_dim=3 * WIDTH,
             timestep_guidance_channels=16,
             axes_dims_rope=(2, 2, 2, 2),
             guidance_embeds=False,
         ),
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
-        is_distilled=is_distilled,
+        is_distilled=True,
     ).save_pretrained(directory)
     return directory
 
@@ -216,3 +216,13 @@ def write_qwen(directory: Path) -> Path:
         scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     ).save_pretrained(directory)
     return directory
+
+
+WRITERS = {  # by kind, in models.editors.EDITORS
+    "instruct-pix2pix": write_editor,
+    "stable-diffusion": write_img2img,
+    "sdxl-instruct-pix2pix": write_sdxl,
+    "flux-kontext": write_kontext,
+    "flux2-klein": write_klein,
+    "qwen-image-edit": write_qwen,
+}
