@@ -23,17 +23,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import utils
-from defend import add_defense_arguments, face_box, settings_of
-from images import image_size, load_image
-from loops import CHECK_EVERY
-from methods import METHODS, RECOMMENDED
-from models.config import ModelSettings, editors_of, resolve
-from models.loading import ROOT
-from protection import loop_of
-from studio import (
+from backend import (
     AMPLIFY,
     SHOWN_SIDE,
-    Studio,
+    Backend,
     amplified,
     judged,
     left_out,
@@ -42,6 +35,13 @@ from studio import (
     shown,
     table_of,
 )  # fmt: skip
+from defend import add_defense_arguments, face_box, settings_of
+from images import image_size, load_image
+from loops import CHECK_EVERY
+from methods import METHODS, RECOMMENDED
+from models.config import ModelSettings, editors_of, resolve
+from models.loading import ROOT
+from protection import loop_of
 from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts, given
 from visits import Cancelled, Picture, Visit, Visits
 
@@ -78,11 +78,11 @@ def run(args: argparse.Namespace) -> int:
     own = set(map(str, bundled(args.models)))
 
     def page(visits: Visits) -> tuple[Any, dict]:
-        studio = Studio(settings_of(args))
-        studio.config.warn_of_cpu(args.device)
-        for line in studio.missing:
+        backend = Backend(settings_of(args))
+        backend.config.warn_of_cpu(args.device)
+        for line in backend.missing:
             utils.warn(line)
-        return build(studio, visits, args.debug), {"theme": theme(), "css": CSS}
+        return build(backend, visits, args.debug), {"theme": theme(), "css": CSS}
 
     serve(page, args.port, own)
     return 0
@@ -140,27 +140,27 @@ def theme() -> Any:
     )  # fmt: skip
 
 
-def notes_of(studio: Studio) -> str:
+def notes_of(backend: Backend) -> str:
     """Says what the page can't do, and whom it asks."""
-    config, text = studio.config, STAND_IN if studio.settings.models == "mini" else ""
-    if config.vae_id or not studio.by_words:
+    config, text = backend.config, STAND_IN if backend.settings.models == "mini" else ""
+    if config.vae_id or not backend.by_words:
         name, editors = Path(config.vae.partition("@")[0]).name, " and ".join(editors_of(config.vae))
         text += ABOUT_TINY.format(
             html.escape(name),
             f"It stands for {editors}." if editors else "Which editor it stands for is not known here.",
-            "" if studio.by_words else " The editor itself is not asked, so there is no instruction to give.",
+            "" if backend.by_words else " The editor itself is not asked: there is no instruction to give.",
         )
-    if studio.missing:
-        first, *more = studio.missing
+    if backend.missing:
+        first, *more = backend.missing
         first, more = ("", [first]) if not more else (first, more)
         text += MISSING.format(html.escape(first), "".join(f"<li>{html.escape(one)}</li>" for one in more))
     return text
 
 
-def last_word(studio: Studio) -> str:
+def last_word(backend: Backend) -> str:
     """Says what a verdict is worth by this page's models."""
-    is_edit = studio.by_words and studio.settings.models == "full"
-    return "" if is_edit else f'<p class="note">{html.escape(studio.config.last_word())}</p>'
+    is_edit = backend.by_words and backend.settings.models == "full"
+    return "" if is_edit else f'<p class="note">{html.escape(backend.config.last_word())}</p>'
 
 
 def bundled(models: str) -> list[Path]:
@@ -168,11 +168,11 @@ def bundled(models: str) -> list[Path]:
     return sorted(path for path in PORTRAITS.glob(BUNDLED[models]) if path.is_file())
 
 
-def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
-    """Lays the page out and connects it to the studio -> gradio.Blocks. debug: errors show a traceback."""
+def build(backend: Backend, visits: Visits, debug: bool = False) -> Any:
+    """Lays the page out and connects it to the backend -> gradio.Blocks. debug: errors show a traceback."""
     import gradio as gr
 
-    usual, by_words = studio.settings, studio.by_words
+    usual, by_words = backend.settings, backend.by_words
     about_edits = ABOUT_EDITS if by_words else ABOUT_TRIPS
     made = "Edit" if by_words else "Round trip"
     trial = "edits it as a stranger would" if by_words else "sends it through an autoencoder and back"
@@ -185,7 +185,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
         )  # fmt: skip
 
     def budget_of(name: str) -> float:
-        own = METHODS[studio.loop if METHODS[name].is_network and studio.loop else name].run.budget
+        own = METHODS[backend.loop if METHODS[name].is_network and backend.loop else name].run.budget
         return own if usual.budget is None else usual.budget
 
     def iterations_of(name: str) -> int:
@@ -202,7 +202,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
 
     gr.set_static_paths([PORTRAITS])  # served from there, not copied
     with gr.Blocks(title="FaceLock", analytics_enabled=False) as page:
-        gr.HTML(HEAD.format(trial, notes_of(studio)), elem_id="head")
+        gr.HTML(HEAD.format(trial, notes_of(backend)), elem_id="head")
         with gr.Row():
             with gr.Column(scale=2, min_width=300):
                 gr.HTML("<h2>1. A portrait</h2>")
@@ -223,7 +223,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                         info="in pixels, then Enter; or click on two opposite corners in the picture above",
                     )  # fmt: skip
                 gr.HTML("<h2>2. Its protection</h2>")
-                method = gr.Dropdown(studio.methods(), value=usual.method, label="Method")
+                method = gr.Dropdown(backend.methods(), value=usual.method, label="Method")
                 # numbers, not sliders, which silently change what is typed
                 budget = gr.Number(budget_of(usual.method), step=0.005, label="Budget, in [-1, 1]")
                 n_iters = gr.Number(
@@ -234,7 +234,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 gr.HTML("<h2>3. The protected picture</h2>")
                 with gr.Row():
                     start = gr.Button(
-                        "Protect", variant="primary", min_width=120, interactive=not studio.missing
+                        "Protect", variant="primary", min_width=120, interactive=not backend.missing
                     )  # fmt: skip
                     stronger = gr.Button("Make it stronger", visible=False, min_width=120)
                     stop = gr.Button("Cancel", interactive=False, min_width=120)
@@ -260,7 +260,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             )  # fmt: skip
             seed = gr.Number(0, label="Seed", step=1, min_width=90, visible=by_words)
             text = "Edit both" if by_words else "Through the autoencoder and back"
-            edit = gr.Button(text, variant="primary", min_width=140, interactive=not studio.missing)
+            edit = gr.Button(text, variant="primary", min_width=140, interactive=not backend.missing)
         verdict = gr.HTML(about_edits)
         with gr.Row():
             edits = [
@@ -286,7 +286,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 text = re.sub(rf"{re.escape(str(visits.folder))}/\S*/", "", text)  # a visit's folder
                 shows[place] = TROUBLE.format(html.escape(utils.one_line(text)))
 
-        idle = {start: gr.update(interactive=not studio.missing), stop: gr.update(interactive=False)}
+        idle = {start: gr.update(interactive=not backend.missing), stop: gr.update(interactive=False)}
         alone = {stronger: gr.update(visible=False)}  # no answer of a network is shown
 
         def cleared() -> dict:
@@ -303,7 +303,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 if find:
                     with visit.making(lambda: visit.coming is coming):
                         coming.source = find(visit)
-                        studio.look(coming)
+                        backend.look(coming)
                         shows |= seen(visit, coming)
                         visit.show(coming)
             return shows or gr.skip()
@@ -335,7 +335,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
             shows: dict = {}
             with telling(shows, status):
                 visit = visits.find(request.session_hash)
-                shows |= cleared() | seen(visit, studio.point(visit, face_box(text)))
+                shows |= cleared() | seen(visit, backend.point(visit, face_box(text)))
             return shows or gr.skip()
 
         def take_click(request: gr.Request, event: gr.SelectData) -> dict:
@@ -358,7 +358,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 (x0, x1), (y0, y1) = (sorted(pair) for pair in zip(visit.corner, (x, y), strict=True))
                 box, visit.corner = (x0, y0, x1, y1), None
                 shows |= (
-                    cleared() | seen(visit, studio.point(visit, box)) | {by_hand: ",".join(map(str, box))}
+                    cleared() | seen(visit, backend.point(visit, box)) | {by_hand: ",".join(map(str, box))}
                 )
             return shows or gr.skip()
 
@@ -380,12 +380,12 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                     raise UserError("choose a method")
                 settings = {"method": name, "budget": given(a_budget, "Budget", size)}
                 settings["num_iters"] = given(a_count, "Iterations", total)
-                studio.plan(visit, settings, chosen or [])
+                backend.plan(visit, settings, chosen or [])
                 shows |= {start: gr.update(interactive=False), stop: gr.update(interactive=True)}
             return shows
 
         def strengthen(request: gr.Request, chosen: list[int]) -> dict:
-            name = studio.loop
+            name = backend.loop
             size, total = budget_of(name), iterations_of(name)
             shows = {method: name, budget: size, n_iters: gr.update(value=total, visible=True)}
             return begin(request, name, size, total, chosen) | shows
@@ -423,7 +423,7 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 if (job := visit.job) is None:
                     raise Cancelled
                 with visit.doing(job):
-                    report = studio.protect(visit, job, step)
+                    report = backend.protect(visit, job, step)
                     text = measured(report, time.monotonic() - began)
                     n_found = len(job.picture.boxes) if report.n_found else 0  # else the method sees no face
                     others = left_out(n_found, len(job.faces))
@@ -449,11 +449,11 @@ def build(studio: Studio, visits: Visits, debug: bool = False) -> Any:
                 if it is None or it.protected is None:
                     raise UserError("protect a portrait first")
                 with visit.making(lambda was=it.protected: visit.picture is it and it.protected is was):
-                    pair = studio.edit(it, text, number)
+                    pair = backend.edit(it, text, number)
                     shows |= {edits[i]: shown(visit, f"edit {i}", pair[i]) for i in range(2)}
-                    found = studio.compare(it, pair)
-                told = judged(studio.verdicts(found)) or NO_FACE
-                worth, last = WORTH if by_words else WORTH_OF_TRIPS, last_word(studio)
+                    found = backend.compare(it, pair)
+                told = judged(backend.verdicts(found)) or NO_FACE
+                worth, last = WORTH if by_words else WORTH_OF_TRIPS, last_word(backend)
                 shows[verdict] = "".join([told, worth, last, notes(heard.getvalue())])
                 if found:
                     rows = table_of(found).to_markdown(missingval="-", disable_numparse=True)

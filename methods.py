@@ -385,8 +385,8 @@ METHODS: dict[str, Method] = {
     ),
     "facelock-wash": Method(
         partial(facelock_wide, wash=WASHING), l2_pgd, L2, run=WIDE, mask="face",
-        version=2, most_pixels=MOST_PIXELS // 3,
-    ),  # fmt: skip
+        version=2, most_pixels=MOST_PIXELS // 3
+    ),
     "instant": Method(instant, stay, reads=(), mask="face", is_network=True),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),

@@ -211,9 +211,9 @@ def test_only_the_folders_of_dead_servers_are_deleted(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def studio(defend_flags):
-    """Makes a studio with tiny models in place of the full set's, but for MTCNN."""
-    return app.Studio(defend.settings_of(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"])))
+def backend(defend_flags):
+    """Makes a backend with tiny models in place of the full set's, but for MTCNN."""
+    return app.Backend(defend.settings_of(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"])))
 
 
 def ignore(i, values):
@@ -229,8 +229,8 @@ def test_the_recommended_methods_come_first(is_there, defend_flags, visits):
     """instant where a network for the autoencoder is there, and a line on each under the menu."""
     line = [*defend_flags, "--defend_method=encoder", *([] if is_there else ["--protector=/none"])]
     assert app.first_method(app.parse_args(line)) == ("instant" if is_there else "facelock-wide")
-    studio = app.Studio(defend.settings_of(app.parse_args(line)))
-    page = app.build(studio, visits)
+    backend = app.Backend(defend.settings_of(app.parse_args(line)))
+    page = app.build(backend, visits)
     (menu,) = [it for it in page.blocks.values() if getattr(it, "label", "") == "Method"]
     names = [name for _, name in menu.choices]
     first = ["facelock-wide", "facelock-wash", "facelock-dim", *(["instant"] if is_there else [])]
@@ -240,8 +240,8 @@ def test_the_recommended_methods_come_first(is_there, defend_flags, visits):
         visit = visits.open("a session")
         visit.expect(picture := Picture(MINI[0], [(20, 20, 110, 110)]))
         visit.show(picture)
-        job = studio.plan(visit, {"method": "instant", "budget": 0.06, "num_iters": 100}, [0])
-        assert 0 < studio.protect(visit, job, ignore).linf <= 0.06
+        job = backend.plan(visit, {"method": "instant", "budget": 0.06, "num_iters": 100}, [0])
+        assert 0 < backend.protect(visit, job, ignore).linf <= 0.06
 
 
 def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, tmp_path):
@@ -250,28 +250,28 @@ def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, t
     line = [*defend_flags, "--models=full", "--model=round-trip", f"--vae={vae}", "--num_iters=1"]
     line.remove("--model_id")
     del line[line.index(next(flag for flag in line if flag.endswith("/editor")))]
-    studio = app.Studio(defend.settings_of(app.parse_args(line)))
-    page = app.build(studio, visits)
+    backend = app.Backend(defend.settings_of(app.parse_args(line)))
+    page = app.build(backend, visits)
     assert isinstance(page, gradio.Blocks) and not labels_of(page) & {"Instruction", "Or your own", "Seed"}
-    said = app.notes_of(studio)
+    said = app.notes_of(backend)
     assert "own. It stands for flux2-klein" in said and "editor itself is not asked" in said
     visit = visits.open("a session")
     visit.expect(picture := Picture(MINI[0], [(20, 20, 110, 110)]))
     visit.show(picture)
-    studio.protect(visit, studio.plan(visit, {}, [0]), ignore)
-    trips = studio.edit(picture, NO_WORDS, seed=0)
+    backend.protect(visit, backend.plan(visit, {}, [0]), ignore)
+    trips = backend.edit(picture, NO_WORDS, seed=0)
     source = load_image(picture.source).pixels
-    vae = studio.config.load_vae().round_trip(to_tensor(source).to(studio.config.device))
+    vae = backend.config.load_vae().round_trip(to_tensor(source).to(backend.config.device))
     assert trips.shape == (2, 128, 128, 3) and vae.shape[-2:] == (64, 64)
-    (face,) = studio.compare(picture, trips)
-    (found,) = studio.verdicts([face])
+    (face,) = backend.compare(picture, trips)
+    (found,) = backend.verdicts([face])
     assert set(face.values) == {"recognizer", "judge"} and "round trip" in found.headline
 
 
 def test_a_page_without_weights_opens_and_says_what_is_missing(visits, defend_flags, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is cached
     line = [*defend_flags, "--models=full", "--lpips=alex", "--model_id=me/<b>", "--defend_method=facelock"]
-    bare = app.Studio(defend.settings_of(app.parse_args(line)))
+    bare = app.Backend(defend.settings_of(app.parse_args(line)))
     page = app.build(bare, visits)
     head = next(it.value for it in page.blocks.values() if it.elem_id == "head")
     assert "LPIPS" in head and "0.2 GB, https://" in head and "hf download me/&lt;b&gt;" in head
@@ -292,21 +292,21 @@ def test_a_face_that_was_left_out_is_said_on_the_page():
 
 
 @pytest.mark.parametrize("n_iters", [1, 500])
-def test_a_protection_is_for_its_own_picture(studio, visits, n_iters):
+def test_a_protection_is_for_its_own_picture(backend, visits, n_iters):
     """Not for one that is chosen in its first or last step, of whatever size, nor for a visit that ends."""
 
     def protect_while(happens):
         visit, steps = visits.open("a session"), []
         visit.expect(picture := Picture(MINI[0]))
         visit.show(picture)
-        job = studio.plan(visit, {"method": "encoder", "num_iters": n_iters}, [])
+        job = backend.plan(visit, {"method": "encoder", "num_iters": n_iters}, [])
 
         def step(i, values):
             steps.append(i)
             happens(visit)
 
         with pytest.raises(Cancelled):
-            studio.protect(visit, job, step)
+            backend.protect(visit, job, step)
         assert picture.protected is None and steps == [0]
         assert not list(visits.folder.rglob("*.png"))
 
@@ -316,21 +316,21 @@ def test_a_protection_is_for_its_own_picture(studio, visits, n_iters):
     assert list(visits.folder.iterdir()) == []
 
 
-def test_faces_are_chosen_by_their_numbers(studio, visits):
+def test_faces_are_chosen_by_their_numbers(backend, visits):
     visit = visits.open("a session")
     visit.expect(picture := Picture(MINI[0], [(0, 0, 50, 50), (50, 50, 90, 90)]))
     visit.show(picture)
     for wrong in ([], [2], [-1], ["0"]):
         with pytest.raises(UserError, match="choose at least one face"):
-            studio.plan(visit, {}, wrong)
-    assert studio.plan(visit, {}, [1]).faces == [picture.boxes[1]]
+            backend.plan(visit, {}, wrong)
+    assert backend.plan(visit, {}, [1]).faces == [picture.boxes[1]]
 
 
-def test_a_picture_too_large_is_refused_by_its_header(studio, tmp_path, monkeypatch):
+def test_a_picture_too_large_is_refused_by_its_header(backend, tmp_path, monkeypatch):
     (tmp_path / "large.png").write_bytes(huge_png(12_000, 12_000))
     monkeypatch.setattr("PIL.Image.Image.load", None)
     with pytest.raises(UserError, match="12000x12000 is more than the 24.5 megapixels"):
-        studio.look(Picture(tmp_path / "large.png"))
+        backend.look(Picture(tmp_path / "large.png"))
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,7 +343,7 @@ API = "/gradio_api"
 
 
 @pytest.fixture(scope="module")
-def served(studio, tmp_path_factory):
+def served(backend, tmp_path_factory):
     """Serves the page in this process."""
     with pytest.MonkeyPatch.context() as patch:
         root = tmp_path_factory.mktemp("served")
@@ -355,7 +355,7 @@ def served(studio, tmp_path_factory):
         import server
 
         visits = Visits(root / "server")
-        page = app.build(studio, visits)
+        page = app.build(backend, visits)
         served = server.guarded(page, visits, PORT, {str(path) for path in MINI})
         with TestClient(served, HERE, raise_server_exceptions=False) as client:
             client.visits, client.page = visits, page

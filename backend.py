@@ -30,11 +30,11 @@ SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 AMPLIFY = 10  # of the difference, which is shown around grey
 
 
-class Studio:
+class Backend:
     """Does what the page asks for, by the scripts' own functions. Raises UserError, as they do.
 
     The networks are loaded at once, so that what is wrong with them shows before anybody waits. `missing`
-    says which can't be had; without them the studio finds faces, and no more.
+    says which can't be had; without them the backend finds faces, and no more.
     """
 
     def __init__(self, settings: Settings) -> None:
