@@ -219,6 +219,10 @@ class Experiment:
             tables.check_networks(table.root / "all_metric.csv", by, way_out)
         for folder in folders:
             runs.check_ours(folder)
+        for row, protector in self.protectors.items():
+            if seen := [one for one in self.config.judges if one not in protector.config.judges]:
+                text = f"{row}: the training of its network saw {', '.join(seen)}, which can't judge it"
+                raise UserError(f"{text}; name others with --judge")
         for folder in self.protected.values():
             utils.check_own(folder / "report.csv")
 

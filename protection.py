@@ -21,7 +21,7 @@ import utils
 from images import Portrait, as_portrait, linf, load_image, psnr, save_png, to_tensor, to_uint8_within
 from loops import GradientError, Objective, random_start
 from methods import METHODS, NEED
-from models.config import ModelConfig, ModelSettings, resolve_vaes
+from models.config import ModelConfig, ModelSettings, identity, resolve_vaes
 from models.editors import DENOISERS, Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import load_all, recorded, shown
@@ -62,13 +62,13 @@ def methods_for(editor: type[Editor]) -> list[str]:
 
 def loop_of(config: ModelConfig) -> str | None:
     """Names what the network of `instant` was trained after; None if it isn't for this autoencoder."""
-    from models.protector import read_config
+    from models.protector import is_for, read_config
 
     try:
         trained = read_config(config.protector)["trained"] if config.protector else {"vae": []}
     except UserError:
         return None
-    return trained["method"] if recorded(config.vae) in trained["vae"] else None
+    return trained["method"] if is_for(trained, config.vae) else None
 
 
 def output_prefix(models: str) -> str:
@@ -198,6 +198,10 @@ class Protector:
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
         self.config = self.attacked[0]
+        if self.method.is_network:  # whom its training saw is no judge of it
+            seen = self._trained().get("recognizers", ())
+            judges = tuple(one for one in self.config.judges if identity(one) not in seen)
+            self.config = replace(self.config, judges=judges)
         self.device, self.resolution = self.config.device, self.config.resolution
         self.denoisers: dict[str, Denoiser | Attention] = {}
         self.unavailable: set[str] = set()  # members that a report would use, but that can't be loaded
@@ -269,10 +273,10 @@ class Protector:
     @property
     def network(self) -> Network:
         """What `instant` starts from. Raises UserError."""
-        from models.protector import load_protector
+        from models.protector import is_for, load_protector
 
         trained, config = self._trained(), self.config
-        if recorded(config.vae) not in trained["vae"]:
+        if not is_for(trained, config.vae):
             warn(f"{shown(config.protector)} was trained for another autoencoder than {shown(config.vae)}'s")
         return load_protector(config.protector, self.device, config.dtype)
 
@@ -407,7 +411,7 @@ class Protector:
             shares = network(*seen, faces)
             if network.frame is None:
                 shares = config.editor.from_working(shares, size, self.resolution)
-            return images + limited(budget * shares, whole, self._trained()["rms"])
+            return limited(shares.mul_(budget), whole, self._trained()["rms"]).add_(images)
 
     def objective_of(
         self, images: Tensor, boxes: Sequence[Sequence[Box]], draws: Callable[[], Draws]

@@ -33,6 +33,7 @@ import utils
 from defend import add_defense_arguments, settings_of, transform_names
 from images import to_tensor
 from methods import METHODS
+from models.config import identity
 from models.faces import Face, PointCrop, scale_box
 from models.loading import recorded
 from models.recognizers import face_similarity_to
@@ -335,6 +336,7 @@ class Training:
         self.facts = {  # of the config.json; a checkpoint of another training isn't used
             "method": protector.name,
             "vae": [recorded(one.vae) for one in protector.attacked],
+            "recognizers": [identity(member) for member in protector.config.recognizers],
             "rms": rms_of(protector),
             "budgets": list(plan.budgets),
             "augment": plan.augment,

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import torch
 
 MINI = ROOT / "assets" / "mini"
+# the bundled networks of `instant` for autoencoders that many editors share, by the name of those's directory
+PROTECTORS = {"taef2": str(ROOT / "assets" / "taef2" / "protector")}
 VAE_HELP = (
     "what is attacked, several at once by the mean of the objective: tiny (distilled from --model's VAE), "
     "KIND or KIND=ID (another editor's), or the id or directory of an autoencoder; the edit of "
@@ -127,13 +129,18 @@ class ModelConfig:
     clip: str
     device: torch.device
     dtype: torch.dtype
-    protector: str | None = None  # the network of `instant`
+    own_protector: str | None = None  # --protector, or the set's
     vae_id: str | None = None  # an autoencoder in the place of the editor's own
 
     @property
     def vae(self) -> str:
         """The autoencoder, or the editor whose own it is."""
         return self.vae_id or self.model_id
+
+    @property
+    def protector(self) -> str | None:
+        """The network of `instant`: the one given, the set's, or the bundled one of the autoencoder."""
+        return self.own_protector or PROTECTORS.get(Path(self.vae).name)
 
     @property
     def editor(self) -> type[Editor]:
@@ -270,7 +277,7 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         clip=wanted.clip or models.clip,
         device=device,
         dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
-        protector=wanted.protector or models.protector,
+        own_protector=wanted.protector or models.protector,
     )
 
 
@@ -428,6 +435,7 @@ def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
 def add_protector_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --protector."""
     own = {name: shown(models.protector) for name, models in MODEL_SETS.items() if models.protector}
+    own |= {name: shown(member) for name, member in PROTECTORS.items()}
     text = "the network of instant, a directory that train_protector.py has made"
     parser.add_argument("--protector", help=defaults_help(text, own))
 

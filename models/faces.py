@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Box = tuple[int, int, int, int]  # x0, y0, x1, y1 in pixels, x1 and y1 outside
 Points = tuple[tuple[float, float], ...]  # eyes, nose, corners of the mouth; the picture's left ones first
 USUAL_POINTS = ((0.275, 0.405), (0.735, 0.4), (0.505, 0.62), (0.31, 0.765), (0.72, 0.76))  # in a box
+STRIP = 256  # rows of an image that a crop is carried back to at once
 DETECTION_SIDE = 1024  # px; larger photos are reduced to it before MTCNN looks at them
 
 
@@ -233,8 +234,8 @@ class PointCrop:
         points = [(complex(x, y) - b) / a for x, y in Face(face, getattr(face, "points", None)).points]
         return Face(box, [(point.real, point.imag) for point in points])
 
-    def back(self, crop: Tensor, face: Box, size: Sequence[int]) -> Tensor:
-        """Carries values of a crop (1, C, size, size) to an image of `size` (H, W), 0 where it isn't."""
+    def back(self, crop: Tensor, face: Box, image: Tensor) -> None:
+        """Adds values of a crop (1, C, size, size) to an image (1, C, H, W), where they were cut out."""
         import numpy as np
         import torch
         import torch.nn.functional as F
@@ -242,15 +243,15 @@ class PointCrop:
         a, b = self.similarity(face)
         edge = self.size - 0.5
         corners = a * np.array([-0.5 - 0.5j, edge - 0.5j, -0.5 + edge * 1j, edge + edge * 1j]) + b
-        x0, x1 = np.clip([corners.real.min(), corners.real.max() + 1], 0, size[1]).astype(int)
-        y0, y1 = np.clip([corners.imag.min(), corners.imag.max() + 1], 0, size[0]).astype(int)
-        found = crop.new_zeros(*crop.shape[:2], *size)
+        x0, x1 = np.clip([corners.real.min(), corners.real.max() + 1], 0, image.shape[-1]).astype(int)
+        y0, y1 = np.clip([corners.imag.min(), corners.imag.max() + 1], 0, image.shape[-2]).astype(int)
         if abs(a) < 1:  # the image is the smaller one
             small = [max(1, round(self.size * abs(a)))] * 2
             crop = F.interpolate(crop, small, mode="bilinear", antialias=True, align_corners=False)
-        places = np.arange(x0, x1)[None, :] + 1j * np.arange(y0, y1)[:, None]
-        places = (places - b) / a  # in pixels of the crop
-        grid = np.stack([places.real, places.imag], axis=-1)[None] * 2 / self.size + (1 / self.size - 1)
-        grid = torch.from_numpy(grid).to(crop)
-        found[..., y0:y1, x0:x1] = F.grid_sample(crop, grid, mode="bicubic", align_corners=False)
-        return found
+        for top in range(y0, y1, STRIP):  # for the memory
+            rows = np.arange(top, min(top + STRIP, y1))
+            places = (np.arange(x0, x1)[None, :] + 1j * rows[:, None] - b) / a  # in pixels of the crop
+            grid = np.stack([places.real, places.imag], axis=-1)[None] * 2 / self.size + (1 / self.size - 1)
+            grid = torch.from_numpy(grid).to(crop)
+            part = image[..., top : top + len(rows), x0:x1]
+            part += F.grid_sample(crop, grid, mode="bicubic", align_corners=False)

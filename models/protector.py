@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.faces import Box, PointCrop
-from models.loading import frozen, loading, read_state, shown
+from models.loading import frozen, loading, read_state, recorded, shown
 from models.recognizers import ARCFACE, ARCFACE_SIDE
 from utils import MOST_TEXT, UserError, parse_json, read_plain
 
@@ -42,13 +42,13 @@ class Network(NamedTuple):
         """
         if self.frame is None:
             return self._ask(images, budget)
-        size = images.shape[-2:]
         found = torch.zeros_like(images)
         for row, faces in enumerate(boxes):
             for face in faces:
-                one, where = (self.frame(part[row : row + 1], face) for part in (images, 2 * budget - 1))
-                found[row] += self.frame.back(self._ask(one, (where + 1) / 2), face, size)[0]
-        return found.clamp(-1, 1)
+                one, where = (self.frame(part[row : row + 1], face) for part in (images, budget))
+                shares = self._ask(one, where.clamp(min=0))  # outside of the picture it is -1
+                self.frame.back(shares, face, found[row : row + 1])
+        return found.clamp_(-1, 1)
 
     def _ask(self, images: Tensor, budget: Tensor) -> Tensor:
         """Asks the network in its own dtype."""
@@ -170,7 +170,8 @@ def limited(change: Tensor, mask: Tensor, rms: float | None) -> Tensor:
     if rms is None:
         return change
     where = (mask > 0).to(change)
-    own = (where * change).square().sum(dim=(1, 2, 3)) / (3 * where.sum(dim=(1, 2, 3))).clamp(min=1)
+    squares = sum((where[:, 0] * plane).square().sum(dim=(1, 2)) for plane in change.unbind(1))
+    own = squares / (3 * where.sum(dim=(1, 2, 3))).clamp(min=1)
     return change * (rms / own.clamp(min=1e-12).sqrt()).clamp(max=1).view(-1, 1, 1, 1)
 
 
@@ -187,6 +188,11 @@ def read_config(member: str) -> dict[str, Any]:
             raise ValueError(f"its network is of no kind among {', '.join(KINDS)}")
         _ = [said["trained"][key] for key in ("method", "vae", "rms")]  # KeyError: it isn't ours
         return said
+
+
+def is_for(trained: Mapping[str, Any], vae: str) -> bool:
+    """Tells whether a network was trained for an autoencoder, or for one of its directory's name."""
+    return not {recorded(vae), Path(vae).name}.isdisjoint(trained["vae"])
 
 
 @functools.cache

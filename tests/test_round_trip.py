@@ -25,6 +25,7 @@ from models.config import ModelSettings, resolve, resolve_vaes
 from models.editors import InstructPix2Pix
 from models.tiny_vae import HALVES, WHOLE
 from models.vaes import WorkingVAE, load_vae
+from protection import Protector, loop_of
 from runs import read_record
 from utils import NO_WORDS, UserError
 
@@ -245,6 +246,29 @@ def test_an_experiment_needs_neither_editor_nor_clip(
     (tmp_path / "others" / "face1" / "b.png").unlink()
     assert experiment.main(line) == 1  # before anything is made
     assert "no other photo of face1" in capsys.readouterr().err
+
+
+def test_the_bundled_network_for_taef2_is_taken_by_the_autoencoders_name(folders, whole_images, tmp_path):
+    """It sees the face in a frame, at any size of the picture; whom it was trained against is no judge."""
+    portrait = tmp_path / "face.png"
+    Image.fromarray(tiny.portrait((200, 160), seed=3)).save(portrait)
+    given = {"method": "instant", "model": "round-trip", "device": "cpu"}
+    given |= {"recognizer": ["casia-webface"], "judge": ["dlib", "vggface2"]}
+    tool = Protector(vae=[str(folders["TAEF2"])], **given)  # a folder called taef2
+    assert (loop_of(tool.config), tool.config.judges) == ("facelock-wide", ("vggface2",))
+    protected = np.asarray(tool.protect(portrait, [(60, 70, 100, 120)]), float)
+    change = protected - tiny.portrait((200, 160), seed=3)
+    assert 5 < np.abs(change).max() <= 25 and not change[:40].any() and not change[:, 140:].any()
+    with pytest.raises(UserError, match="needs a network that was trained for this autoencoder"):
+        Protector(vae=[str(folders["TAEF2 in halves"])], **given)
+
+
+def test_an_experiment_is_not_judged_by_whom_a_network_was_trained_against(folders, tmp_path, capsys):
+    tiny.write_portraits(tmp_path / "in", n=2)
+    line = [f"--image_dir={tmp_path / 'in'}", f"--output_dir={tmp_path / 'out'}", "--model=round-trip"]
+    line += [f"--vae={folders['TAEF2']}", "--judge", "dlib", "--methods", "instant", "--device=cpu"]
+    assert experiment.main(line) == 1
+    assert "instant/budget_0.2: the training of its network saw dlib" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------
