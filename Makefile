@@ -29,11 +29,11 @@ OF_UNETS = instant@0.1255 photoguard@0.0628 advdm@0.055 sds@0.0863 diffusionguar
 OF_TOKENS = veto@0.06 decontext@0.06
 PURIFIERS = jpeg:90 jpeg:75 resize:0.5 jpeg:75+resize:0.5 palette:32+resize:0.5 blur:5:1.5 rotate:10 noise:8 mirror vae denoise:0.3 restore
 
-# What `make photo` protects with, and against: the recommended method, a hub id or directory of a tiny autoencoder,
-# and flags like --judge
-PHOTO = --defend_method=facelock-wide --attack_budget=0.2
+# What `make photo` protects against, a hub id or directory of a tiny autoencoder; with: the network that is bundled for
+# taef2 and four iterations, else facelock-wide; and flags like --judge
 TINY ?= madebyollin/taef2
-TRIP = --model=round-trip --vae="$(TINY)"
+PHOTO = --defend_method=$(if $(filter taef2,$(notdir $(TINY))),instant --refine=4,facelock-wide)
+TRIP = --model=round-trip --vae="$(TINY)" --recognizer dlib
 PANEL ?=
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
 COMPARE = $(RUN) experiment.py --models=mini --image_dir=$(EXPERIMENT)/portraits --batch_size=10 --prompts=0,13 --rms=0.065 --purify $(PURIFIERS)

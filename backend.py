@@ -44,6 +44,8 @@ class Backend:
         self.detector, self.config = protector.detector, protector.config
         self.by_words = self.config.editor.by_words
         self.loop = loop_of(self.config)  # what goes on where the network of `instant` ends
+        if self.loop:
+            self.config = Protector(settings, method="instant").config  # without judges that its training saw
         self.missing: list[str] = []
         try:
             load_all([protector.preload, self.config.load_editor])

@@ -411,7 +411,8 @@ class Protector:
             shares = network(*seen, faces)
             if network.frame is None:
                 shares = config.editor.from_working(shares, size, self.resolution)
-            return limited(shares.mul_(budget), whole, self._trained()["rms"]).add_(images)
+            shares.mul_(budget * (whole > 0))  # a loop that follows counts what isn't 0
+            return limited(shares, whole, self._trained()["rms"]).add_(images)
 
     def objective_of(
         self, images: Tensor, boxes: Sequence[Sequence[Box]], draws: Callable[[], Draws]
