@@ -30,9 +30,9 @@ OF_TOKENS = veto@0.06 decontext@0.06
 PURIFIERS = jpeg:90 jpeg:75 resize:0.5 jpeg:75+resize:0.5 palette:32+resize:0.5 blur:5:1.5 rotate:10 noise:8 mirror vae denoise:0.3 restore
 
 # What `make photo` protects against, a hub id or directory of a tiny autoencoder; with: the network that is bundled for
-# taef2 and four iterations, else facelock-wide; and flags like --judge
+# taef2 and eight iterations, else facelock-wide; and flags like --judge
 TINY ?= madebyollin/taef2
-PHOTO = --defend_method=$(if $(filter taef2,$(notdir $(TINY))),instant --refine=4,facelock-wide)
+PHOTO = --defend_method=$(if $(filter taef2,$(notdir $(TINY))),instant --refine=8,facelock-wide)
 TRIP = --model=round-trip --vae="$(TINY)" --recognizer dlib
 PANEL ?=
 MINI = $(RUN) experiment.py --models=mini --budgets 0.06
