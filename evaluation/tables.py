@@ -85,13 +85,15 @@ def differences(values: pd.DataFrame, baseline: str) -> pd.DataFrame:
 def best_two(values: pd.DataFrame, metric: str, rows: Sequence[str], way: int = -1) -> tuple[str, str, Any]:
     """Finds the best of at least two rows by a metric, the second, and the second minus the best in pairs.
 
-    way: -1 if low is good, 1 if high. The last is a line of `means`.
+    way: -1 if low is good, 1 if high. The last is a line of `means`. Raises UserError without any pair.
     """
     own = values[(values["metric"] == metric) & values["method"].isin(rows)]
     of_rows = image_means(own, ["method"]).groupby("method", observed=True).mean()
     best, second = of_rows.sort_values(ascending=way < 0, kind="stable").index[:2]
-    (line,) = differences(own[own["method"].isin([best, second])], best).itertuples()
-    return best, second, line
+    lines = [*differences(own[own["method"].isin([best, second])], best).itertuples()]
+    if not lines:
+        raise UserError(f"{best} and {second} have no edit in common")
+    return best, second, lines[0]
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
@@ -338,9 +340,10 @@ def read_values(path: Path) -> pd.DataFrame:
         pairs = zip(frame["metric"], frame["judge"], strict=True)
         frame["metric"] = [column_of(*pair) for pair in pairs]
     try:
-        return frame[[*EDIT, "metric", "value"]].astype({"value": float})
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from None
+        return frame[[*EDIT, "metric", "value"]].astype({"seed": int, "prompt": int, "value": float})
+    except (ValueError, TypeError) as error:
+        text = f"a seed, a prompt or a value is no number ({utils.first_line(error)})"
+        raise UserError(f"{path}: {text}") from None
 
 
 def column_of(metric: str, judge: str) -> str:

