@@ -187,6 +187,8 @@ class Protector:
                 warn(f"--{flag} is ignored: {self.name} has no such knob, unlike {', '.join(readers(name))}")
         self.mask = wanted.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
+        if self.method.is_network:  # one with a frame changes faces alone, whatever the mask
+            self.needs_face |= self._trained()["has_frame"]
         self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
         # a network alone answers at once; what its report would measure takes longer
         self.reports_faces = wanted.check or (self.needs_face and not self.is_at_once)
@@ -287,10 +289,11 @@ class Protector:
         if (member := self.attacked[0].protector) is None:
             text = "needs a network that was trained for this autoencoder: --protector DIRECTORY"
             raise UserError(f"instant {text} (train_protector.py makes one)")
-        trained = read_config(member)["trained"]
+        config = read_config(member)
+        trained = config["trained"]
         if trained["method"] not in METHODS:
             raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method")
-        return trained
+        return trained | {"has_frame": config.get("frame") is not None}
 
     @property
     def num_iters(self) -> int:

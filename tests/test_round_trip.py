@@ -259,6 +259,7 @@ def test_the_bundled_network_for_taef2_is_taken_by_the_autoencoders_name(folders
     protected = np.asarray(tool.protect(portrait, [(60, 70, 100, 120)]), float)
     change = protected - tiny.portrait((200, 160), seed=3)
     assert 5 < np.abs(change).max() <= 25 and not change[:40].any() and not change[:, 140:].any()
+    assert Protector(vae=[str(folders["TAEF2"])], budget_mask="none", **given).needs_face
     with pytest.raises(UserError, match="needs a network that was trained for this autoencoder"):
         Protector(vae=[str(folders["TAEF2 in halves"])], **given)
 
