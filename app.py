@@ -30,6 +30,7 @@ from backend import (
     amplified,
     judged,
     left_out,
+    loop_of,
     measured,
     notes,
     shown,
@@ -41,7 +42,6 @@ from loops import CHECK_EVERY
 from methods import METHODS, RECOMMENDED
 from models.config import ModelSettings, editors_of, resolve
 from models.loading import ROOT
-from protection import loop_of
 from utils import LEVEL, USUAL_BUDGET, UserError, allowed_levels, edit_prompts, given
 from visits import Cancelled, Picture, Visit, Visits
 

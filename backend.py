@@ -16,7 +16,7 @@ from images import image_size, load_image, png_bytes
 from methods import METHODS, RECOMMENDED
 from models.faces import Box, clip_box
 from models.loading import Missing, load_all
-from protection import Protector, Report, Settings, loop_of, methods_for, output_prefix
+from protection import Protector, Report, Settings, methods_for, output_prefix
 from utils import LEVEL, UserError
 from verdict import Face, Verdict
 from visits import Cancelled, Job, Picture, Visit
@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     import numpy as np
     import pandas as pd
     from torch import Tensor
+
+    from models.config import ModelConfig
 
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 AMPLIFY = 10  # of the difference, which is shown around grey
@@ -127,7 +129,6 @@ class Backend:
         advice = "" if self.settings.models == "mini" else verdict.ADVICE
         return [face.verdict(made, advice) for face in faces]
 
-
     def methods(self) -> list[tuple[str, str]]:
         """Lists the methods for a menu, each with its label: first those that are recommended."""
         names = {self.settings.method, *methods_for(self.config.editor)}
@@ -135,6 +136,17 @@ class Backend:
         first = [(name, name) for name in RECOMMENDED if name in names]
         others = [name for name in METHODS if name in names and name not in RECOMMENDED]
         return first + [(f"for comparison: {name}", name) for name in others]
+
+
+def loop_of(config: ModelConfig) -> str | None:
+    """Names what the network of `instant` was trained after; None if it isn't for this autoencoder."""
+    from models.protector import is_for, read_config
+
+    try:
+        trained = read_config(config.protector)["trained"] if config.protector else {"vae": []}
+    except UserError:
+        return None
+    return trained["method"] if is_for(trained, config.vae) else None
 
 
 # ---------------------------------------------------------------------------------------------------------

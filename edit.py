@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import utils
 from images import Portrait, choose_output, load_image, save_png, side_by_side, to_tensor, to_uint8
-from models.config import ModelConfig, ModelSettings, add_edit_arguments, add_face_arguments, resolve
+from models.config import ModelConfig, ModelSettings, add_model_arguments, resolve
 from models.editors import EDITORS, Editor
 from models.faces import FaceDetector
 from utils import UserError
@@ -50,8 +50,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     text = "with --source: a .png of both pictures and their edits"
     parser.add_argument("--comparison", type=utils.path, metavar="FILE", help=text)
     add_seed_argument(parser)
-    add_edit_arguments(parser)
-    add_face_arguments(parser)
+    add_model_arguments(parser, "edit", "recognizer", "judge")
     args = parser.parse_args(argv)
     if args.prompt is None and EDITORS[args.model].by_words:
         parser.error("the following arguments are required: --prompt")

@@ -39,15 +39,12 @@ from main_defend import protect_directory
 from main_edit import edit_directory
 from methods import METHODS
 from models.config import (
+    ATTACK,
     MODEL_SETS,
     NAME_HELP,
     ModelConfig,
     ModelSettings,
-    add_clip_argument,
-    add_edit_arguments,
-    add_face_arguments,
-    add_perceptual_argument,
-    add_protector_argument,
+    add_model_arguments,
     prompts_of,
     resolve,
     resolve_editor,
@@ -75,9 +72,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
     text = f"{BUDGET_HELP} (default: each method's own)"
     add("--budgets", nargs="+", type=utils.budget_size, metavar="B", help=text)
-    text = "numbers of instructions (default: all)"
-    add("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
-    add("--prompt_file", type=utils.path, help="your own instructions, as in main_edit.py")
+    utils.add_prompt_arguments(parser)
     text = "what is done to the pictures before they are edited: jpeg:75, or in turn jpeg:75+resize:0.5; "
     text += "all of them: evaluation/purify.py --help"
     add("--purify", nargs="+", type=purifier, default=[], metavar="STEPS", help=text)
@@ -95,11 +90,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
-    add_clip_argument(parser)
-    add_edit_arguments(parser)
+    add_model_arguments(parser, "edit", *ATTACK, "clip")
     return parser.parse_args(argv)
 
 
@@ -240,7 +231,7 @@ class Experiment:
                 found.append((f"purify {row}: {name}", partial(purify.purify_directory, *arguments)))
             found += self.table_parts(table)
         for table in others[len(self.purifiers) :]:
-            found.append((f"make room for {name_of(table.editor)}", self.make_room))
+            found.append((f"make room for {name_of(table.editor)}", unload))
             found += self.table_parts(table)
         return found
 
@@ -254,13 +245,6 @@ class Experiment:
                 arguments = pictures, folder, self.prompts, seed, table.editor, self.options
                 found.append((f"edit {row}{by}", partial(edit_directory, *arguments)))
         return [*found, ("score", partial(self.score, table))]
-
-    def make_room(self) -> int:
-        """Forgets the editors that are loaded, whoever holds them -> exit status."""
-        for protector in self.protectors.values():
-            protector.denoisers.clear()
-        unload()
-        return 0
 
     def pair(self, table: Table, seeds: Sequence[int], prompts: Sequence[int], **how: Any) -> Edits:
         """Pairs the edits of a table's rows. Raises UserError."""

@@ -23,7 +23,7 @@ import runs
 import utils
 from edit import add_seed_argument, edit_portraits
 from images import Portrait, image_size, load_image, save_png
-from models.config import ModelConfig, ModelSettings, add_edit_arguments, prompts_of, resolve
+from models.config import ModelConfig, ModelSettings, add_model_arguments, prompts_of, resolve
 from models.editors import EDITORS
 
 
@@ -32,12 +32,9 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--src_dir", type=utils.path, required=True, help="directory of images")
     text = "where seed{S}/prompt{i}/ are created"
     parser.add_argument("--edit_dir", type=utils.path, required=True, help=text)
-    text = "numbers of the instructions to use (default: all)"
-    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=text)
-    text = "text file of your own instructions, one per line, numbered from line 0 (default: the paper's)"
-    parser.add_argument("--prompt_file", type=utils.path, help=text)
+    utils.add_prompt_arguments(parser)
     add_seed_argument(parser)
-    add_edit_arguments(parser)
+    add_model_arguments(parser, "edit")
     runs.add_run_arguments(parser)
     return parser.parse_args(argv)
 

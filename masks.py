@@ -11,7 +11,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists BU
     from models.faces import Box
 
 BUDGET_MASKS = ("none", "face", "texture", "face+texture")
-VERSION = 1  # raise it when a mask changes, as with a method's
+VERSION = 2  # raise it when a mask changes, as with a method's
 FACE_EDGE = 0.2  # of a box's sides, over which its mask falls to 0 outside it
 
 

@@ -387,7 +387,7 @@ METHODS: dict[str, Method] = {
         partial(facelock_wide, wash=WASHING), l2_pgd, L2, run=WIDE, mask="face",
         version=2, most_pixels=MOST_PIXELS // 4
     ),
-    "instant": Method(instant, stay, reads=(), mask="face", is_network=True, version=2),
+    "instant": Method(instant, stay, reads=(), mask="face", is_network=True, version=3),
     "photoguard": Method(photoguard),
     "advdm": Method(advdm),
     "sds": Method(sds),

@@ -25,8 +25,8 @@ from models.config import ModelConfig, ModelSettings, identity, resolve_vaes
 from models.editors import DENOISERS, Editor
 from models.faces import Box, FaceDetector, clip_box, scale_boxes
 from models.loading import load_all, recorded, shown
-from models.perceptual import load_perceptual, perceptual_distance_to
-from models.recognizers import Recognizer, face_similarity_to, recorded_recognizer
+from models.perceptual import perceptual_distance_to
+from models.recognizers import face_similarity_to, recorded_recognizer
 from transforms import Draws, around
 from utils import USUAL_BUDGET, UserError, in_levels, one_line, pick_dtype, start_seed, warn
 from verdict import Face, face_of, numbered
@@ -35,8 +35,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from models.attention import Attention
-    from models.denoiser import Denoiser
     from models.protector import Network
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
@@ -60,17 +58,6 @@ def methods_for(editor: type[Editor]) -> list[str]:
     return [name for name, method in loops.items() if lacking.isdisjoint(method.parameters)]
 
 
-def loop_of(config: ModelConfig) -> str | None:
-    """Names what the network of `instant` was trained after; None if it isn't for this autoencoder."""
-    from models.protector import is_for, read_config
-
-    try:
-        trained = read_config(config.protector)["trained"] if config.protector else {"vae": []}
-    except UserError:
-        return None
-    return trained["method"] if is_for(trained, config.vae) else None
-
-
 def output_prefix(models: str) -> str:
     """Begins the name of a protected file; one made by the stand-ins is not mistaken for a protection."""
     return "protected_mini" if models == "mini" else "protected"
@@ -92,13 +79,11 @@ class Settings(ModelSettings):
     budget_mask: str | None = None  # one of BUDGET_MASKS
     faces: str = "largest"  # or all
     check: bool = False  # whether every method's report measures face similarity
-    checkpointing: bool = False  # less memory, more time
-    compile: bool = False
 
 
 @dataclass
 class Subject:
-    """A portrait with the faces found in it, in pixels of its working size."""
+    """A portrait with the faces to protect, in its own pixels."""
 
     portrait: Portrait
     boxes: list[Box]
@@ -205,7 +190,6 @@ class Protector:
             judges = tuple(one for one in self.config.judges if identity(one) not in seen)
             self.config = replace(self.config, judges=judges)
         self.device, self.resolution = self.config.device, self.config.resolution
-        self.denoisers: dict[str, Denoiser | Attention] = {}
         self.unavailable: set[str] = set()  # members that a report would use, but that can't be loaded
 
     def settings(self) -> dict[str, Any]:
@@ -248,29 +232,16 @@ class Protector:
     # networks
 
     def loaders(self, one: ModelConfig) -> dict[str, Callable[[], Any]]:
-        """Gives a function for each need of a method that loads its network, once; it raises UserError.
+        """Gives a function for each need of a method that loads its network; it raises UserError.
 
         one: the editor whose VAE, denoiser and attention these are.
         """
-        config, compile = self.config, self.wanted.compile
-        lpips = config.perceptual, config.device, config.dtype, compile
         return {
-            "vae": lambda: one.load_vae(self.wanted.checkpointing, compile),
-            **dict.fromkeys(DENOISERS, lambda: self.denoiser_of(one)),
-            "face_similarity": lambda: [self.recognizer_of(member) for member in config.recognizers],
-            "perceptual_distance": lambda: load_perceptual(*lpips),
+            "vae": one.load_vae,
+            **dict.fromkeys(DENOISERS, one.load_denoiser),
+            "face_similarity": lambda: list(map(self.config.load_recognizer, self.config.recognizers)),
+            "perceptual_distance": self.config.load_perceptual,
         }
-
-    def denoiser_of(self, one: ModelConfig) -> Denoiser | Attention:
-        """Loads an editor's denoiser, or takes it from an earlier call. Raises UserError."""
-        if one.model_id not in self.denoisers:
-            self.denoisers[one.model_id] = one.editor.denoiser(one.load_editor(), self.wanted.checkpointing)
-        return self.denoisers[one.model_id]
-
-    def recognizer_of(self, member: str) -> Recognizer:
-        """Loads a recognizer or a judge, or takes it from an earlier call. Raises UserError."""
-        is_attacked = member in self.config.recognizers
-        return self.config.load_recognizer(member, compile=self.wanted.compile and is_attacked)
 
     @property
     def network(self) -> Network:
@@ -319,7 +290,7 @@ class Protector:
         for one in self.attacked:
             needed += [load for need, load in self.loaders(one).items() if need in self.needs]
         if self.reports_faces:
-            asked = [partial(self.recognizer_of, member) for member in self.config.judges]
+            asked = [partial(self.config.load_recognizer, member) for member in self.config.judges]
         load_all(needed, asked)
 
     # -----------------------------------------------------------------------------------------------------
@@ -357,10 +328,14 @@ class Protector:
         if outside := [box for box in boxes if not clip_box(box, size)]:
             raise UserError(f"{path}: the face box {outside[0]} is outside the {size[1]}x{size[0]} image")
         there = boxes or self.detector(portrait.pixels)
-        found = there if boxes or self.wanted.faces == "all" else there[:1]
-        found = scale_boxes(found, size, self.config.editor.working_size(size, self.resolution))
+        found = scale_boxes(there if boxes or self.wanted.faces == "all" else there[:1], size, size)
         if not found and self.needs_face:
             raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
+        for one in self.attacked if self.needs_face else ():
+            height, width = one.editor.working_size(size, one.resolution)
+            if not scale_boxes(found, size, (height, width)):
+                what = f"{one.kind}, which works at {width}x{height}"
+                raise UserError(f"{path}: a face is too small for {what}")
         return Subject(portrait, found, len(there))
 
     def perturb(
@@ -372,10 +347,10 @@ class Protector:
     ) -> tuple[Tensor, Tensor | None]:
         """Protects images (B, 3, H, W) in [-1, 1] -> the same, and the budget's mask (B, 1, H, W) or None.
 
-        boxes: the faces of each image at the working size; seeds: of the random starts. Raises UserError if a
+        boxes: the faces of each image, in its pixels; seeds: of the random starts. Raises UserError if a
         gradient is not finite.
         """
-        mask = self.budget_mask(images, boxes)
+        mask = masks.budget_mask(images, boxes, self.mask)
         start = partial(self._guess, images, boxes, mask)
         if not self.method.is_network:
             start = partial(random_start, images, self.run.budget, seeds)
@@ -387,12 +362,6 @@ class Protector:
             dtype = self.config.dtype_name
             hint = "" if dtype == "float32" else "; try --dtype fp32"
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
-
-    def budget_mask(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor | None:
-        """Makes the budget's mask of images (B, 3, H, W) -> (B, 1, H, W), or None; boxes as in `perturb`."""
-        size = images.shape[-2:]
-        own = self.config.editor.working_size(size, self.resolution)
-        return masks.budget_mask(images, [scale_boxes(found, own, size) for found in boxes], self.mask)
 
     def _guess(self, images: Tensor, boxes: Sequence[Sequence[Box]], mask: Tensor | None) -> Tensor:
         """Where a network has images (B, 3, H, W) start -> the same; boxes as in `perturb`.
@@ -406,12 +375,10 @@ class Protector:
         config, size, budget = self.config, images.shape[-2:], self.run.budget
         whole = images.new_ones(len(images), 1, *size) if mask is None else mask
         seen, network = [images, budget * whole], self.network
-        own = config.editor.working_size(size, self.resolution)
         if network.frame is None:
             seen = [config.editor.to_working(one, self.resolution) for one in seen]
-        faces = [scale_boxes(found, own, seen[0].shape[-2:]) for found in boxes]
         with torch.no_grad():
-            shares = network(*seen, faces)
+            shares = network(*seen, boxes)  # which only frames need, and those are of the images themselves
             if network.frame is None:
                 shares = config.editor.from_working(shares, size, self.resolution)
             shares.mul_(budget * (whole > 0))  # a loop that follows counts what isn't 0
@@ -422,21 +389,15 @@ class Protector:
     ) -> Callable[[Tensor], Objective]:
         """Gives what makes the objective of images (B, 3, H, W), the mean over the attacked autoencoders.
 
-        boxes as in `perturb`; draws: makes a generator per image, for each autoencoder anew. Raises UserError
-        if a face is too small.
+        boxes as in `perturb`; draws: makes a generator per image, for each autoencoder anew.
         """
         size = images.shape[-2:]
-        own = self.config.editor.working_size(size, self.resolution)
-
-        def faces_at(target: Sequence[int]) -> list[list[Box]]:
-            return [scale_boxes(found, own, target) for found in boxes]
 
         def objective_on(x: Tensor, one: ModelConfig) -> Objective:
             working = one.editor.to_working(images, one.resolution)
-            height, width = one.editor.working_size(size, one.resolution)
-            faces = faces_at((height, width))
-            if self.needs_face and not all(faces):
-                raise UserError(f"a face is too small for {one.kind}, which works at {width}x{height}")
+            faces = [
+                scale_boxes(found, size, one.editor.working_size(size, one.resolution)) for found in boxes
+            ]
             load = self.loaders(one)
             offers = load | {
                 "face_similarity": lambda: face_similarity_to(load["face_similarity"](), working, faces),
@@ -498,13 +459,16 @@ class Protector:
         vae = self._if_there("vae", self.loaders(self.config)["vae"]) if subject.boxes else None
         if vae is None:
             return []
-        loaders = {name: partial(self.recognizer_of, member) for name, member in self.config.panel().items()}
-        panel = {name: one for name, load in loaders.items() if (one := self._if_there(name, load))}
+        load, members = self.config.load_recognizer, self.config.panel().items()
+        loaded = {name: self._if_there(name, partial(load, member)) for name, member in members}
+        panel = {name: recognizer for name, recognizer in loaded.items() if recognizer}
         pair = to_tensor(np.stack([subject.portrait.pixels, saved])).to(self.device)
+        size = subject.portrait.size
+        boxes = scale_boxes(subject.boxes, size, self.config.editor.working_size(size, self.resolution))
         with torch.no_grad():
             working = self.config.editor.to_working(pair[:1], self.resolution)
             images = torch.cat([working, vae.round_trip(pair)])
-        return [face_of(self.config, panel, images, [box] * 3) for box in subject.boxes]
+        return [face_of(self.config, panel, images, [box] * 3) for box in boxes]
 
     def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
         """Loads a member for a report; one that can't be loaded is reported once, and gives None."""

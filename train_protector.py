@@ -32,9 +32,10 @@ from typing import TYPE_CHECKING, Any
 import utils
 from defend import add_defense_arguments, settings_of, transform_names
 from images import to_tensor
+from masks import budget_mask
 from methods import METHODS
 from models.config import identity
-from models.faces import Face, PointCrop, scale_box
+from models.faces import Face, PointCrop, scale_boxes
 from models.loading import recorded
 from models.recognizers import face_similarity_to
 from protection import Protector, Subject
@@ -180,7 +181,7 @@ class People:
             draws = [torch.Generator().manual_seed(draw.randrange(2**31)) for _ in boxes]
             images = draw.choice(self.augmented)(images, draws)
         images = images.clamp(-1, 1).to(protector.device)  # crops leave it by rounding
-        mask = protector.budget_mask(images, boxes)
+        mask = budget_mask(images, boxes, protector.mask)
         whole = images.new_ones(len(images), 1, *images.shape[-2:]) if mask is None else mask
         sizes = torch.tensor(budgets).to(images).view(-1, 1, 1, 1)
         return Batch(images, boxes, protector, sizes, whole, self.frame)
@@ -193,10 +194,10 @@ class People:
 
         image, editor = to_tensor(subject.portrait.pixels), protector.config.editor
         if self.frame is None:
-            return editor.to_working(image, protector.resolution), subject.boxes
-        found_at = editor.working_size(image.shape[-2:], self.protectors[0].resolution)
-        face = scale_box(subject.boxes[0], found_at, image.shape[-2:])
-        crop = frame_of(protector.resolution)
+            size = editor.working_size(image.shape[-2:], protector.resolution)
+            boxes = scale_boxes(subject.boxes, image.shape[-2:], size)
+            return editor.to_working(image, protector.resolution), boxes
+        face, crop = subject.boxes[0], frame_of(protector.resolution)
         crop = moved(crop, draw) if draw else crop
         return crop(image, face), [crop.place(face)]
 
@@ -309,7 +310,7 @@ class Validation:
                 images = batch.images
                 if network is not None:
                     images = batch.protected(network(*batch.seen()).float())
-                trip = batch.protector.loaders(batch.protector.config)["vae"]().round_trip(images)
+                trip = batch.protector.config.load_vae().round_trip(images)
                 similarity = face_similarity_to([self.judge], batch.images, batch.boxes)
                 found.append(self.judge.left(similarity(trip)))
         return float(torch.cat(found).mean())
@@ -534,7 +535,7 @@ def run(args: argparse.Namespace) -> int:
     protector.preload()
     if protector.device.type == "cpu" and "vae" in protector.needs and not protector.wanted.compile:
         for one in itertools.chain(*(each.attacked for each in protectors)):
-            quicken(protector.loaders(one)["vae"]().vae)
+            quicken(one.load_vae().vae)
     people = People(args.image_dir, protectors, args.output_dir / FACES, plan)
     validation = None
     if args.validation_dir:

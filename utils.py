@@ -267,6 +267,15 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     return {number: prompts[number] for number in (prompts if numbers is None else sorted(set(numbers)))}
 
 
+def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds --prompts and --prompt_file, which `choose_prompts` reads."""
+    text = "numbers of the instructions (default: all, or all that were edited)"
+    parser.add_argument("--prompts", type=number_list, metavar="I,J,...", help=text)
+    text = "your own instructions, a text file with one per line, numbered from 0 (default: those in the "
+    text += "run.json of edits that are there, else the paper's)"
+    parser.add_argument("--prompt_file", type=path, help=text)
+
+
 def read_plain(path: Path, most: float) -> bytes:
     """Reads a regular file of at most `most` bytes. Raises OSError, or ValueError for a larger one.
 

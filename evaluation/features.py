@@ -15,7 +15,6 @@ from models.clip import Clip, load_clip
 from models.config import ModelConfig
 from models.faces import Box, FaceDetector
 from models.loading import recorded
-from models.perceptual import load_perceptual
 from models.recognizers import Recognizer, hashed_recognizer
 from runs import digest
 
@@ -127,8 +126,7 @@ def load_features(
     if needs & {"clip_edits", "clip_sources", "clip_texts"}:
         found.append(ClipFeatures(load_clip(config.clip, config.device, config.dtype), texts))
     if "perceptual" in needs:
-        network = load_perceptual(config.perceptual, config.device, config.dtype)  # itself: it takes pairs
-        found.append(Features(perceptual=network))
+        found.append(Features(perceptual=config.load_perceptual()))  # the network: it takes pairs
     if wanted := panel_of(needs, config):
         panel = {name: config.load_recognizer(member) for name, member in wanted.items()}
         detector = FaceDetector(config.device)

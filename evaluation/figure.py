@@ -31,7 +31,7 @@ from evaluation import tables
 from evaluation.eval_all import METRICS
 from evaluation.eval_facial import is_of_faces, title_of
 from evaluation.pairing import NUMBER, Edits, Key, check_edits, check_pair, parse_row, protected_rows
-from evaluation.scoring import add_prompt_arguments, edits_of
+from evaluation.scoring import edits_of
 from images import images_by_stem, load_image
 from utils import UserError
 
@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     grid.add_argument("--defend_edit_dirs", nargs="+", help="edits of them, each holding seed{S}/", **path)
     grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, if several)")
     grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
-    add_prompt_arguments(grid)
+    utils.add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
     grid.add_argument("--difference", action="store_true", help=f"a column of what was added, x{AMPLIFY}")
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)

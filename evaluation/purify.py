@@ -154,7 +154,7 @@ def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
     """Makes the purifier that adds noise and removes it, at the editor's working size. Raises UserError."""
     own = replace(config, vae_id=None)  # the editor's autoencoder, whatever --vae says
     own.check_denoiser("denoise")
-    view, vae = own.editor.denoiser(own.load_editor()), own.load_vae()
+    view, vae = own.load_denoiser(), own.load_vae()
 
     def there_and_back(pixels: np.ndarray, generator: torch.Generator, share: float) -> np.ndarray:
         import torch
@@ -263,8 +263,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--method", required=True, type=chain, help="one or several of the above")
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of angles and noise")
     runs.add_run_arguments(parser, batches=False)
-    models.config.add_editor_arguments(parser)
-    models.config.add_model_arguments(parser)
+    models.config.add_model_arguments(parser, "editor")
     return parser.parse_args(argv)
 
 

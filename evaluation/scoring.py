@@ -277,7 +277,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     protected = "edits of protected images: each holds seed{S}/, or holds directories that do"
     add("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=protected)
     add("--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more")
-    add_prompt_arguments(parser)
+    utils.add_prompt_arguments(parser)
     add("--common", action="store_true", help="score the images that all directories have and name the rest")
     add("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
     add("--output", type=utils.path, help=f"a .csv (default: {name}_metric.csv in the working directory)")
@@ -288,12 +288,10 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--per_image", type=utils.path, metavar="FILE", help=text)
     add("--latex", action="store_true", help=LATEX_HELP)
     add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
-    if "perceptual" in needs:
-        models.config.add_perceptual_argument(parser)
-    if "clip_edits" in needs:
-        models.config.add_clip_argument(parser)
+    wanted = ["lpips"] if "perceptual" in needs else []
+    wanted += ["clip"] if "clip_edits" in needs else []
     if any(need.startswith(FACE) for need in needs):
-        models.config.add_face_arguments(parser)
+        wanted += ["recognizer", "judge"]
         gallery = "portraits among which a person is looked for, beside the sources"
         add("--gallery_dir", type=utils.path, help=f"{gallery}; one with an edit's stem is the same person")
         others = "other photos of the people, NAME.* or NAME/*, which replace the sources in the comparison"
@@ -301,17 +299,8 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     if is_plain(metrics):
         add("--debug", action="store_true", help="show the traceback of an error")
     else:
-        models.config.add_model_arguments(parser, dtype="fp32")  # a metric is not the place to save
+        models.config.add_model_arguments(parser, *wanted, dtype="fp32")  # a metric is no place to save
     return parser
-
-
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts and --prompt_file, for whatever reads edits."""
-    numbers = "numbers of the instructions (default: all that were edited)"
-    parser.add_argument("--prompts", type=utils.number_list, metavar="I,J,...", help=numbers)
-    default = "default: those in the run.json of the edits, else the paper's"
-    texts = f"the instructions' texts, one per line, numbered from 0 ({default})"
-    parser.add_argument("--prompt_file", type=utils.path, help=texts)
 
 
 def edits_of(args: argparse.Namespace) -> Edits:

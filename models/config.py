@@ -16,13 +16,16 @@ from typing import TYPE_CHECKING, Any, Self
 import utils
 from models.editors import DENOISERS, EDITORS, Editor
 from models.loading import ROOT, Missing, from_hub, hub_way, loading, recorded, shown
-from models.perceptual import LPIPS_TRUNKS
+from models.perceptual import LPIPS_TRUNKS, load_perceptual
 from models.recognizers import KINDS_HELP, Recognizer, load_recognizer, name_of
 from models.vaes import WorkingVAE, load_vae
 from utils import UserError, defaults_help, warn
 
 if TYPE_CHECKING:
     import torch
+
+    from models.attention import Attention
+    from models.denoiser import Denoiser
 
 MINI = ROOT / "assets" / "mini"
 # the bundled networks of `instant` for autoencoders that many editors share, by the name of those's directory
@@ -105,6 +108,8 @@ class ModelSettings:
     protector: str | None = None
     device: str = "auto"
     dtype: str = "auto"
+    checkpointing: bool = False  # less memory, more time
+    compile: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace, **more: Any) -> Self:
@@ -131,6 +136,8 @@ class ModelConfig:
     dtype: torch.dtype
     own_protector: str | None = None  # --protector, or the set's
     vae_id: str | None = None  # an autoencoder in the place of the editor's own
+    checkpointing: bool = False  # of a gradient's activations in VAE, denoiser and transformer
+    compile: bool = False  # the networks that an attack goes through
 
     @property
     def vae(self) -> str:
@@ -174,17 +181,24 @@ class ModelConfig:
             which = self.vae_id or self.kind
             raise UserError(f"{text}, which {which} does not have; name another --model or --vae")
 
-    def load_vae(self, checkpointing: bool = False, compile: bool = False) -> WorkingVAE:
+    def load_vae(self) -> WorkingVAE:
         """Loads the autoencoder alone, or takes it from an earlier call. Raises UserError."""
         where = self.resolution, self.device, self.dtype
-        return load_vae(self.editor, self.vae, *where, checkpointing, compile)
+        return load_vae(self.editor, self.vae, *where, self.checkpointing, self.compile)
 
-    def load_recognizer(
-        self, member: str, dtype: torch.dtype | None = None, compile: bool = False
-    ) -> Recognizer:
+    def load_denoiser(self) -> Denoiser | Attention:
+        """Gives the editor's denoiser, which it must have, as defenses see it. Raises UserError."""
+        return self.editor.denoiser(self.load_editor(), self.checkpointing)
+
+    def load_recognizer(self, member: str, dtype: torch.dtype | None = None) -> Recognizer:
         """Loads one of the panel, or takes it from an earlier call. Raises UserError."""
+        compile = self.compile and member in self.recognizers
         portraits = MODEL_SETS[self.models].portraits
         return load_recognizer(member, self.device, dtype or self.dtype, compile, portraits)
+
+    def load_perceptual(self) -> Any:
+        """Loads the perceptual distance, or takes it from an earlier call. Raises UserError."""
+        return load_perceptual(self.perceptual, self.device, self.dtype, self.compile)
 
     def panel(self) -> dict[str, str]:
         """Gives the recognisers by their names in tables: the attacked ones first, then the judges."""
@@ -278,6 +292,8 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         device=device,
         dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
         own_protector=wanted.protector or models.protector,
+        checkpointing=wanted.checkpointing,
+        compile=wanted.compile,
     )
 
 
@@ -384,8 +400,33 @@ EDIT_KNOBS = {  # flag -> type and what it is; an editor reads those that its cl
 }
 
 
-def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSettings.dtype) -> None:
-    """Adds --models, --device, --dtype and --debug, the flags of every script that loads a model."""
+ATTACK = ("editor", "recognizer", "judge", "lpips", "protector")  # what a defense and its report may need
+
+
+def add_model_arguments(
+    parser: argparse.ArgumentParser, *wanted: str, dtype: str = ModelSettings.dtype
+) -> None:
+    """Adds --models, --device, --dtype and --debug, and the flags of the members that are wanted.
+
+    wanted: recognizer, judge, lpips, clip, protector; editor, for which --model (or, as in the authors' batch
+    scripts, --target_model), --model_id, --vae and --resolution; edit, also `EDIT_KNOBS`.
+    """
+    if "edit" in wanted:
+        for name, (kind, text) in EDIT_KNOBS.items():
+            parser.add_argument(f"--{name}", type=kind, help=setting_help(text, name))
+    if {"edit", "editor"} & {*wanted}:
+        _add_editor_arguments(parser)
+    several = {"nargs": "+", "metavar": "NAME"}
+    text = f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"
+    about = {"recognizer": (text, several)}
+    about["judge"] = "recognizers that no attack sees, named as in --recognizer", several
+    about["lpips"] = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory", {}
+    about["clip"] = f"transformers CLIP, {HUB_HELP}", {}
+    about["protector"] = "the network of instant, a directory that train_protector.py has made", {}
+    for name, (text, how) in about.items():
+        if name in wanted:
+            flag = "--clip_id" if name == "clip" else f"--{name}"
+            parser.add_argument(flag, dest=name, help=defaults_help(text, _by_set(name)), **how)
     text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
     parser.add_argument("--models", choices=tuple(MODEL_SETS), default=ModelSettings.models, help=text)
     parser.add_argument("--device", default=ModelSettings.device, help=utils.DEVICE_HELP)
@@ -393,63 +434,25 @@ def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSetti
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
 
 
-def add_editor_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --model (or, as the authors' batch scripts call it, --target_model), --model_id, --resolution."""
-    names = ("--model", "--target_model")
+def _add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     text = "kind of editor; stable-diffusion means its img2img, round-trip an autoencoder without words"
+    names = "--model", "--target_model"
     parser.add_argument(*names, dest="model", choices=EDITORS, default=ModelSettings.model, help=text)
     ids = {**MODEL_SETS["full"].editors}
     ids |= {f"{kind} of mini": shown(id_) for kind, id_ in MODEL_SETS["mini"].editors.items()}
     parser.add_argument("--model_id", help=defaults_help(f"the editor's {HUB_HELP}", ids))
     parser.add_argument("--vae", nargs="+", metavar="NAME", help=VAE_HELP)
-    text = (
-        "long side in px at which the editor works, to which larger images are reduced; for FLUX and Qwen, "
-        "the side of a square of the same area"
-    )
+    text = "long side in px at which the editor works, to which larger images are reduced; for FLUX and "
+    text += "Qwen, the side of a square of the same area"
     parser.add_argument("--resolution", type=utils.positive_int, help=setting_help(text, "resolution"))
 
 
-def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds every flag except the seed that decides how an image is edited."""
-    for name, (kind, text) in EDIT_KNOBS.items():
-        parser.add_argument(f"--{name}", type=kind, help=setting_help(text, name))
-    add_editor_arguments(parser)
-    add_model_arguments(parser)
-
-
-def add_face_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --recognizer and --judge."""
-    text = f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"
-    text = defaults_help(text, _by_set("recognizer"))
-    parser.add_argument("--recognizer", nargs="+", metavar="NAME", help=text)
-    text = defaults_help("recognizers that no attack sees, named as in --recognizer", _by_set("judges"))
-    parser.add_argument("--judge", nargs="+", metavar="NAME", help=text)
-
-
-def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --lpips."""
-    text = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"
-    parser.add_argument("--lpips", help=defaults_help(text, _by_set("perceptual")))
-
-
-def add_protector_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --protector."""
-    own = {name: shown(models.protector) for name, models in MODEL_SETS.items() if models.protector}
-    own |= {name: shown(member) for name, member in PROTECTORS.items()}
-    text = "the network of instant, a directory that train_protector.py has made"
-    parser.add_argument("--protector", help=defaults_help(text, own))
-
-
-def add_clip_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --clip_id."""
-    text = defaults_help(f"transformers CLIP, {HUB_HELP}", _by_set("clip"))
-    parser.add_argument("--clip_id", dest="clip", help=text)
-
-
 def _by_set(member: str) -> dict[str, str]:
-    """Gives a member, or several, of each set."""
-    own = {name: several(getattr(models, member)) for name, models in MODEL_SETS.items()}
-    return {name: " ".join(map(shown, members)) for name, members in own.items()}
+    """Gives a member, or several, of each set that has it."""
+    field = {"judge": "judges", "lpips": "perceptual"}.get(member, member)
+    own = {name: getattr(models, field) for name, models in MODEL_SETS.items()}
+    own |= PROTECTORS if member == "protector" else {}
+    return {name: " ".join(map(shown, several(members))) for name, members in own.items() if members}
 
 
 def setting_help(text: str, name: str) -> str:

@@ -336,11 +336,12 @@ def _warn_if_cut(pipeline: Any, prompt: str, name: str, most: float) -> None:
         warn(f"the editor reads {most} tokens; the last {n_tokens - most} are cut: {prompt!r}")
 
 
-def unload() -> None:
-    """Drops the loaded pipelines, to make room for another."""
+def unload() -> int:
+    """Drops the loaded pipelines, to make room for another -> exit status."""
     _warn_if_cut.cache_clear()
     _load_pipeline.cache_clear()
     gc.collect()  # some networks refer to themselves
+    return 0
 
 
 @functools.cache

@@ -20,12 +20,13 @@ import edit
 import experiment
 import main_edit
 import models.clip
+from backend import loop_of
 from images import to_tensor
 from models.config import ModelSettings, resolve, resolve_vaes
 from models.editors import InstructPix2Pix
 from models.tiny_vae import HALVES, WHOLE
 from models.vaes import WorkingVAE, load_vae
-from protection import Protector, loop_of
+from protection import Protector
 from runs import read_record
 from utils import NO_WORDS, UserError
 

@@ -163,12 +163,14 @@ def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, bu
 
 
 @pytest.mark.parametrize(("faces", "count"), [("largest", 1), ("all", 2)])
-def test_faces_are_scaled_to_the_working_size(tmp_path, protector, faces, count):
+def test_faces_are_found_or_given_in_the_inputs_pixels(tmp_path, protector, faces, count):
     (path,) = tiny.write_portraits(tmp_path, 1, 128)
     tool = protector(f"--faces {faces}")
     tool.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
-    assert tool.load(path).boxes == [(10, 20, 60, 55), (0, 1, 15, 64)][:count]
-    assert tool.load(path, [(100, 0, 200, 64)]).boxes == [(50, 0, 64, 32)]
+    assert tool.load(path).boxes == [(20, 40, 120, 110), (0, 2, 30, 128)][:count]
+    assert tool.load(path, [(100, 0, 200, 64)]).boxes == [(100, 0, 128, 64)]
+    with pytest.raises(utils.UserError, match="face0.png: a face is too small for .*, which works at 64x64"):
+        tool.load(path, [(0, 0, 1, 1)])
 
 
 def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
