@@ -15,7 +15,7 @@ from edit import edit_portraits
 from images import image_size, load_image, png_bytes
 from methods import METHODS, RECOMMENDED
 from models.faces import Box, clip_box
-from models.loading import Missing, load_all
+from models.loading import ROOT, Missing, load_all
 from protection import Protector, Report, Settings, methods_for, output_prefix
 from utils import LEVEL, UserError
 from verdict import Face, Verdict
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from models.config import ModelConfig
 
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
+PORTRAITS = ROOT / "assets" / "portraits"
+BUNDLED = {"full": "*.*", "mini": "mini/*.png"}  # of PORTRAITS, by --models
 AMPLIFY = 10  # of the difference, which is shown around grey
 
 
@@ -147,6 +149,11 @@ def loop_of(config: ModelConfig) -> str | None:
     except UserError:
         return None
     return trained["method"] if is_for(trained, config.vae) else None
+
+
+def bundled(models: str) -> list[Path]:
+    """Lists the portraits that come with a set of models."""
+    return sorted(path for path in PORTRAITS.glob(BUNDLED[models]) if path.is_file())
 
 
 # ---------------------------------------------------------------------------------------------------------

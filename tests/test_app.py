@@ -26,6 +26,7 @@ from PIL import Image
 
 import app
 import defend
+from backend import Backend, judged, left_out, table_of
 from images import linf, load_image, save_png, to_tensor
 from models.loading import ROOT
 from utils import NO_WORDS, UserError
@@ -33,6 +34,8 @@ from verdict import Face
 from visits import HOUR, MARK, MOST_WAITING, Cancelled, Picture, Visits, clear_dead, server_folder
 
 gradio = pytest.importorskip("gradio", reason="Gradio is not installed: requirements-app.txt")
+from page import Page, notes_of
+
 MINI = sorted((ROOT / "assets" / "portraits" / "mini").glob("*.png"))
 BUDGET = 0.06
 FLAGS = f"--models=mini --device=cpu --attack_budget={BUDGET} --num_iters=4".split()
@@ -71,7 +74,7 @@ def test_the_verdict_goes_by_the_judges_thresholds(judge, dlib, outcome, made):
         assert ("did not hold" in said) == (before > 0.5 and after > 0.5)
     assert ("larger budget" in str(found)) == (outcome in ("partly", "failed"))
     assert "larger budget" not in str(face.verdict(made, advice=""))
-    assert f'class="verdict {outcome}"' in app.judged([found])
+    assert f'class="verdict {outcome}"' in judged([found])
 
 
 def test_without_a_threshold_the_verdict_only_says_which_way_it_moved():
@@ -86,7 +89,7 @@ def test_without_a_threshold_the_verdict_only_says_which_way_it_moved():
 def test_the_table_has_a_line_a_recogniser_and_no_column_of_unknown_thresholds():
     values = {"recognizer": [0.9, 0.1], "judge": [0.8, 0.2]}
     face = Face([True, True], values, {"recognizer": None, "judge": None}, attacked=("recognizer",))
-    table = app.table_of([face, face])
+    table = table_of([face, face])
     names = [f"{name}, face {number}" for number in (1, 2) for name in ("recognizer (attacked)", "judge")]
     assert list(table.index) == names
     assert list(table.columns) == ["FR"] and table.loc["judge, face 1", "FR"] == "0.80 → 0.20"
@@ -213,7 +216,7 @@ def test_only_the_folders_of_dead_servers_are_deleted(tmp_path):
 @pytest.fixture(scope="module")
 def backend(defend_flags):
     """Makes a backend with tiny models in place of the full set's, but for MTCNN."""
-    return app.Backend(defend.settings_of(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"])))
+    return Backend(defend.settings_of(app.parse_args([*defend_flags, "--models=full", "--num_iters=1"])))
 
 
 def ignore(i, values):
@@ -229,8 +232,8 @@ def test_the_recommended_methods_come_first(is_there, defend_flags, visits):
     """instant where a network for the autoencoder is there, and a line on each under the menu."""
     line = [*defend_flags, "--defend_method=encoder", *([] if is_there else ["--protector=/none"])]
     assert app.first_method(app.parse_args(line)) == ("instant" if is_there else "facelock-wide")
-    backend = app.Backend(defend.settings_of(app.parse_args(line)))
-    page = app.build(backend, visits)
+    backend = Backend(defend.settings_of(app.parse_args(line)))
+    page = Page(backend, visits).blocks
     (menu,) = [it for it in page.blocks.values() if getattr(it, "label", "") == "Method"]
     names = [name for _, name in menu.choices]
     first = ["facelock-wide", "facelock-wash", "facelock-dim", *(["instant"] if is_there else [])]
@@ -250,10 +253,10 @@ def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, t
     line = [*defend_flags, "--models=full", "--model=round-trip", f"--vae={vae}", "--num_iters=1"]
     line.remove("--model_id")
     del line[line.index(next(flag for flag in line if flag.endswith("/editor")))]
-    backend = app.Backend(defend.settings_of(app.parse_args(line)))
-    page = app.build(backend, visits)
+    backend = Backend(defend.settings_of(app.parse_args(line)))
+    page = Page(backend, visits).blocks
     assert isinstance(page, gradio.Blocks) and not labels_of(page) & {"Instruction", "Or your own", "Seed"}
-    said = app.notes_of(backend)
+    said = notes_of(backend)
     assert "own. It stands for flux2-klein" in said and "editor itself is not asked" in said
     visit = visits.open("a session")
     visit.expect(picture := Picture(MINI[0], [(20, 20, 110, 110)]))
@@ -271,8 +274,8 @@ def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, t
 def test_a_page_without_weights_opens_and_says_what_is_missing(visits, defend_flags, tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))  # nothing is cached
     line = [*defend_flags, "--models=full", "--lpips=alex", "--model_id=me/<b>", "--defend_method=facelock"]
-    bare = app.Backend(defend.settings_of(app.parse_args(line)))
-    page = app.build(bare, visits)
+    bare = Backend(defend.settings_of(app.parse_args(line)))
+    page = Page(bare, visits).blocks
     head = next(it.value for it in page.blocks.values() if it.elem_id == "head")
     assert "LPIPS" in head and "0.2 GB, https://" in head and "hf download me/&lt;b&gt;" in head
     assert "HF_ENDPOINT" in head and "docs/models.md" in head and "<b>" not in head
@@ -287,8 +290,8 @@ def test_a_page_without_weights_opens_and_says_what_is_missing(visits, defend_fl
 
 
 def test_a_face_that_was_left_out_is_said_on_the_page():
-    assert "2 faces found, 1 protected" in app.left_out(2, 1)
-    assert app.left_out(2, 2) == app.left_out(0, 0) == ""
+    assert "2 faces found, 1 protected" in left_out(2, 1)
+    assert left_out(2, 2) == left_out(0, 0) == ""
 
 
 @pytest.mark.parametrize("n_iters", [1, 500])
@@ -355,7 +358,7 @@ def served(backend, tmp_path_factory):
         import server
 
         visits = Visits(root / "server")
-        page = app.build(backend, visits)
+        page = Page(backend, visits).blocks
         served = server.guarded(page, visits, PORT, {str(path) for path in MINI})
         with TestClient(served, HERE, raise_server_exceptions=False) as client:
             client.visits, client.page = visits, page
