@@ -87,9 +87,8 @@ def sized_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
     """
 
     def sized(gradient: Tensor) -> Tensor:
-        sizes = gradient.abs().flatten(1)
-        mean = sizes.sum(dim=1) / sizes.count_nonzero(dim=1).clamp(min=1)
-        return (gradient / mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp(-1, 1)
+        mean = gradient.abs().flatten(1).sum(dim=1) / _count(gradient)
+        return gradient.div_(mean.view(-1, 1, 1, 1).clamp(min=1e-30)).clamp_(-1, 1)  # in place, as in `pgd`
 
     return pgd(x, objective, run, sized)
 
@@ -126,8 +125,8 @@ def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
     def rms(values: Tensor) -> Tensor:
         flat = values.flatten(1)
-        count = flat.count_nonzero(dim=1).clamp(min=1)
-        return (torch.linalg.vector_norm(flat, dim=1) / count.sqrt()).view(-1, 1, 1, 1).clamp(min=1e-30)
+        size = torch.linalg.vector_norm(flat, dim=1) / _count(values).sqrt()
+        return size.view(-1, 1, 1, 1).clamp(min=1e-30)
 
     def way(gradient: Tensor) -> Tensor:
         grey = gradient.mean(dim=1, keepdim=True)
@@ -244,6 +243,13 @@ def _project_(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
     torch.maximum(x_adv, x - budget, out=x_adv)
     torch.minimum(x_adv, x + budget, out=x_adv)
     return x_adv.clamp_(-1, 1)
+
+
+def _count(values: Tensor) -> Tensor:
+    """Counts what isn't 0 per image, at least 1 -> (B,); along a dimension, torch needs 8 bytes each."""
+    import torch
+
+    return torch.stack([one.count_nonzero() for one in values]).clamp(min=1)
 
 
 class GradientError(RuntimeError):

@@ -380,9 +380,7 @@ METHODS: dict[str, Method] = {
     ),
     "facelock": Method(facelock),
     "facelock-dim": Method(facelock_dim, sized_pgd, run=Run(0.11, step_size=0.04, num_iters=16), mask="face"),
-    "facelock-wide": Method(
-        facelock_wide, l2_pgd, L2, run=WIDE, mask="face", most_pixels=MOST_PIXELS * 3 // 4
-    ),
+    "facelock-wide": Method(facelock_wide, l2_pgd, L2, run=WIDE, mask="face"),
     "facelock-wash": Method(
         partial(facelock_wide, wash=WASHING), l2_pgd, L2, run=WIDE, mask="face",
         version=2, most_pixels=MOST_PIXELS // 4
@@ -393,7 +391,7 @@ METHODS: dict[str, Method] = {
     "sds": Method(sds),
     "mist": Method(mist),
     "pid": Method(pid),
-    "editshield": Method(editshield),
+    "editshield": Method(editshield, most_pixels=MOST_PIXELS // 5),
     "diffusionguard": Method(diffusionguard),
     "blurguard": Method(encoder_attack, blurred_pgd, most_pixels=MOST_PIXELS // 3),
     "dctshield": Method(encoder_attack, dct_pgd, most_pixels=MOST_PIXELS // 2),
