@@ -393,7 +393,7 @@ METHODS: dict[str, Method] = {
     "pid": Method(pid),
     "editshield": Method(editshield, most_pixels=MOST_PIXELS // 5),
     "diffusionguard": Method(diffusionguard),
-    "blurguard": Method(encoder_attack, blurred_pgd, most_pixels=MOST_PIXELS // 3),
+    "blurguard": Method(encoder_attack, blurred_pgd, most_pixels=MOST_PIXELS // 4),
     "dctshield": Method(encoder_attack, dct_pgd, most_pixels=MOST_PIXELS // 2),
     "veto": Method(veto, mi_pgd, MI, run=Run(8 / 255, 4 / 255), most_pixels=MOST_PIXELS // 2),
     "decontext": Method(decontext, run=Run(0.1, 0.005, 800)),
