@@ -331,8 +331,12 @@ def test_directories_without_rights_are_one_line(tmp_path):
 
 @pytest.mark.parametrize(
     ("method", "size", "most"),
-    [("noise", (9000, 9000), "24.5")]
-    + [("cw", (4096, 3072), "12.2"), ("dctshield", (4096, 3072), "12.2"), ("editshield", (2560, 1920), "4.9")],
+    [
+        ("noise", (9000, 9000), "24.5"),
+        ("cw", (4096, 3072), "12.2"),
+        ("dctshield", (4096, 3072), "12.2"),
+        ("editshield", (2560, 1920), "4.9"),
+    ],
 )
 def test_an_image_of_too_many_pixels_is_refused_by_its_header(
     tmp_path, defend_flags, capsys, monkeypatch, method, size, most
