@@ -238,13 +238,13 @@ class FaceFeatures(Features):
             unknown = torch.full_like(embeddings[0], torch.nan)
             people = [self.people.get((name, key.name, of_people), unknown) for key in keys]
             people = [one if there else unknown for one, there in zip(people, measured, strict=True)]
-            strangers = self.recognizers[name].strangers
+            recognizer = self.recognizers[name]
             features |= {
                 face_need(name, "edits"): embeddings,
                 face_need(name, "sources"): torch.stack(people),
                 face_need(name, "gallery"): torch.stack(self.gallery[name] or [unknown]),  # (G, D)
-                face_need(name, "threshold"): strangers.threshold,
-                face_need(name, "strangers"): strangers.mean,
+                face_need(name, "threshold"): recognizer.threshold,
+                face_need(name, "strangers"): recognizer.strangers_mean,
             }
         return features
 

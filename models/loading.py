@@ -223,21 +223,20 @@ def load_all(needed: Iterable[Callable[[], Any]], asked: Iterable[Callable[[], A
     asked: optional ones, tried only if something needed is missing.
     """
     missing: list[str] = []
+
+    def attempt(load: Callable[[], Any]) -> None:
+        try:
+            load()
+        except Missing as error:
+            missing.extend(error.missing)
+
     for load in needed:
-        try:
-            load()
-        except Missing as error:
-            missing += error.missing
-    if not missing:
-        return
-    for load in asked:
-        try:
-            load()
-        except Missing as error:
-            missing += error.missing
-        except UserError:
-            pass  # reported when it is used
-    raise Missing(missing)
+        attempt(load)
+    for load in asked if missing else ():
+        with contextlib.suppress(UserError):  # reported when it is used
+            attempt(load)
+    if missing:
+        raise Missing(missing)
 
 
 def _reason(error: Exception) -> str:
