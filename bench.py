@@ -38,14 +38,7 @@ from evaluation.pairing import Key
 from evaluation.scoring import measure
 from images import load_image, to_tensor
 from methods import METHODS
-from models.config import (
-    add_editor_arguments,
-    add_face_arguments,
-    add_model_arguments,
-    add_perceptual_argument,
-    add_protector_argument,
-    resolve,
-)
+from models.config import add_network_arguments, resolve
 from models.editors import EDITORS
 from models.loading import ROOT
 from protection import Protector, Settings, methods_for
@@ -173,11 +166,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
         add(flag, action="store_true", help="as in defend.py")
     add("--repeats", type=some, default=3, help="of which the median counts; 1: no warm-up")
     add("--json", type=utils.path, metavar="FILE", help="writes the numbers there, too")
-    add_editor_arguments(parser)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
-    add_model_arguments(parser)
+    add_network_arguments(parser)
     return parser.parse_args(argv)
 
 

@@ -26,13 +26,7 @@ from images import choose_output
 from loops import CHECK_EVERY
 from masks import BUDGET_MASKS
 from methods import METHODS, RECOMMENDED
-from models.config import (
-    add_editor_arguments,
-    add_face_arguments,
-    add_model_arguments,
-    add_perceptual_argument,
-    add_protector_argument,
-)
+from models.config import add_network_arguments
 from protection import NUMBERS, Protector, Settings, output_prefix, readers
 from transforms import chains
 from utils import UserError, defaults_help, warn
@@ -87,11 +81,7 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     text = "seeds the random start, together with the file's stem; -1 draws a seed and prints it"
     parser.add_argument("--seed", type=utils.seed_number, default=Settings.seed, help=text)
     add_method_arguments(parser)
-    add_editor_arguments(parser)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
-    add_model_arguments(parser)
+    add_network_arguments(parser)
 
 
 def which_method() -> str:

@@ -22,13 +22,7 @@ import utils
 from defend import add_method_arguments, settings_of
 from images import to_tensor
 from methods import METHODS
-from models.config import (
-    add_editor_arguments,
-    add_face_arguments,
-    add_model_arguments,
-    add_perceptual_argument,
-    add_protector_argument,
-)
+from models.config import add_network_arguments
 from models.editors import EDITORS
 from models.perceptual import load_perceptual
 from protection import Protector, Settings, methods_for
@@ -47,11 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, help=text)
     parser.add_argument("--seed", type=utils.known_seed, default=0, help="of the random starts")
     add_method_arguments(parser)
-    add_editor_arguments(parser)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
-    add_model_arguments(parser)
+    add_network_arguments(parser)
     return utils.run_command(run, parser.parse_args(argv))
 
 

@@ -434,10 +434,18 @@ def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
 
 def add_protector_argument(parser: argparse.ArgumentParser) -> None:
     """Adds --protector."""
-    own = {name: shown(models.protector) for name, models in MODEL_SETS.items() if models.protector}
-    own |= {name: shown(member) for name, member in PROTECTORS.items()}
+    own = _by_set("protector") | {name: shown(member) for name, member in PROTECTORS.items()}
     text = "the network of instant, a directory that train_protector.py has made"
     parser.add_argument("--protector", help=defaults_help(text, own))
+
+
+def add_network_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of every network that a defense may need, and of where they run."""
+    add_editor_arguments(parser)
+    add_face_arguments(parser)
+    add_perceptual_argument(parser)
+    add_protector_argument(parser)
+    add_model_arguments(parser)
 
 
 def add_clip_argument(parser: argparse.ArgumentParser) -> None:
@@ -447,9 +455,9 @@ def add_clip_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _by_set(member: str) -> dict[str, str]:
-    """Gives a member, or several, of each set."""
-    own = {name: several(getattr(models, member)) for name, models in MODEL_SETS.items()}
-    return {name: " ".join(map(shown, members)) for name, members in own.items()}
+    """Gives a member, or several, of each set that has it."""
+    own = {name: getattr(models, member) for name, models in MODEL_SETS.items()}
+    return {name: " ".join(map(shown, several(members))) for name, members in own.items() if members}
 
 
 def setting_help(text: str, name: str) -> str:
