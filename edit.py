@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import utils
 from images import Portrait, choose_output, load_image, save_png, side_by_side, to_tensor, to_uint8
-from models.config import ModelConfig, ModelSettings, add_edit_arguments, add_face_arguments, resolve
+from models.config import ModelConfig, ModelSettings, add_edit_arguments, add_member_arguments, resolve
 from models.editors import EDITORS, Editor
 from models.faces import FaceDetector
 from utils import UserError
@@ -51,7 +51,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--comparison", type=utils.path, metavar="FILE", help=text)
     add_seed_argument(parser)
     add_edit_arguments(parser)
-    add_face_arguments(parser)
+    add_member_arguments(parser, "recognizer", "judge")
     args = parser.parse_args(argv)
     if args.prompt is None and EDITORS[args.model].by_words:
         parser.error("the following arguments are required: --prompt")

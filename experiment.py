@@ -43,11 +43,8 @@ from models.config import (
     NAME_HELP,
     ModelConfig,
     ModelSettings,
-    add_clip_argument,
     add_edit_arguments,
-    add_face_arguments,
-    add_perceptual_argument,
-    add_protector_argument,
+    add_member_arguments,
     prompts_of,
     resolve,
     resolve_editor,
@@ -95,10 +92,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
     parser.set_defaults(batch_size=8)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
-    add_clip_argument(parser)
+    add_member_arguments(parser, "recognizer", "judge", "lpips", "protector", "clip_id")
     add_edit_arguments(parser)
     return parser.parse_args(argv)
 

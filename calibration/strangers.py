@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import utils
 from images import images_by_stem, load_image, to_tensor
-from models.config import ModelSettings, add_face_arguments, add_model_arguments, resolve
+from models.config import ModelSettings, add_member_arguments, add_model_arguments, resolve
 from models.faces import FaceDetector
 from models.recognizers import Recognizer
 from utils import UserError, warn
@@ -35,7 +35,7 @@ ENOUGH = 10_000  # pairs
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--image_dir", type=utils.path, required=True, help="NAME.* or NAME/*")
-    add_face_arguments(parser)
+    add_member_arguments(parser, "recognizer", "judge")
     add_model_arguments(parser, dtype="fp32")
     return utils.run_command(run, parser.parse_args(argv))
 

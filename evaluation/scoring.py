@@ -289,11 +289,11 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--latex", action="store_true", help=LATEX_HELP)
     add("--batch_size", type=utils.positive_int, default=16, help="images that are scored together")
     if "perceptual" in needs:
-        models.config.add_perceptual_argument(parser)
+        models.config.add_member_arguments(parser, "lpips")
     if "clip_edits" in needs:
-        models.config.add_clip_argument(parser)
+        models.config.add_member_arguments(parser, "clip_id")
     if any(need.startswith(FACE) for need in needs):
-        models.config.add_face_arguments(parser)
+        models.config.add_member_arguments(parser, "recognizer", "judge")
         gallery = "portraits among which a person is looked for, beside the sources"
         add("--gallery_dir", type=utils.path, help=f"{gallery}; one with an edit's stem is the same person")
         others = "other photos of the people, NAME.* or NAME/*, which replace the sources in the comparison"

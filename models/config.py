@@ -382,6 +382,13 @@ EDIT_KNOBS = {  # flag -> type and what it is; an editor reads those that its cl
     ),
     "strength": (utils.share, "share of the denoising steps that img2img runs"),
 }
+MEMBERS = {  # flag -> the member of the set that it replaces, and what it is
+    "recognizer": ("recognizer", f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"),
+    "judge": ("judges", "recognizers that no attack sees, named as in --recognizer"),
+    "lpips": ("perceptual", f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"),
+    "protector": ("protector", "the network of instant, a directory that train_protector.py has made"),
+    "clip_id": ("clip", f"transformers CLIP, {HUB_HELP}"),
+}
 
 
 def add_model_arguments(parser: argparse.ArgumentParser, dtype: str = ModelSettings.dtype) -> None:
@@ -417,47 +424,23 @@ def add_edit_arguments(parser: argparse.ArgumentParser) -> None:
     add_model_arguments(parser)
 
 
-def add_face_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --recognizer and --judge."""
-    text = f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"
-    text = defaults_help(text, _by_set("recognizer"))
-    parser.add_argument("--recognizer", nargs="+", metavar="NAME", help=text)
-    text = defaults_help("recognizers that no attack sees, named as in --recognizer", _by_set("judges"))
-    parser.add_argument("--judge", nargs="+", metavar="NAME", help=text)
-
-
-def add_perceptual_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --lpips."""
-    text = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"
-    parser.add_argument("--lpips", help=defaults_help(text, _by_set("perceptual")))
-
-
-def add_protector_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --protector."""
-    own = _by_set("protector") | {name: shown(member) for name, member in PROTECTORS.items()}
-    text = "the network of instant, a directory that train_protector.py has made"
-    parser.add_argument("--protector", help=defaults_help(text, own))
+def add_member_arguments(parser: argparse.ArgumentParser, *flags: str) -> None:
+    """Adds some of MEMBERS, which choose members in the place of the set's."""
+    for flag in flags:
+        member, text = MEMBERS[flag]
+        own = {name: getattr(models, member) for name, models in MODEL_SETS.items()}
+        own |= PROTECTORS if flag == "protector" else {}
+        own = {name: " ".join(map(shown, several(one))) for name, one in own.items() if one}
+        how = {"nargs": "+", "metavar": "NAME"} if flag in ("recognizer", "judge") else {}
+        dest = flag.removesuffix("_id")
+        parser.add_argument(f"--{flag}", dest=dest, help=defaults_help(text, own), **how)
 
 
 def add_network_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds the flags of every network that a defense may need, and of where they run."""
     add_editor_arguments(parser)
-    add_face_arguments(parser)
-    add_perceptual_argument(parser)
-    add_protector_argument(parser)
+    add_member_arguments(parser, "recognizer", "judge", "lpips", "protector")
     add_model_arguments(parser)
-
-
-def add_clip_argument(parser: argparse.ArgumentParser) -> None:
-    """Adds --clip_id."""
-    text = defaults_help(f"transformers CLIP, {HUB_HELP}", _by_set("clip"))
-    parser.add_argument("--clip_id", dest="clip", help=text)
-
-
-def _by_set(member: str) -> dict[str, str]:
-    """Gives a member, or several, of each set that has it."""
-    own = {name: getattr(models, member) for name, models in MODEL_SETS.items()}
-    return {name: " ".join(map(shown, several(members))) for name, members in own.items() if members}
 
 
 def setting_help(text: str, name: str) -> str:

@@ -299,12 +299,7 @@ class RoundTrip(Editor):
     half = "fp32"
 
     def __init__(
-        self,
-        model_id: str,
-        settings: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: bool = False,
+        self, model_id: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype, *_: Any
     ) -> None:
         self.resolution, self.device = settings["resolution"], device
         self.vae = load_vae(type(self), model_id, self.resolution, device, dtype)

@@ -104,17 +104,14 @@ def face_similarity_to(
 
     with torch.no_grad():
         references = [recognizer.embed(clean, boxes) for recognizer in recognizers]  # (sum of boxes, D) each
-    counts = torch.tensor([len(faces) for faces in boxes])
-    owner = torch.repeat_interleave(torch.arange(len(boxes)), counts).to(clean.device)
-
-    def similarity_by(recognizer: Recognizer, reference: Tensor, images: Tensor) -> Tensor:
-        cosines = (recognizer.embed(images, boxes) * reference).sum(dim=1)  # (sum of boxes,)
-        sums = torch.zeros(len(boxes), dtype=cosines.dtype, device=cosines.device)
-        return sums.index_add(0, owner, cosines) / counts.to(cosines)
 
     def face_similarity(images: Tensor) -> Tensor:
-        pairs = zip(recognizers, references, strict=True)
-        return sum(similarity_by(*pair, images) for pair in pairs) / len(recognizers)
+        found = []
+        for recognizer, reference in zip(recognizers, references, strict=True):
+            cosines = (recognizer.embed(images, boxes) * reference).sum(dim=1)  # (sum of boxes,)
+            of_images = cosines.split([len(faces) for faces in boxes])
+            found.append(torch.stack([one.mean() for one in of_images]))
+        return sum(found) / len(recognizers)
 
     return face_similarity
 
