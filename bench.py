@@ -60,14 +60,6 @@ def in_a_process(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def import_libraries() -> None:
-    """Imports what the jobs would, so that it isn't counted among their memory."""
-    import facenet_pytorch  # noqa: F401
-    import lpips  # noqa: F401
-    from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline  # noqa: F401
-    from transformers import AutoModel, CLIPModel  # noqa: F401
-
-
 def peak_memory(device: torch.device) -> float:
     """Reads the peak so far of the device's memory, or of the process's, in GB."""
     import torch
@@ -107,7 +99,12 @@ def run_job(
 
     side: (H, W) of the input. Raises UserError.
     """
-    import_libraries()
+    # what the jobs would import, so that it isn't counted among their memory
+    import facenet_pytorch  # noqa: F401
+    import lpips  # noqa: F401
+    from diffusers import AutoencoderKL, StableDiffusionInstructPix2PixPipeline  # noqa: F401
+    from transformers import AutoModel, CLIPModel  # noqa: F401
+
     device = resolve(settings).device
     before = peak_memory(device)
     load = load_defense if job in METHODS else load_edit if job == "edit" else load_metrics

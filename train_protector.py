@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import cmath
+import copy
 import itertools
 import json
 import math
@@ -26,6 +27,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,7 +52,7 @@ KINDS = ("unet", "universal", "mixture")
 LAST = 0.99  # the share of a loop's iterations at which an objective with a schedule is asked
 KEEPING = 0.3  # weight of what keeps logits where tanh has a slope; without it all are beyond after 40 steps
 DECAY = 0.998  # of the averaged weights, which are those that count
-FACES, CHECKPOINT, LOG = "faces.json", "checkpoint.pt", "log.txt"
+CHECKPOINT, LOG = "checkpoint.pt", "log.txt"
 
 
 @dataclass(frozen=True)
@@ -131,52 +133,31 @@ def resized(values: Tensor, size: Sequence[int] | None) -> Tensor:
 
 
 class People:
-    """The portraits of a folder with their faces, which are looked for once.
+    """The portraits of a folder with their faces.
 
     protectors: one for each side at which pictures go through the autoencoder.
     """
 
-    def __init__(self, directory: Path, protectors: Sequence[Protector], cache: Path, plan: Plan) -> None:
+    def __init__(self, directory: Path, protectors: Sequence[Protector], plan: Plan) -> None:
         self.protectors, self.frame, self.augmented = protectors, plan.frame, chains(plan.augment)
-        known = json.loads(cache.read_text()) if cache.exists() else {}
         self.subjects: list[Subject] = []
         for path in find_images(directory):
-            if path.name not in known:
-                known[path.name] = self._look(path)
-            if (found := known[path.name]) is not None:
-                self.subjects.append(_subject(path, found))
-        utils.write_file(cache, json.dumps(known).encode())
+            try:
+                self.subjects.append(protectors[0].load(path))
+            except UserError as error:
+                warn(str(error))
         if not self.subjects:
             raise UserError(f"{directory}: no portrait with a face")
 
-    def _look(self, path: Path) -> list[list] | None:
-        """Finds a portrait's faces -> box and points of each; None for one that can't be used."""
-        try:
-            subject = self.protectors[0].load(path)
-        except UserError as error:
-            warn(str(error))
-            return None
-        return [[list(box), [[float(x), float(y)] for x, y in box.points]] for box in subject.boxes]
-
     def batch(
-        self,
-        subjects: Sequence[Subject],
-        budgets: Sequence[float],
-        mirrored: Sequence[bool],
-        draw: random.Random | None = None,
+        self, subjects: Sequence[Subject], budgets: Sequence[float], draw: random.Random | None = None
     ) -> Batch:
-        """Makes a batch of portraits of one size, or of frames, some of them mirrored; draw: alters them."""
+        """Makes a batch of portraits of one size, or of frames; draw: alters them, and mirrors some."""
         import torch
 
         protector = draw.choice(self.protectors) if draw else self.protectors[-1]
-        images, boxes = [], []
-        for subject, is_mirrored in zip(subjects, mirrored, strict=True):
-            image, faces = self._cut(subject, protector, draw)
-            if is_mirrored:
-                image, faces = image.flip(-1), [_mirrored(box, image.shape[-1]) for box in faces]
-            images.append(image)
-            boxes.append(faces)
-        images = torch.cat(images)
+        cut = [self._cut(subject, protector, draw) for subject in subjects]
+        boxes, images = [faces for _, faces in cut], torch.cat([image for image, _ in cut])
         if draw:
             draws = [torch.Generator().manual_seed(draw.randrange(2**31)) for _ in boxes]
             images = draw.choice(self.augmented)(images, draws)
@@ -195,11 +176,15 @@ class People:
         image, editor = to_tensor(subject.portrait.pixels), protector.config.editor
         if self.frame is None:
             size = editor.working_size(image.shape[-2:], protector.resolution)
-            boxes = scale_boxes(subject.boxes, image.shape[-2:], size)
-            return editor.to_working(image, protector.resolution), boxes
-        face, crop = subject.boxes[0], frame_of(protector.resolution)
-        crop = moved(crop, draw) if draw else crop
-        return crop(image, face), [crop.place(face)]
+            faces = scale_boxes(subject.boxes, image.shape[-2:], size)
+            image = editor.to_working(image, protector.resolution)
+        else:
+            face, crop = subject.boxes[0], frame_of(protector.resolution)
+            crop = moved(crop, draw) if draw else crop
+            image, faces = crop(image, face), [crop.place(face)]
+        if draw and draw.random() < 0.5:
+            image, faces = image.flip(-1), [_mirrored(box, image.shape[-1]) for box in faces]
+        return image, faces
 
     def drawn(self, draw: random.Random, plan: Plan) -> Batch:
         """Draws portraits of one size, budgets between the plan's two; half of them are mirrored."""
@@ -207,20 +192,12 @@ class People:
         alike = [one for one in self.subjects if self.frame or one.portrait.size == size]
         subjects = draw.choices(alike, k=plan.batch_size)
         low, high = (math.log(budget) for budget in plan.budgets)
-        budgets = [math.exp(draw.uniform(low, high)) for _ in subjects]
-        return self.batch(subjects, budgets, [draw.random() < 0.5 for _ in subjects], draw)
+        return self.batch(subjects, [math.exp(draw.uniform(low, high)) for _ in subjects], draw)
 
 
 def rms_of(protector: Protector) -> float | None:
     """Gives the root mean square to which a method's loop keeps its change, if it does."""
     return protector.run.rms if "rms" in protector.method.reads else None
-
-
-def _subject(path: Path, found: list) -> Subject:
-    """A portrait whose faces are known"""
-    from images import load_image
-
-    return Subject(load_image(path), [Face(box, points) for box, points in found])
 
 
 def moved(crop: PointCrop, draw: random.Random) -> PointCrop:
@@ -272,8 +249,8 @@ def make_pairs(people: People, plan: Plan, draw: random.Random) -> Iterator[Batc
     for _ in range(math.ceil(plan.pairs / plan.batch_size)):
         budget = math.exp(draw.uniform(*(math.log(one) for one in plan.budgets)))
         batch = people.drawn(draw, replace(plan, budgets=(budget, budget)))
-        loop = Protector.__new__(Protector)
-        loop.__dict__ |= batch.protector.__dict__ | {"run": replace(batch.protector.run, budget=budget)}
+        loop = copy.copy(batch.protector)
+        loop.run = replace(loop.run, budget=budget)
         seeds = [draw.randrange(2**31) for _ in batch.boxes]
         changed = loop.perturb(batch.images, batch.boxes, seeds)[0] - batch.images
         yield replace(batch, shares=(changed / batch.budget.clamp(min=1e-6)).clamp(-1, 1).to(torch.float16))
@@ -290,12 +267,8 @@ class Validation:
         import torch
 
         config = people.protectors[0].config
-        self.budget = math.sqrt(plan.budgets[0] * plan.budgets[-1])
-        size = people.subjects[0].portrait.size
-        alike = [subject for subject in people.subjects if subject.portrait.size == size]
-        rows = range(0, len(alike), plan.batch_size)
-        groups = [alike[row : row + plan.batch_size] for row in rows]
-        self.batches = [people.batch(few, [self.budget] * len(few), [False] * len(few)) for few in groups]
+        budget = math.sqrt(plan.budgets[0] * plan.budgets[-1])
+        self.batches = [people.batch([subject], [budget]) for subject in people.subjects]
         # the hardest to deceive are those that share nothing with the recogniser: the last of the panel
         self.judge = config.load_recognizer(config.judges[-1], torch.float32)
         self.before = self.left(None)
@@ -321,7 +294,10 @@ class Validation:
 
 
 class Training:
-    """A network on its way: its weights, their average, and the optimizer's state."""
+    """A network on its way: its weights, their average, and the optimizer's state.
+
+    Continues from an earlier run's checkpoint. Raises UserError for another training's.
+    """
 
     def __init__(self, plan: Plan, protector: Protector, directory: Path) -> None:
         import torch
@@ -329,8 +305,7 @@ class Training:
         self.plan, self.protector, self.directory = plan, protector, directory
         device = protector.device
         self.network = plan.build().to(device, memory_format=utils.memory_format(device))
-        self.average = plan.build().to(device, memory_format=utils.memory_format(device))
-        self.average.requires_grad_(False)
+        self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=plan.rate, weight_decay=0.0)
         self.step = 0
         settings = protector.settings()
@@ -344,27 +319,15 @@ class Training:
             "sides": plan.sides,
             "settings": [f"{key} {value}" for key, value in settings.items() if key != "attack_budget"],
         }
-        self._resume()
-
-    @property
-    def about(self) -> str:
-        """What a checkpoint is of."""
-        return json.dumps([self.plan.form(), self.plan.frame, self.facts])
-
-    def _resume(self) -> None:
-        """Continues from an earlier run's checkpoint. Raises UserError for another training's."""
-        import torch
-
-        path = self.directory / CHECKPOINT
-        if not path.exists():
-            return
-        state = torch.load(path, map_location=self.protector.device, weights_only=True)
-        if state["about"] != self.about:
-            raise UserError(f"{path} is of another network, method or model; choose another --output_dir")
-        self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.step = state["step"]
+        self.about = json.dumps([plan.form(), plan.frame, self.facts])  # what a checkpoint is of
+        self.parts = {"network": self.network, "average": self.average, "optimizer": self.optimizer}
+        if (path := directory / CHECKPOINT).exists():
+            state = torch.load(path, map_location=device, weights_only=True)
+            if state["about"] != self.about:
+                raise UserError(f"{path} is of another network, method or model; choose another --output_dir")
+            self.step = state["step"]
+            for name, part in self.parts.items():
+                part.load_state_dict(state[name])
 
     def save(self) -> None:
         """Writes the checkpoint, and the averaged network in float16, each whole or not at all."""
@@ -372,18 +335,13 @@ class Training:
         from safetensors.torch import save
 
         path = self.directory / CHECKPOINT
-        state = {
-            "network": self.network.state_dict(), "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(), "step": self.step,
-            "about": self.about,
-        }  # fmt: skip
-        torch.save(state, path.with_suffix(".tmp"))
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        torch.save(state | {"step": self.step, "about": self.about}, path.with_suffix(".tmp"))
         path.with_suffix(".tmp").rename(path)
         halves = {key: value.half().contiguous().cpu() for key, value in self.average.state_dict().items()}
         utils.write_file(self.directory / "network" / "model.safetensors", save(halves))
-        config = {"network": self.plan.form(), "trained": {**self.facts, "steps": self.step}}
-        if self.plan.frame:
-            config["frame"] = self.plan.frame
+        trained = {**self.facts, "steps": self.step}
+        config = {"network": self.plan.form(), "trained": trained, "frame": self.plan.frame}
         utils.write_file(self.directory / "network" / "config.json", json.dumps(config, indent=1).encode())
 
     def turn(self, loss_of: Any, share: float) -> float:
@@ -402,10 +360,9 @@ class Training:
         self.optimizer.step()
         self.step += 1
         decay = min(DECAY, (self.step + 1) / (self.step + 10))
-        with torch.no_grad():
-            pairs = zip(self.average.state_dict().values(), self.network.state_dict().values(), strict=True)
-            for mean, now in pairs:
-                mean.lerp_(now, 1 - decay)
+        now = self.network.state_dict()
+        for name, mean in self.average.state_dict().items():
+            mean.lerp_(now[name], 1 - decay)
         return float(loss.detach())
 
 
@@ -421,17 +378,10 @@ def train(training: Training, people: People, validation: Validation | None) -> 
     began, losses = time.perf_counter(), []
     while training.step < plan.steps:
         if is_warm := training.step < warm:
-            batch = draw.choice(pairs)
-
-            def loss_of(network: nn.Module, batch: Batch = batch) -> Tensor:
-                return imitation_loss(network, batch)
+            loss_of = partial(imitation_loss, batch=draw.choice(pairs))
         else:
             batch = people.drawn(draw, plan)
-            seeds = [draw.randrange(2**31) for _ in batch.boxes]
-
-            def loss_of(network: nn.Module, batch: Batch = batch, seeds: Sequence[int] = seeds) -> Tensor:
-                return method_loss(network, batch, seeds)
-
+            loss_of = partial(method_loss, batch=batch, seeds=[draw.randrange(2**31) for _ in batch.boxes])
         share = training.step / warm if is_warm else (training.step - warm) / (plan.steps - warm)
         losses.append(training.turn(loss_of, share))
         if not math.isfinite(losses[-1]):
@@ -457,24 +407,19 @@ def log(directory: Path, text: str) -> None:
 
 
 def begin_mixture(training: Training, people: People, draw: random.Random) -> None:
-    """Puts a mixture's centres among the training people: ten rounds of k-means on the faces' fields."""
+    """Puts a mixture's centres among the training people: k-means of the faces' fields."""
     import torch
+    from scipy.cluster.vq import kmeans2
 
     from models.protector import fields
 
-    network, plan = training.network, training.plan
-    found = []
-    for subject in draw.sample(people.subjects, min(1000, len(people.subjects))):
-        batch = people.batch([subject], plan.budgets[:1], [False])
-        found.append(fields(batch.images, batch.budget))
-    faces = torch.cat(found)  # (N, D)
-    centres = faces[torch.linspace(0, len(faces) - 1, plan.patterns).long()].clone()
-    for _ in range(10):
-        own = torch.cdist(faces, centres).argmin(dim=1)
-        for row in own.unique():
-            centres[row] = faces[own == row].mean(dim=0)
-    network.centres.copy_(centres)
-    training.average.centres.copy_(centres)
+    plan = training.plan
+    some = draw.sample(people.subjects, min(1000, len(people.subjects)))
+    batches = (people.batch([subject], plan.budgets[:1]) for subject in some)
+    faces = torch.cat([fields(batch.images, batch.budget) for batch in batches])  # (N, D)
+    centres, _ = kmeans2(faces.cpu().numpy(), plan.patterns, minit="++", rng=plan.seed)
+    for one in (training.network, training.average):
+        one.centres.copy_(torch.from_numpy(centres))
 
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -536,11 +481,8 @@ def run(args: argparse.Namespace) -> int:
     if protector.device.type == "cpu" and "vae" in protector.needs and not protector.wanted.compile:
         for one in itertools.chain(*(each.attacked for each in protectors)):
             quicken(one.load_vae().vae)
-    people = People(args.image_dir, protectors, args.output_dir / FACES, plan)
-    validation = None
-    if args.validation_dir:
-        held_out = People(args.validation_dir, protectors, args.output_dir / f"validation_{FACES}", plan)
-        validation = Validation(held_out, plan)
+    people, held_out = People(args.image_dir, protectors, plan), args.validation_dir
+    validation = Validation(People(held_out, protectors, plan), plan) if held_out else None
     training = Training(plan, protector, args.output_dir)
     if plan.network == "mixture" and not training.step:
         begin_mixture(training, people, random.Random(plan.seed))

@@ -6,8 +6,12 @@ generator per image, so that they depend neither on the batch nor on the device.
 
 from __future__ import annotations
 
+import io
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
+
+from PIL import Image
 
 if TYPE_CHECKING:  # torch is imported where it is used, as in methods.py
     import torch
@@ -253,41 +257,29 @@ def compress(images: Tensor, quality: Tensor) -> Tensor:
     return from_ycc(torch.cat([light, colour], dim=1))[..., :height, :width].clamp(-1, 1)
 
 
-# Of ITU-T T.81, annex K: luminance and chrominance
-TABLES = (
-    (
-        16, 11, 10, 16, 24, 40, 51, 61, 12, 12, 14, 19, 26, 58, 60, 55,
-        14, 13, 16, 24, 40, 57, 69, 56, 14, 17, 22, 29, 51, 87, 80, 62,
-        18, 22, 37, 56, 68, 109, 103, 77, 24, 35, 55, 64, 81, 104, 113, 92,
-        49, 64, 78, 87, 103, 121, 120, 101, 72, 92, 95, 98, 112, 100, 103, 99,
-    ),
-    (
-        17, 18, 24, 47, 99, 99, 99, 99, 18, 21, 26, 66, 99, 99, 99, 99,
-        24, 26, 56, 99, 99, 99, 99, 99, 47, 66, 99, 99, 99, 99, 99, 99,
-        *[99] * 32,
-    ),
-)  # fmt: skip
 # Of JFIF: Y, Cb and Cr of red, green and blue, around 0
 TO_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
 
 
 def quantisation(quality: Tensor) -> Tensor:
-    """Makes JPEG's tables of qualities (B,) as libjpeg does -> (B, 3, 8, 8), for Y, Cb and Cr."""
+    """Takes JPEG's tables of qualities (B,) from what Pillow writes -> (B, 3, 8, 8), for Y, Cb and Cr."""
     import torch
 
-    quality = quality.view(-1, 1, 1, 1)
-    percent = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).floor()
-    tables = torch.tensor([TABLES[0], TABLES[1], TABLES[1]], dtype=quality.dtype, device=quality.device)
-    return ((tables.view(1, 3, 8, 8) * percent + 50) / 100).floor().clamp(1, 255)
+    tables = []
+    for one in quality.tolist():
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8)).save(file, "JPEG", quality=int(one))
+        found = Image.open(file).quantization
+        tables.append([found[0], found[1], found[1]])
+    return torch.tensor(tables, dtype=quality.dtype, device=quality.device).view(-1, 3, 8, 8)
 
 
 def to_ycc(images: Tensor) -> Tensor:
     """Turns RGB in [-1, 1] into Y, Cb and Cr in 8-bit levels around 0, which JPEG transforms."""
     import torch
 
-    return 127.5 * torch.einsum("cd,bdhw->bchw", images.new_tensor(TO_YCC), images) - images.new_tensor(
-        [0.5, 0, 0]
-    ).view(1, 3, 1, 1)
+    planes = 127.5 * torch.einsum("cd,bdhw->bchw", images.new_tensor(TO_YCC), images)
+    return planes - planes.new_tensor([0.5, 0, 0]).view(1, 3, 1, 1)
 
 
 def from_ycc(planes: Tensor) -> Tensor:
@@ -300,8 +292,6 @@ def from_ycc(planes: Tensor) -> Tensor:
 
 def dct(planes: Tensor, inverse: bool = False) -> Tensor:
     """Transforms each 8x8 block by the orthonormal DCT-II, or back: (B, C, H, W), H and W multiples of 8."""
-    import math
-
     import torch
 
     n = torch.arange(8, dtype=planes.dtype, device=planes.device)

@@ -43,20 +43,17 @@ def run(args: argparse.Namespace) -> int:
     """Prints a line of JSON for each recogniser -> exit status. Raises UserError."""
     config = resolve(ModelSettings.of(args))
     detector, people = FaceDetector(config.device), []
-    own = {name: [path] for name, path in images_by_stem(args.image_dir).items()}
+    photos = list(images_by_stem(args.image_dir).items())
     for folder in sorted(path for path in args.image_dir.iterdir() if path.is_dir()):
-        own.setdefault(folder.name, []).extend(images_by_stem(folder).values())
-    for name, paths in own.items():
-        for path in paths:
-            pixels = load_image(path).pixels
-            if faces := detector(pixels):
-                people.append((name, to_tensor(pixels), faces[0]))
-            else:
-                warn(f"{path}: no face found")
-    for member in config.recognizers:
-        recognizer = config.load_recognizer(member)
-        found = strangers(recognizer, people)
-        print(f"{recognizer.name}: {json.dumps(found)}", flush=True)
+        photos += [(folder.name, path) for path in images_by_stem(folder).values()]
+    for name, path in photos:
+        pixels = load_image(path).pixels
+        if faces := detector(pixels):
+            people.append((name, to_tensor(pixels), faces[0]))
+        else:
+            warn(f"{path}: no face found")
+    for recognizer in map(config.load_recognizer, config.recognizers):
+        print(f"{recognizer.name}: {json.dumps(strangers(recognizer, people))}", flush=True)
     return 0
 
 
@@ -74,10 +71,9 @@ def strangers(recognizer: Recognizer, people: Sequence[tuple]) -> dict[str, floa
         raise UserError("two people with a face are needed at least")
     is_normal = len(pairs) < ENOUGH
     threshold = pairs.mean() + SIGMAS * pairs.std() if is_normal else np.quantile(pairs, 1 - FALSE_ACCEPTS)
-    values = {"strangers_mean": pairs.mean(), "verification_threshold": threshold, "deviation": pairs.std()}
-    return {name: round(float(value), 3) for name, value in values.items()} | {
-        "pairs": len(pairs), "as if normal": is_normal
-    }  # fmt: skip
+    found = {"strangers_mean": pairs.mean(), "verification_threshold": threshold, "deviation": pairs.std()}
+    found = {name: round(float(value), 3) for name, value in found.items()}
+    return {**found, "pairs": len(pairs), "as if normal": is_normal}
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from models.clip import Clip, load_clip
 from models.config import ModelConfig
 from models.faces import Box, FaceDetector
 from models.loading import recorded
-from models.recognizers import Recognizer, hashed_recognizer
+from models.recognizers import Recognizer, recorded_recognizer
 from runs import digest
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def networks(metrics: Iterable[Metric], config: ModelConfig | None) -> dict[str,
     found: dict[str, list[str]] = {}
     for member in panel_of(needs, config).values():
         part = "judges" if member in config.judges else "attacked recognizers"
-        found.setdefault(part, []).append(hashed_recognizer(member))
+        found.setdefault(part, []).append(recorded_recognizer(member, hashed=True))
     if "clip_edits" in needs:
         found["CLIP"] = [recorded(config.clip)]
     if "perceptual" in needs:
@@ -236,13 +236,13 @@ class FaceFeatures(Features):
             unknown = torch.full_like(embeddings[0], torch.nan)
             people = [self.people.get((name, key.name, of_people), unknown) for key in keys]
             people = [one if there else unknown for one, there in zip(people, measured, strict=True)]
-            strangers = self.recognizers[name].strangers
+            recognizer = self.recognizers[name]
             features |= {
                 face_need(name, "edits"): embeddings,
                 face_need(name, "sources"): torch.stack(people),
                 face_need(name, "gallery"): torch.stack(self.gallery[name] or [unknown]),  # (G, D)
-                face_need(name, "threshold"): strangers.threshold,
-                face_need(name, "strangers"): strangers.mean,
+                face_need(name, "threshold"): recognizer.threshold,
+                face_need(name, "strangers"): recognizer.strangers_mean,
             }
         return features
 

@@ -135,12 +135,13 @@ class Attention:
         parts = [self._tokens(z_k), self._tokens(self._scaled(z))]
         tokens = torch.cat(parts, dim=1).to(self.transformer.dtype)
         positions = torch.cat([self._positions(place, z) for place in (0, self.place)])
-        words = {name: part.expand(len(z), *part.shape[1:]) for name, part in self._words.items()}
+        word_positions, words = self._words
+        words = {name: part.expand(len(z), *part.shape[1:]) for name, part in words.items()}
         return self.transformer(
             hidden_states=tokens,
             timestep=_for_each(sigma, tokens),
             img_ids=positions.to(z.device),
-            txt_ids=self._word_positions.to(z.device),
+            txt_ids=word_positions.to(z.device),
             return_dict=False,
             **words,
         )
@@ -177,8 +178,8 @@ class Attention:
         return calculate_shift(n, *(config[name] for name in names))
 
     @functools.cached_property
-    def _words(self) -> dict[str, Tensor]:
-        """What the transformer is given of an empty prompt, (1, ...) each, beside positions."""
+    def _words(self) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the transformer is given of an empty prompt: positions, (tokens, 3), and (1, ...) each."""
         import torch
 
         length = self.editor.more(1, 1)["max_sequence_length"]
@@ -187,12 +188,7 @@ class Attention:
         given = {"encoder_hidden_states": words, "pooled_projections": pooled}
         if self.transformer.config.guidance_embeds:
             given["guidance"] = words.new_full((1,), type(self.editor).knobs["guidance_scale"])
-        return given
-
-    @property
-    def _word_positions(self) -> Tensor:
-        words = self._words["encoder_hidden_states"]
-        return words.new_zeros(words.shape[1], 3)
+        return words.new_zeros(words.shape[1], 3), given
 
 
 class Flux2Attention(Attention):
@@ -217,18 +213,13 @@ class Flux2Attention(Attention):
         return compute_empirical_mu(n, steps)
 
     @functools.cached_property
-    def _words(self) -> dict[str, Tensor]:
+    def _words(self) -> tuple[Tensor, dict[str, Tensor]]:
         import torch
 
         with torch.no_grad():
-            return {"encoder_hidden_states": self.pipeline.encode_prompt("")[0]}
-
-    @property
-    def _word_positions(self) -> Tensor:
-        import torch
-
-        n = self._words["encoder_hidden_states"].shape[1]
-        return torch.nn.functional.pad(torch.arange(n)[:, None], (3, 0))
+            words = self.pipeline.encode_prompt("")[0]
+        places = torch.arange(words.shape[1])[:, None]
+        return torch.nn.functional.pad(places, (3, 0)), {"encoder_hidden_states": words}
 
 
 class _Enough(Exception):

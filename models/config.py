@@ -398,8 +398,13 @@ EDIT_KNOBS = {  # flag -> type and what it is; an editor reads those that its cl
     ),
     "strength": (utils.share, "share of the denoising steps that img2img runs"),
 }
-
-
+MEMBERS = {  # name -> the member of the set that it replaces, and what it is
+    "recognizer": ("recognizer", f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"),
+    "judge": ("judges", "recognizers that no attack sees, named as in --recognizer"),
+    "lpips": ("perceptual", f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory"),
+    "protector": ("protector", "the network of instant, a directory that train_protector.py has made"),
+    "clip": ("clip", f"transformers CLIP, {HUB_HELP}"),
+}
 ATTACK = ("editor", "recognizer", "judge", "lpips", "protector")  # what a defense and its report may need
 
 
@@ -416,17 +421,14 @@ def add_model_arguments(
             parser.add_argument(f"--{name}", type=kind, help=setting_help(text, name))
     if {"edit", "editor"} & {*wanted}:
         _add_editor_arguments(parser)
-    several = {"nargs": "+", "metavar": "NAME"}
-    text = f"recognizers that the attack sees (their mean similarity): {KINDS_HELP}"
-    about = {"recognizer": (text, several)}
-    about["judge"] = "recognizers that no attack sees, named as in --recognizer", several
-    about["lpips"] = f"perceptual distance: {', '.join(LPIPS_TRUNKS)}, or a local directory", {}
-    about["clip"] = f"transformers CLIP, {HUB_HELP}", {}
-    about["protector"] = "the network of instant, a directory that train_protector.py has made", {}
-    for name, (text, how) in about.items():
+    for name, (member, text) in MEMBERS.items():
         if name in wanted:
+            own = {key: getattr(models, member) for key, models in MODEL_SETS.items()}
+            own |= PROTECTORS if name == "protector" else {}
+            own = {key: " ".join(map(shown, several(one))) for key, one in own.items() if one}
             flag = "--clip_id" if name == "clip" else f"--{name}"
-            parser.add_argument(flag, dest=name, help=defaults_help(text, _by_set(name)), **how)
+            how = {"nargs": "+", "metavar": "NAME"} if name in ("recognizer", "judge") else {}
+            parser.add_argument(flag, dest=name, help=defaults_help(text, own), **how)
     text = "full: the paper's models; mini: the bundled stand-ins, for 128x128 synthetic portraits"
     parser.add_argument("--models", choices=tuple(MODEL_SETS), default=ModelSettings.models, help=text)
     parser.add_argument("--device", default=ModelSettings.device, help=utils.DEVICE_HELP)
@@ -445,14 +447,6 @@ def _add_editor_arguments(parser: argparse.ArgumentParser) -> None:
     text = "long side in px at which the editor works, to which larger images are reduced; for FLUX and "
     text += "Qwen, the side of a square of the same area"
     parser.add_argument("--resolution", type=utils.positive_int, help=setting_help(text, "resolution"))
-
-
-def _by_set(member: str) -> dict[str, str]:
-    """Gives a member, or several, of each set that has it."""
-    field = {"judge": "judges", "lpips": "perceptual"}.get(member, member)
-    own = {name: getattr(models, field) for name, models in MODEL_SETS.items()}
-    own |= PROTECTORS if member == "protector" else {}
-    return {name: " ".join(map(shown, several(members))) for name, members in own.items() if members}
 
 
 def setting_help(text: str, name: str) -> str:

@@ -204,13 +204,11 @@ class TokenEditor(Editor):
 
         height, width = images.shape[-2:]
         how = {"height": height, "width": width, "output_type": "pt", **self.more(height, width)}
-        pictures = [Image.fromarray(pixels) for pixels in to_uint8(images)]
-        return torch.cat(
-            [
-                self.pipeline(image=picture, prompt=prompt, generator=generator, **how).images
-                for picture, prompt, generator in zip(pictures, prompts, generators, strict=True)
-            ]
-        )
+        edited = []
+        for pixels, prompt, generator in zip(to_uint8(images), prompts, generators, strict=True):
+            picture = Image.fromarray(pixels)
+            edited.append(self.pipeline(image=picture, prompt=prompt, generator=generator, **how).images)
+        return torch.cat(edited)
 
 
 class FluxKontext(TokenEditor):
@@ -301,12 +299,7 @@ class RoundTrip(Editor):
     half = "fp32"
 
     def __init__(
-        self,
-        model_id: str,
-        settings: dict[str, Any],
-        device: torch.device,
-        dtype: torch.dtype,
-        progress: bool = False,
+        self, model_id: str, settings: dict[str, Any], device: torch.device, dtype: torch.dtype, *_: Any
     ) -> None:
         self.resolution, self.device = settings["resolution"], device
         self.vae = load_vae(type(self), model_id, self.resolution, device, dtype)
@@ -357,11 +350,11 @@ def _load_pipeline(
         index = kind.load_config(name, **where).items()  # part -> [library, class], and more
         classes = {part: entry[1] for part, entry in index if isinstance(entry, list | tuple)}
         networks = {
-            part: network
+            part: load_network(str(class_name), name, where, part, device, dtype)
             for part, class_name in classes.items()
             if part not in editor.options
-            and (network := load_network(str(class_name), name, where, part, device, dtype)) is not None
         }
+        networks = {part: network for part, network in networks.items() if network is not None}
         pipeline = kind.from_pretrained(name, **editor.options, **networks, **where)
         for part in classes:
             if part.startswith("tokenizer"):

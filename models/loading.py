@@ -25,11 +25,12 @@ ROOT = Path(__file__).resolve().parent.parent
 # of the files that determine a model's output: weights, configs, vocabularies
 READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt", ".model")
 
-# numbers in configs that decide how much is built
-STEPS = re.compile(r"(^|_)num_train_timesteps$")
-LAYERS = re.compile(r"^(num_(\w+_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$")
-SIZES = re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$")
-MOST_STEPS, MOST_SIZE = 100_000, 10_000_000
+# numbers in configs that decide how much is built, the least and the most; None: as many as there are tensors
+LIMITS = (
+    (re.compile(r"(^|_)num_train_timesteps$"), 1, 100_000),
+    (re.compile(r"^(num_(\w+_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$"), 0, None),
+    (re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$"), 1, 10_000_000),
+)
 MOST_LAYERS = 1000  # where no index of tensors says how many there can be
 MOST_HEADER = 100_000_000  # bytes, as the safetensors library has it
 
@@ -143,15 +144,15 @@ def check_numbers(said: Any, most: int) -> None:
             raise ValueError(f"{key} is {str(value)[:40]!r}, none of {', '.join(WORDS[key])}")
         if key.endswith(("eps", "scale_factor")) and not isinstance(value, int | float | None):
             raise ValueError(f"{key} is {str(value)[:40]!r}, not a number")
+        limits = [(least, limit or most) for names, least, limit in LIMITS if names.search(key)]
+        if not limits or "ngram" in key:
+            continue
+        least, limit = limits[0]
         numbers = value if isinstance(value, list) else [value]
         numbers = [one for one in numbers if one is not None and not isinstance(one, bool | dict | list)]
-        limit = MOST_STEPS if STEPS.search(key) else most if LAYERS.search(key) else MOST_SIZE
-        if not (STEPS.search(key) or LAYERS.search(key) or SIZES.search(key)) or "ngram" in key:
-            continue
-        least = 0 if LAYERS.search(key) else 1
         if not all(isinstance(one, int | float) and least <= one <= limit for one in numbers):
             raise ValueError(f"{key} is {str(value)[:40]!r}, not a number from {least} to {limit}")
-        if value == [] and not LAYERS.search(key):
+        if value == [] and least:
             raise ValueError(f"{key} is empty")
         if isinstance(value, list) and len(value) > max(most, MOST_LAYERS):
             raise ValueError(f"{key} has {len(value)} entries, its weights {most} tensors")
@@ -223,21 +224,20 @@ def load_all(needed: Iterable[Callable[[], Any]], asked: Iterable[Callable[[], A
     asked: optional ones, tried only if something needed is missing.
     """
     missing: list[str] = []
+
+    def attempt(load: Callable[[], Any]) -> None:
+        try:
+            load()
+        except Missing as error:
+            missing.extend(error.missing)
+
     for load in needed:
-        try:
-            load()
-        except Missing as error:
-            missing += error.missing
-    if not missing:
-        return
-    for load in asked:
-        try:
-            load()
-        except Missing as error:
-            missing += error.missing
-        except UserError:
-            pass  # reported when it is used
-    raise Missing(missing)
+        attempt(load)
+    for load in asked if missing else ():
+        with contextlib.suppress(UserError):  # reported when it is used
+            attempt(load)
+    if missing:
+        raise Missing(missing)
 
 
 def _reason(error: Exception) -> str:

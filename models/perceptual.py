@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-LPIPS_GB = {"vgg": 0.5, "alex": 0.2, "squeeze": 0.005}
-LPIPS_TRUNKS = {"vgg": "vgg16", "alex": "alexnet", "squeeze": "squeezenet1_1"}  # lpips name -> torchvision's
+# lpips' name of a trunk -> torchvision's, and GB
+LPIPS_TRUNKS = {"vgg": ("vgg16", 0.5), "alex": ("alexnet", 0.2), "squeeze": ("squeezenet1_1", 0.005)}
 
 
 def perceptual_distance_to(network: Any, clean: Tensor) -> Callable[[Tensor], Tensor]:
@@ -61,17 +61,25 @@ def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compi
     Raises UserError.
     """
     import lpips
+    import torch
+    import torchvision
 
-    way = file_way(LPIPS_GB[member], _trunk_url(member)) if member in LPIPS_TRUNKS else ""
+    url = way = ""
+    if member in LPIPS_TRUNKS:
+        trunk, size = LPIPS_TRUNKS[member]
+        url = torchvision.models.get_model_weights(trunk).DEFAULT.url
+        way = file_way(size, url)
     with loading("LPIPS", member, way):
-        if member in LPIPS_TRUNKS:
-            network = lpips.LPIPS(net=member, pnet_rand=True, verbose=False)
-            network.net.load_state_dict(_trunk_state(member, network.net))
+        make = functools.partial(lpips.LPIPS, pnet_rand=True, verbose=False)
+        if url:  # lpips would load the trunk itself, but without `weights_only`
+            network, how = make(net=member), {"weights_only": True, "check_hash": True}
+            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", **how)
+            # slice2.5.weight is features.5.weight in torchvision
+            names = {key: re.sub(r"^slice\d+\.", "features.", key) for key in network.net.state_dict()}
+            network.net.load_state_dict({key: state[name] for key, name in names.items()})
         elif Path(member).is_dir():
             config = json.loads((Path(member) / "config.json").read_text())
-            network = lpips.LPIPS(
-                net=config["net"], lpips=config["lpips"], pretrained=False, pnet_rand=True, verbose=False
-            )
+            network = make(net=config["net"], lpips=config["lpips"], pretrained=False)
             network.load_state_dict(read_state(Path(member) / "model.safetensors"))
         else:
             raise FileNotFoundError(f"neither a directory nor one of {', '.join(LPIPS_TRUNKS)}")
@@ -79,21 +87,3 @@ def load_perceptual(member: str, device: torch.device, dtype: torch.dtype, compi
     if compile:
         compiled(network.net)
     return network
-
-
-def _trunk_url(member: str) -> str:
-    import torchvision
-
-    return torchvision.models.get_model_weights(LPIPS_TRUNKS[member]).DEFAULT.url
-
-
-def _trunk_state(member: str, trunk: torch.nn.Module) -> dict[str, Tensor]:
-    """torchvision's ImageNet weights under lpips' names: slice2.5.weight is features.5.weight there.
-
-    lpips would load them itself, but without `weights_only`.
-    """
-    import torch
-
-    url = _trunk_url(member)
-    state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, check_hash=True)
-    return {key: state[re.sub(r"^slice\d+\.", "features.", key)] for key in trunk.state_dict()}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.faces import Box, PointCrop
 from models.loading import frozen, loading, read_state, recorded, shown
-from models.recognizers import ARCFACE, ARCFACE_SIDE
+from models.recognizers import arcface
 from utils import MOST_TEXT, UserError, parse_json, read_plain
 
 USUAL = 0.06  # a budget that the networks are shown as 1
@@ -150,19 +150,13 @@ class Universal(Shares):
 
 
 def fields(images: Tensor, budget: Tensor) -> Tensor:
-    """Averages images (B, 3, H, W) in GRID x GRID fields of the budget's box -> (B, D)."""
-    places = map(_box, budget)
-    parts = [image[:, y0:y1, x0:x1] for image, (x0, y0, x1, y1) in zip(images, places, strict=True)]
-    return torch.stack([F.adaptive_avg_pool2d(part, GRID).flatten() for part in parts])
-
-
-def _box(budget: Tensor) -> tuple[int, int, int, int]:
-    """The box x0, y0, x1, y1 outside of which a budget (1, H, W) is 0, all of it if it is 0 everywhere"""
-    height, width = budget.shape[-2:]
-    rows, columns = (budget[0] > 0).nonzero().unbind(1)
-    if not len(rows):
-        return 0, 0, width, height
-    return int(columns.min()), int(rows.min()), int(columns.max()) + 1, int(rows.max()) + 1
+    """Averages images (B, 3, H, W) in GRID x GRID fields of the box that has a budget -> (B, D)."""
+    found = []
+    for image, where in zip(images, budget[:, 0] > 0, strict=True):
+        rows, columns = (where if where.any() else ~where).nonzero().unbind(1)  # all, where there is none
+        box = image[:, rows.min() : rows.max() + 1, columns.min() : columns.max() + 1]
+        found.append(F.adaptive_avg_pool2d(box, GRID).flatten())
+    return torch.stack(found)
 
 
 def limited(change: Tensor, mask: Tensor, rms: float | None) -> Tensor:
@@ -212,5 +206,4 @@ def frame_of(size: int) -> PointCrop:
     """Makes the square of a side in px in whose middle is ArcFace's crop. Raises ValueError."""
     if not isinstance(size, int) or not 32 <= size <= MOST_FRAME:
         raise ValueError(f"its frame is no whole number from 32 to {MOST_FRAME}")
-    share, border = size * FACE_SHARE, size * (1 - FACE_SHARE) / 2
-    return PointCrop(size, tuple(tuple(border + share * x / ARCFACE_SIDE for x in one) for one in ARCFACE))
+    return arcface(size, FACE_SHARE)

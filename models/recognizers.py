@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from models.faces import Box, BoxCrop, PointCrop
 from models.loading import compiled, complete, file_way, frozen, loading, read_state, recorded
@@ -42,23 +42,20 @@ DLIB_MEAN, DLIB_STD = (122.782, 117.001, 104.298), 256  # of RGB in [0, 255]
 DLIB_FILE = "models/dlib_face_recognition_resnet_model_v1.dat"  # of the package face_recognition_models
 
 
-class Strangers(NamedTuple):
-    """A recogniser's cosines of pairs of strangers; None: not measured."""
-
-    mean: float | None = None  # their mean cosine
-    threshold: float | None = None  # the cosine that one pair in a thousand is above
-
-
-UNKNOWN = Strangers()
-
 # dlib's, by the portraits that it is asked about: 171 pairs of photos of 7 people, threshold as if cosines
 # were normal (it is dlib's usual distance of 0.6); 44,551 pairs of 299 validation people of mini/
-DLIB_STRANGERS = {"photos": Strangers(0.829, 0.921), "mini": Strangers(0.925, 0.973)}
+DLIB_STRANGERS = {
+    "photos": {"strangers_mean": 0.829, "threshold": 0.921},
+    "mini": {"strangers_mean": 0.925, "threshold": 0.973},
+}
 
 
 @dataclass
 class Recognizer:
-    """A face recogniser: its network, how its crops are made, (crop - mean) / std, and its threshold."""
+    """A face recogniser: its network, how its crops are made, (crop - mean) / std, and its threshold.
+
+    strangers_mean and threshold are of the cosines of pairs of strangers; None: not measured.
+    """
 
     name: str
     network: torch.nn.Module  # (N, 3, size, size) -> (N, D), or transformers' output with a `pooler_output`
@@ -66,18 +63,15 @@ class Recognizer:
     mean: Tensor  # (1, 3, 1, 1), in [-1, 1]
     std: Tensor
     dtype: torch.dtype
-    strangers: Strangers = UNKNOWN
+    strangers_mean: float | None = None
+    threshold: float | None = None  # one pair in a thousand is above it: the same person, then
     is_bgr: bool = False  # whether the network wants blue first
+    one_by_one: bool = False  # whether it takes no batches
 
     def left(self, cosine: Tensor) -> Tensor:
         """Puts cosines on a scale that recognisers share: 1 the same picture, 0 a stranger; NaN: unknown."""
-        mean = math.nan if self.strangers.mean is None else self.strangers.mean
+        mean = math.nan if self.strangers_mean is None else self.strangers_mean
         return (cosine - mean) / (1 - mean)
-
-    @property
-    def threshold(self) -> float | None:
-        """A cosine above it is taken for the same person, at 0.1 % false accepts."""
-        return self.strangers.threshold
 
     def embed(self, images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
         """Embeds all boxes of all images, image by image -> unit vectors, float (sum of boxes, D).
@@ -92,10 +86,10 @@ class Recognizer:
         ]
         batch = torch.cat(crops)  # (N, 3, size, size)
         batch = batch.flip(1) if self.is_bgr else batch
-        batch = (batch - self.mean.to(batch)) / self.std.to(batch)
-        found = self.network(batch.to(self.dtype))
-        found = found if isinstance(found, torch.Tensor) else found.pooler_output.flatten(1)
-        return F.normalize(found.to(images.dtype), dim=1)
+        batch = ((batch - self.mean.to(batch)) / self.std.to(batch)).to(self.dtype)
+        found = [self.network(part) for part in (batch.split(1) if self.one_by_one else [batch])]
+        found = [part if isinstance(part, torch.Tensor) else part.pooler_output for part in found]
+        return F.normalize(torch.cat(found).flatten(1).to(images.dtype), dim=1)
 
 
 def face_similarity_to(
@@ -110,17 +104,14 @@ def face_similarity_to(
 
     with torch.no_grad():
         references = [recognizer.embed(clean, boxes) for recognizer in recognizers]  # (sum of boxes, D) each
-    counts = torch.tensor([len(faces) for faces in boxes])
-    owner = torch.repeat_interleave(torch.arange(len(boxes)), counts).to(clean.device)
-
-    def similarity_by(recognizer: Recognizer, reference: Tensor, images: Tensor) -> Tensor:
-        cosines = (recognizer.embed(images, boxes) * reference).sum(dim=1)  # (sum of boxes,)
-        sums = torch.zeros(len(boxes), dtype=cosines.dtype, device=cosines.device)
-        return sums.index_add(0, owner, cosines) / counts.to(cosines)
 
     def face_similarity(images: Tensor) -> Tensor:
-        pairs = zip(recognizers, references, strict=True)
-        return sum(similarity_by(*pair, images) for pair in pairs) / len(recognizers)
+        found = []
+        for recognizer, reference in zip(recognizers, references, strict=True):
+            cosines = (recognizer.embed(images, boxes) * reference).sum(dim=1)  # (sum of boxes,)
+            of_images = cosines.split([len(faces) for faces in boxes])
+            found.append(torch.stack([one.mean() for one in of_images]))
+        return sum(found) / len(recognizers)
 
     return face_similarity
 
@@ -145,9 +136,11 @@ def _described(path: Path, make_crop: Callable[[int], BoxCrop | PointCrop], side
         raise UserError(f"{path}: its size is no height from 16 to {MOST_SIDE} px")
     if side not in (None, height):
         raise UserError(f"{path}: says {height} px, the network takes {side}")
-    strangers = Strangers(said.get("strangers_mean"), said.get("verification_threshold"))
-    parts = {"crop": make_crop(height), "strangers": strangers, "is_bgr": order == "BGR"}
-    return parts | _scaled(said["image_mean"], said["image_std"])
+    of_strangers = {
+        "strangers_mean": said.get("strangers_mean"), "threshold": said.get("verification_threshold")
+    }  # fmt: skip
+    scale = _scaled(said["image_mean"], said["image_std"])
+    return {"crop": make_crop(height), "is_bgr": order == "BGR", **of_strangers, **scale}
 
 
 def _scaled(mean: Sequence[float], std: Sequence[float]) -> dict[str, Tensor]:
@@ -197,13 +190,9 @@ def _dlib(member: str, portraits: str) -> Parts:
 
     if (path := weights_file(member)) is None:
         raise FileNotFoundError("its weights come with a package, which is not installed")
-    crop, strangers = PointCrop(DLIB_SIDE, DLIB), DLIB_STRANGERS[portraits]
-    mean = [value / 255 for value in DLIB_MEAN]
-    return dlib_network(path.read_bytes()), {
-        "crop": crop,
-        "strangers": strangers,
-        **_scaled(mean, [DLIB_STD / 255]),
-    }
+    scale = _scaled([value / 255 for value in DLIB_MEAN], [DLIB_STD / 255])
+    parts = {"crop": PointCrop(DLIB_SIDE, DLIB), **DLIB_STRANGERS[portraits], **scale}
+    return dlib_network(path.read_bytes()), parts
 
 
 def _onnx(member: str, portraits: str) -> Parts:
@@ -218,8 +207,6 @@ def _onnx(member: str, portraits: str) -> Parts:
         raise UserError(f"{said}: not there; it says what {path.name} wants, of values in [0, 1]: {example}")
     import onnx
     import onnx2torch
-    import torch
-    from torch import nn
 
     model = onnx.load(path)
     weights = {tensor.name for tensor in model.graph.initializer}
@@ -228,19 +215,7 @@ def _onnx(member: str, portraits: str) -> Parts:
     side = shape[-1]
     if len(inputs) != 1 or len(shape) != 4 or shape[1] != 3 or shape[2] != side or not side:
         raise UserError(f"{path}: takes {shape}, not one batch of square pictures (N, 3, S, S)")
-    network, one_by_one = onnx2torch.convert(model), shape[0] == 1
-
-    class Whole(nn.Module):
-        """A network whose file may know batches of one alone."""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.network = network
-
-        def forward(self, x: Tensor) -> Tensor:
-            return torch.cat([self.network(part) for part in (x.split(1) if one_by_one else [x])]).flatten(1)
-
-    return Whole(), _described(said, _arcface, side)
+    return onnx2torch.convert(model), _described(said, arcface, side) | {"one_by_one": shape[0] == 1}
 
 
 def _frbench(member: str, portraits: str) -> Parts:
@@ -262,16 +237,16 @@ def _frbench(member: str, portraits: str) -> Parts:
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     wanted = said.get("input", {})
     side = wanted.get("size", [ARCFACE_SIDE])[0]
-    crop = (
-        PointCrop(side, tuple(map(tuple, wanted["template"]))) if wanted.get("template") else _arcface(side)
-    )
+    own = wanted.get("template")
+    crop = PointCrop(side, tuple(map(tuple, own))) if own else arcface(side)
     scale = _scaled(wanted.get("mean", [0.5]), wanted.get("var", wanted.get("std", [0.5])))
     return network, {"crop": crop, "is_bgr": wanted.get("channel") == "bgr", **scale}
 
 
-def _arcface(side: int) -> PointCrop:
-    """Makes a crop on the ArcFace template, at its 112 px or a multiple."""
-    return PointCrop(side, tuple((x * side / ARCFACE_SIDE, y * side / ARCFACE_SIDE) for x, y in ARCFACE))
+def arcface(side: int, share: float = 1.0) -> PointCrop:
+    """Makes a crop of a side in px; ArcFace's, scaled, is this share of it, in the middle."""
+    border, size = side * (1 - share) / 2, side * share
+    return PointCrop(side, tuple(tuple(border + size * x / ARCFACE_SIDE for x in point) for point in ARCFACE))
 
 
 FRBENCH = "frbench:"
@@ -312,11 +287,6 @@ def _way(member: str) -> str:
     return "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
 
 
-def recorded_recognizer(member: str) -> str:
-    """Names a recogniser for run.json; a folder called like a known training is not that training."""
-    return member if member in (*FACENET_URLS, "dlib") else recorded(member)
-
-
 def weights_file(member: str) -> Path | None:
     """Finds the weights of `dlib` or of a training of facenet-pytorch on this machine; None: not there."""
     if member == "dlib":
@@ -329,12 +299,15 @@ def weights_file(member: str) -> Path | None:
     return path if path and path.exists() else None
 
 
-def hashed_recognizer(member: str) -> str:
-    """Names a recogniser with a hash of its weights, if they are on this machine."""
-    if member in (*FACENET_URLS, "dlib"):
-        path = weights_file(member)
-        return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member
-    return recorded(member)
+def recorded_recognizer(member: str, hashed: bool = False) -> str:
+    """Names a recogniser for run.json; a folder called like a known training is not that training.
+
+    hashed: a known one with a hash of its weights, too, if they are on this machine.
+    """
+    if member not in (*FACENET_URLS, "dlib"):
+        return recorded(member)
+    path = weights_file(member) if hashed else None
+    return f"{member} {recorded(str(path)).rpartition(' ')[2]}" if path else member
 
 
 def name_of(member: str) -> str:
