@@ -30,7 +30,7 @@ if not __package__:  # run as a file
 
 from evaluation.features import face_need
 from evaluation.scoring import Metric, Tensor, script
-from models.config import TRAINED_HERE, ModelConfig, identity, panel_names
+from models.config import TRAINED_HERE, ModelConfig, identity
 from utils import UserError
 
 
@@ -131,7 +131,7 @@ def metric_of_panel(what: str, judges: Sequence[str]) -> Metric:
 
 def names_of(config: ModelConfig) -> tuple[list[str], list[str]]:
     """Gives the names of the attacked recognisers and of the judges."""
-    names = panel_names(config.recognizers, config.judges)
+    names = list(config.panel())
     return names[: len(config.recognizers)], names[len(config.recognizers) :]
 
 

@@ -202,8 +202,11 @@ class ModelConfig:
 
     def panel(self) -> dict[str, str]:
         """Gives the recognisers by their names in tables: the attacked ones first, then the judges."""
-        members = self.recognizers + self.judges
-        return dict(zip(panel_names(self.recognizers, self.judges), members, strict=True))
+        found: dict[str, str] = {}
+        for member in self.recognizers + self.judges:
+            name = name_of(member)
+            found[f"{name}-{len(found) + 1}" if name in found else name] = member
+        return found
 
     def edit_settings(self) -> dict[str, Any]:
         """Gives what decides about an edit's pixels beside image, instruction and seed, for run.json."""
@@ -373,14 +376,6 @@ def several(members: str | Sequence[str]) -> tuple[str, ...]:
 def identity(member: str) -> str:
     """Identifies a recogniser, however its path is written."""
     return str(Path(member).resolve()) if Path(member).exists() else member
-
-
-def panel_names(recognizers: Sequence[str], judges: Sequence[str]) -> list[str]:
-    """Names recognisers and judges in tables, no two alike."""
-    names: list[str] = []
-    for name in map(name_of, (*recognizers, *judges)):
-        names.append(f"{name}-{len(names) + 1}" if name in names else name)
-    return names
 
 
 # ---------------------------------------------------------------------------------------------------------
