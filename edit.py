@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     portrait = load_image(args.input_path, config.resolution)
     source = args.source and load_image(args.source, config.resolution)
     if source and source.size != portrait.size:
-        raise UserError(f"{args.source}: is no source of a picture of another size, {args.input_path}")
+        raise UserError(f"{args.source}: can't be the source of {args.input_path}, which has another size")
     picture = args.comparison and choose_output(args.comparison, args.input_path, "comparison", why_png)
     args.seed = utils.draw_seed(args.seed)
     config.warn_of_cpu(args.device)

@@ -155,14 +155,14 @@ class Experiment:
         named = [resolve_editor(wanted, name) for name in args.edit_models]
         config, *others = named or [resolve(wanted)]
         if len({one.editor.by_words for one in (config, *others)}) > 1:
-            raise UserError("--edit_models: edits by words and round trips don't go into one table")
+            raise UserError("--edit_models: edits by words and round trips can't share a table")
         prompts = prompts_of(config.kind, args.prompts, args.prompt_file)
         runs.find_images(args.image_dir)
         utils.check_directory(args.output_dir)
         if len({name_of(editor) for editor in named}) < len(named):
             raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
         if not config.judges:
-            raise UserError("the attack sees all the judges: name others with --judge")
+            raise UserError("the attack sees every judge: name others with --judge")
         protectors = protectors_of(args)
         baseline = find_baseline(args.baseline, list(protectors)) if args.baseline else None
         for protector in protectors.values():

@@ -151,7 +151,7 @@ class Protector:
         if wanted.budget is not None:
             budget = utils.given(utils.budget_size, "budget", wanted.budget)
         if budget > USUAL_BUDGET:
-            warn(f"--attack_budget {budget:g} is a lot. {in_levels(budget)}")
+            warn(f"--attack_budget {budget:g} is large. {in_levels(budget)}")
         knobs = dict(wanted.knobs)
         if self.method.is_network and (refine := knobs.pop("refine", 0)):
             self.method = self.method.refined(usual, refine)
@@ -263,7 +263,7 @@ class Protector:
         config = read_config(member)
         trained = config["trained"]
         if trained["method"] not in METHODS:
-            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is no method")
+            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is not a method")
         return trained | {"has_frame": config.get("frame") is not None}
 
     @property

@@ -211,7 +211,7 @@ def listening() -> Iterator[list[int]]:
         if heard:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         heard.append(number)
-        print("stopping after this batch (once more: at once)", file=sys.stderr)
+        print("stopping after this batch (press again to stop at once)", file=sys.stderr)
 
     before = {number: signal.signal(number, hear) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -387,7 +387,7 @@ def read_about(path: Path) -> dict[str, Any]:
 
 
 def check_networks(table: Path, networks: dict[str, str], way_out: str) -> None:
-    """Refuses to replace a table that was measured by other networks or against other photos. UserError."""
+    """Raises UserError for a table that was measured by other networks or against other photos."""
     page = beside(table, ".json")
     known = read_about(page).get("networks", {}) if page and table.exists() else {}
     parts = [part for part, names in networks.items() if known.get(part, names) != names]
