@@ -29,6 +29,7 @@ READ_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".onnx", ".json", ".txt"
 LIMITS = (
     (re.compile(r"(^|_)num_train_timesteps$"), 1, 100_000),
     (re.compile(r"^(num_(\w+_)?(layers|blocks)|(transformer_)?layers_per_block|depths)$"), 0, None),
+    (re.compile(r"(^|_)(downsample_padding|kernel)$"), 0, 100),
     (re.compile(r"(^|_)(sizes?|dims?|channels|heads|groups|height|width)$"), 1, 10_000_000),
 )
 MOST_LAYERS = 1000  # where no index of tensors says how many there can be

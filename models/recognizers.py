@@ -136,9 +136,11 @@ def _described(path: Path, make_crop: Callable[[int], BoxCrop | PointCrop], side
         raise UserError(f"{path}: its size is no height from 16 to {MOST_SIDE} px")
     if side not in (None, height):
         raise UserError(f"{path}: says {height} px, the network takes {side}")
-    of_strangers = {
-        "strangers_mean": said.get("strangers_mean"), "threshold": said.get("verification_threshold")
-    }  # fmt: skip
+    of_strangers = {}
+    for name, key in (("strangers_mean", "strangers_mean"), ("threshold", "verification_threshold")):
+        of_strangers[name] = value = said.get(key)
+        if value is not None and not (isinstance(value, int | float) and -1 <= value < 1):
+            raise UserError(f"{path}: {key} is {str(value)[:40]!r}, not a number from -1 to 1")
     scale = _scaled(said["image_mean"], said["image_std"])
     return {"crop": make_crop(height), "is_bgr": order == "BGR", **of_strangers, **scale}
 

@@ -223,12 +223,17 @@ def test_values_that_belong_to_no_edit_are_one_line(tmp_path):
         tables.best_two(tables.read_values(path), "psnr", ["a", "b"])
 
 
-@pytest.mark.parametrize("size", [{"height": None}, {"height": {}}, {"height": 5000}])
-def test_a_recogniser_of_no_size_is_one_line(tmp_path, size):
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [({"size": {"height": value}}, "its size is no height from 16 to") for value in (None, {}, 5000)]
+    + [({"strangers_mean": value}, "strangers_mean is .*, not a number from -1 to 1") for value in ("x", 2)]
+    + [({"verification_threshold": {}}, "verification_threshold is .*, not a number from -1 to 1")],
+)
+def test_a_recognisers_numbers_are_checked(tmp_path, said, why):
     shutil.copytree(ROOT / "assets/mini/judge", folder := tmp_path / "judge")
-    said = folder / "preprocessor_config.json"
-    said.write_text(json.dumps(json.loads(said.read_text()) | {"size": size}))
-    with pytest.raises(UserError, match="its size is no height from 16 to"):
+    config = folder / "preprocessor_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | said))
+    with pytest.raises(UserError, match=why):
         load_recognizer(str(folder), torch.device("cpu"), torch.float32)
 
 
@@ -390,6 +395,7 @@ def test_strips_are_the_whole(monkeypatch):
     ("config", "key", "value"),
     [
         ("unet/config.json", "layers_per_block", 1_000_000),
+        ("unet/config.json", "downsample_padding", 10**18),
         ("unet/config.json", "block_out_channels", [32, 0]),
         ("unet/config.json", "cross_attention_dim", "x"),
         ("unet/config.json", "norm_num_groups", -5),
