@@ -104,7 +104,7 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Makes a scheduler with zero terminal SNR (Lin et al. 2023): sampling starts from pure noise, as training.
+    """Makes a scheduler with zero terminal SNR (Lin et al. 2023): sampling starts from pure noise.
 
     With it, v prediction and trailing steps, an edit's colours are right. With epsilon prediction they were
     not: low frequencies are decided at the noisiest steps, where the epsilon loss teaches least.

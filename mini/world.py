@@ -197,10 +197,10 @@ def train(
     """Trains, resumably: AdamW, linear warm-up, cosine decay to 1 % of `lr`, averaged weights.
 
     `loss_fn(model, step, generator)` returns named scalars; "loss" is minimised. Forward passes run in
-    bfloat16 autocast, which is twice as fast on current CPUs and GPUs. Every `save_every` steps the state goes
-    to mini/checkpoints/NAME.pt; a killed run resumes from there. With `steps` 0 nothing is trained and the last
-    checkpoint is used (--export_only). A checkpoint made with other `flags` is refused (--steps may be larger
-    than before). Returns the averaged model, in eval mode.
+    bfloat16 autocast, which is twice as fast on current CPUs and GPUs. Every `save_every` steps the state
+    goes to mini/checkpoints/NAME.pt; a killed run resumes from there. With `steps` 0 nothing is trained and
+    the last checkpoint is used (--export_only). A checkpoint made with other `flags` is refused (--steps may
+    be larger than before). Returns the averaged model, in eval mode.
     """
     path = WORK / f"{name}.pt"
     device = next(model.parameters()).device
