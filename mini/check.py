@@ -42,7 +42,7 @@ from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
 SPLITS = {
     "validation": portraits.VALIDATION,
-    # Lower numbers are the demo's, those that earlier weights were measured on, and docs/results.md's.
+    # Apart from the demo's people, those of earlier weights' figures, and those of docs/results.md.
     "test": range(portraits.TEST_FROM + 6_000, portraits.TEST_FROM + 7_000),
 }
 PEOPLE = 20  # for the edits and the defenses
