@@ -3,7 +3,7 @@
     python app.py
     python app.py --models=mini --attack_budget=0.06
 
-Listens on 127.0.0.1 alone and keeps nothing: pictures are gone with the page that they were for.
+Listens on 127.0.0.1 only and keeps nothing: pictures are deleted when their page is closed.
 Needs Gradio (pip install -r requirements-app.txt). The other flags are those of defend.py; method, budget and
 iterations are what the page begins with. docs/app.md has more.
 """

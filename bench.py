@@ -5,9 +5,9 @@
     python bench.py --input_side=6000x4000 --what encoder --iterations=2 --repeats=1
     python bench.py --model=round-trip --vae=madebyollin/taef2 --recognizer dlib --what facelock-wide
 
-Prints, for each job, seconds per iteration and per image (a defense with the scripts' own iterations, an edit
-with the set's own steps, a metric of one edit), hours for all portraits or for their edits by all 25
-instructions, and peak memory above what the imports take. Every row runs in a process of its own.
+Prints, for each job, seconds per iteration and per image (a defense with its own number of iterations, an
+edit with the set's own steps, a metric on one edit), hours for all portraits or for their edits by all 25
+instructions, and peak memory above what the imports take. Each job runs in its own process.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@
         --output_path=out.png
 
 Writes protected_NAME.png beside the input (protected_NAME_2.png and so on if that exists; with the stand-ins
-of --models=mini protected_mini_NAME.png), or --output_path. Where faces are looked at, each judge says at the
-end what a round trip through the autoencoder leaves of them.
+of --models=mini protected_mini_NAME.png), or --output_path. If faces are looked at, each judge reports at the
+end what is left of them after a round trip through the autoencoder.
 Most methods load only the editor's VAE (docs/methods.md); facelock also loads the face recogniser and LPIPS.
 Budgets and steps are L-infinity sizes in the range [-1, 1] of a pixel: 0.03 is 3.8/255.
 """

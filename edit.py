@@ -7,8 +7,8 @@
         --models=mini --output_path=edit.png
 
 Writes edit_NAME.png beside the input (edit_NAME_2.png and so on if that exists), or --output_path. The seed
-is printed, so that the run can be repeated. --source edits the picture before its protection, too, by the
-same instruction and seed, and each judge says whether the protection held. The editors' safety checkers are
+is printed, so that the run can be repeated. --source names the unprotected picture: it is edited by the same
+instruction and seed, and each judge reports whether the protection held. The editors' safety checkers are
 off: a checker that blanks an edit would be counted as protection.
 """
 

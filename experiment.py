@@ -11,8 +11,8 @@
 Writes OUTPUT_DIR/protected/METHOD/budget_{B}/, OUTPUT_DIR/edits/clean and METHOD/budget_{B}, the table of all
 metrics (all_metric.csv, .md and .json, per_image.csv) and figure.png; for each of --purify the same below
 OUTPUT_DIR/purified/, and purified.csv, .md and .png; for the second and further of --edit_models the same
-below OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it goes on
-where it was. What fails for single portraits is named and left out, and the exit status is 1.
+below OUTPUT_DIR/editors/, and transfer.csv and .md; all of it as a page, report.html. Run again, it resumes
+where it stopped. Portraits that fail are named and left out, and the exit status is 1.
 """
 
 from __future__ import annotations

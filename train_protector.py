@@ -1,4 +1,4 @@
-"""Trains a network that protects at once, `instant`, by the very objective of a method.
+"""Trains `instant`, a network that protects at once, with the objective of any other method.
 
     python mini/portraits.py --write people --first 0 --count 2000
     python mini/portraits.py --write held_out --first 100000 --count 16
@@ -7,11 +7,11 @@
     python defend.py --models=mini --defend_method=instant --protector=checkpoints/protector/network \\
         --input_path=assets/portraits/mini/portrait_1000000.png
 
-The network sees a portrait, and how large a change may be where, and is taught to maximise what the method's
-loop would climb: through the autoencoder, the recognisers and the random transforms of --defend_method. No
-judge takes part; at intervals the last of them measures what is left of the validation people after a round
-trip through the autoencoder. With --pairs the network imitates the loop first. Writes OUTPUT_DIR/network, the
-one to use, and a checkpoint, from which the next run continues. docs/methods.md has the costs.
+The network sees a portrait and each pixel's budget, and learns to maximise what the method's loop maximises,
+through the autoencoder, the recognisers and the random transforms of --defend_method. Judges take no part in
+training; at intervals the last judge measures what is left of the validation people after a round trip
+through the autoencoder. With --pairs the network imitates the loop first. Writes OUTPUT_DIR/network, the one
+to use, and a checkpoint, from which the next run continues. docs/methods.md has the costs.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@
 
 Visibility is the LPIPS of a protected picture against its source, the mean over the portraits. It grows about
 with the square of the budget, which gives the next guess. Budgets are whole levels of 255; the nearest one is
-printed, whose LPIPS may be a tenth off. The guesses are printed to stderr.
+printed, and its LPIPS may be a tenth off. The guesses go to stderr.
 """
 
 from __future__ import annotations

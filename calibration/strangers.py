@@ -1,13 +1,13 @@
-"""Measures a recogniser on strangers: their mean cosine, and the one that 0.1 % of the pairs exceed.
+"""Measures a recogniser on strangers: their mean cosine, and the cosine that 0.1 % of the pairs exceed.
 
     python mini/portraits.py --write people --first 150000 --count 300
     python calibration/strangers.py --models=mini --recognizer dlib assets/mini/judge --image_dir people
     python calibration/strangers.py --recognizer adaface.onnx --image_dir people
 
-IMAGE_DIR holds a photo of each person, NAME.*, or several, NAME/*. The JSON of an ONNX file and the
-preprocessor_config.json of a directory take the numbers as they are printed; dlib's stand in
-models/recognizers.py. For fewer than 10,000 pairs the threshold is that of a normal distribution with their
-mean and deviation, and the line says so.
+IMAGE_DIR holds one photo of each person, NAME.*, or several, NAME/*. Copy the printed numbers into the JSON
+of an ONNX file or the preprocessor_config.json of a directory; dlib's are in models/recognizers.py. For fewer
+than 10,000 pairs the threshold is that of a normal distribution with their mean and deviation, and the
+printed line says so.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Lets a script of this folder, run as a file, import the project: its own folder is all that Python adds."""
+"""Lets the scripts of this folder import the project when run as files: Python adds only their own folder."""
 
 import sys
 from pathlib import Path

@@ -7,12 +7,12 @@
         --protected_dirs protected/noise protected/facelock --output tables/main.csv
 
 Writes all_metric.csv and all_metric.md: one row for the unprotected edits and one per method, each value with
-a 95 % interval; and all_metric.json, which networks measured: a table by others is not replaced. The first
-table shows what the panel of judges says (left, by the one who finds most; recognised and identified, by any;
-the share of edits without a face), CLIP-S, PSNR, SSIM, LPIPS and CLIP-I. Then comes a table for each judge,
-and one for the recognisers that attacks see. An arrow shows the direction that a defender wants. --baseline
-adds paired differences (..._minus_baseline.csv), --protected_dirs how visible each protection is
-(..._protected.csv); without them, such a file of an earlier run is removed.
+a 95 % interval; and all_metric.json, which names the networks that measured (a table made with other networks
+is not replaced). The first table has left, by the judge that finds most; recognised and identified, by any
+judge; the share of edits without a face; CLIP-S, PSNR, SSIM, LPIPS and CLIP-I. Then come a table for each
+judge and one for the recognisers that attacks see. An arrow shows the direction that a defender wants.
+--baseline adds paired differences (..._minus_baseline.csv), --protected_dirs how visible each protection is
+(..._protected.csv); without these flags, such files of an earlier run are removed.
 What each metric can be trusted for: docs/results.md.
 """
 

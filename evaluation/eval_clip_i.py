@@ -4,8 +4,8 @@
         --defend_edit_dirs edits/facelock edits/vae --seed 0
 
 Writes clip_i_metric.csv into the working directory. Low means that the edit shows something else, which need
-not be another person: see eval_facial.py. --models mini: the bundled stand-in, whose values compare with no
-others.
+not be another person: see eval_facial.py. Values of the bundled stand-in (--models mini) can't be compared
+with others.
 """
 
 import sys

@@ -6,7 +6,7 @@ and the instruction.
 
 Writes clip_s_metric.csv into the working directory. Low means that the instruction was not carried out, which
 says nothing about the face: see eval_facial.py. The instructions are those that the edits' run.json records,
-or the lines of --prompt_file. --models mini: the bundled stand-in, whose values compare with no others.
+or the lines of --prompt_file. Values of the bundled stand-in (--models mini) can't be compared with others.
 """
 
 import sys

@@ -8,16 +8,16 @@
         --clean_edit_dir edits/clean --defend_edit_dirs edits/facelock --seed 0
 
 Writes facial_metric.csv, by the recogniser that attacks see; or, with --by judge or --judge, by those that
-no attack sees: facial_JUDGE_metric.csv for each judge of the panel, and left_metric.csv, by the judge who
+no attack sees: facial_JUDGE_metric.csv for each judge of the panel, and left_metric.csv, by the judge that
 finds most. The bundled judge, which was trained like the attacked recogniser, counts there only if it is the
 only one. FR by cosine is also called ISM, the share of edits without a face FDFR, identified rank-1.
 
 An attacked recogniser overstates the protection, and so does one that was trained like it: report judges that
-no attack saw and that others trained. Cosines compare only within one recogniser. `left`, which is 1 for the
-same picture and 0 for a stranger, compares between them. Easier to read is the share of edits that are still
-recognised (above the threshold that one pair of strangers in a thousand exceeds) and identified (nearest in a
-gallery: the people themselves, and --gallery_dir). The source flatters a recogniser: in life, a person is
-recognised by other photos. --reference_dir holds them, as NAME.* or NAME/*.
+no attack saw and that others trained. Cosines are comparable only within one recogniser; `left`, which is 1
+for the same picture and 0 for a stranger, is comparable between them. Easier to read are the shares of edits
+still recognised (above the threshold that one pair of strangers in a thousand exceeds) and identified
+(nearest in a gallery: the people themselves, and --gallery_dir). Comparing with the source overestimates
+recognition: in life, a person is recognised by other photos. --reference_dir holds them, as NAME.* or NAME/*.
 """
 
 import argparse

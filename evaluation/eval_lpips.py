@@ -4,9 +4,9 @@ protection changed them.
     python evaluation/eval_lpips.py --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock edits/vae --seed 0
 
-Writes lpips_metric.csv into the working directory. 0 for identical images. facelock optimises this very
-distance (to the source), and a distance of two edits says that they differ, not that the person is gone: see
-eval_facial.py for that. --models mini: the bundled stand-in, whose values compare with no others.
+Writes lpips_metric.csv into the working directory. Identical images have 0. facelock itself optimises LPIPS
+(to the source). A large distance between two edits says that they differ, not that the person is gone: see
+eval_facial.py. Values of the bundled stand-in (--models mini) can't be compared with others.
 """
 
 import sys

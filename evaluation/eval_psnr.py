@@ -4,7 +4,7 @@ changed them.
     python evaluation/eval_psnr.py --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock edits/vae --seed 0
 
-Writes psnr_metric.csv into the working directory. In dB, over 8-bit pixels. A high distance between two edits
+Writes psnr_metric.csv into the working directory, in dB, over 8-bit pixels. A low PSNR between two edits
 says that they differ, not that the person is gone: see eval_facial.py for that.
 """
 

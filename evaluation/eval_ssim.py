@@ -4,7 +4,7 @@ changed their structure.
     python evaluation/eval_ssim.py --clean_edit_dir edits/clean \\
         --defend_edit_dirs edits/facelock edits/vae --seed 0
 
-Writes ssim_metric.csv into the working directory. 1 for identical images. A low similarity of two edits says
+Writes ssim_metric.csv into the working directory. Identical images have 1. A low similarity of two edits says
 that they differ, not that the person is gone: see eval_facial.py for that.
 """
 

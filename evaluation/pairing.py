@@ -4,7 +4,7 @@ A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as ma
 directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
 
 An edit may be the last of several steps (protected, purified, edited). The manifest of each directory records
-one of them, by hashes. Where nothing is recorded, nothing is refused.
+one of them, by hashes. Files without a record are not refused.
 """
 
 import re

@@ -2,10 +2,10 @@
 
     python evaluation/report.py --experiment_dir experiment/methods --output report.html
 
-Reads what experiment.py or eval_all.py left in a directory: per_image.csv, all_metric.csv (one of the two is
-needed), all_metric_protected.csv, purified/*/all_metric.csv, the run.json's, the pictures in edits/ and
-protected/. Another project's results in this layout can be reported, too; what isn't there, the page says. It
-measures nothing itself. The file needs no other, and the same input gives the same bytes.
+Reads what experiment.py or eval_all.py wrote into a directory: per_image.csv, all_metric.csv (one of the two
+is needed), all_metric_protected.csv, purified/*/all_metric.csv, each run.json, the pictures in edits/ and
+protected/. Results of another project in this layout work, too; the page lists what is missing. The script
+measures nothing. The HTML file needs no other file, and the same input gives the same bytes.
 """
 
 from __future__ import annotations

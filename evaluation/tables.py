@@ -1,7 +1,7 @@
 """From values to tables: means over images, intervals, paired differences; as CSV, Markdown and LaTeX.
 
 Values are a long DataFrame: method, seed, prompt, name, metric, value. Here `method` is the name of a row. In
-files there are method, budget, editor and purifier instead, as `pairing.about_rows` tells them.
+files there are method, budget, editor and purifier instead, as `pairing.about_rows` gives them.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
-"""Measures the embedded models against what is asked of them, and exits 1 where a target is missed.
+"""Measures the embedded models against their targets, and exits with 1 if a target is missed.
 
-    python mini/check.py                # people of the validation range, for every tuning
-    python mini/check.py --split test   # people that nothing else looks at: the final figures only
-    python mini/check.py --num_inference_steps 4    # other than the mini set's own
+    python mini/check.py                # people of the validation range, for tuning
+    python mini/check.py --split test   # people that nothing else uses: for final figures only
+    python mini/check.py --num_inference_steps 4    # instead of the mini set's own
 
-About half an hour on one CPU core. Prints the Markdown table of assets/mini/README.md, a row as soon as it is
-measured, and leaves a sheet of reconstructions and edits in mini/checkpoints/. Everything is loaded and run
-as the project's scripts do it. The models are stand-ins: nothing here says how a real photo is protected.
+Takes about half an hour on one CPU core. Prints the Markdown table of assets/mini/README.md, each row as soon
+as it is measured, and writes a sheet of reconstructions and edits to mini/checkpoints/. Everything is loaded
+and run as the project's scripts do it. The models are stand-ins: nothing here says how well a real photo is
+protected.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ from utils import HelpFormatter, edit_prompts, positive_int, start_seed
 
 SPLITS = {
     "validation": portraits.VALIDATION,
-    # Below are the demo's, the people whom earlier weights were measured on, and those of docs/results.md.
+    # Apart from the demo's people, those of earlier weights' figures, and those of docs/results.md.
     "test": range(portraits.TEST_FROM + 6_000, portraits.TEST_FROM + 7_000),
 }
-PEOPLE = 20  # of the edits and of the defenses
+PEOPLE = 20  # for the edits and the defenses
 PEOPLE_OF_VAE, PEOPLE_OF_CLIP, PEOPLE_OF_RECOGNISERS, PEOPLE_ALTERED = 50, 100, 200, 60
-PROMPTS = (0, 4, 5, 10, 13, 19)  # of the defenses and of the paper's guidance: hair, face, skin, clothes, ...
+PROMPTS = (0, 4, 5, 10, 13, 19)  # for the defenses and the paper's guidance: hair, face, skin, clothes, ...
 BUDGET = 0.06
 RECOGNISERS = ("recognizer", "judge")
 PURIFIER = "jpeg:75+resize:0.5"
@@ -56,14 +57,14 @@ CPU = torch.device("cpu")
 
 
 class Table:
-    """Prints rows of what was measured beside what is asked, and counts the misses."""
+    """Prints measured values beside their targets, and counts the missed ones."""
 
     def __init__(self) -> None:
         self.missed = 0
         print("| what | measured | target | |\n|---|---|---|---|", flush=True)
 
     def row(self, what: str, measured: str, target: str = "", met: bool | None = None) -> None:
-        """Prints a row. met: whether the target is; None where there is none."""
+        """Prints a row. met: whether the target is met; None if there is no target."""
         self.missed += met is not None and not met  # numpy's bools are not Python's
         print(f"| {what} | {measured} | {target} | {_verdict(met)} |", flush=True)
 
@@ -73,7 +74,7 @@ def _verdict(met: bool | None) -> str:
 
 
 def print_nothing(text: str) -> None:
-    """Drops the evaluations' own lines, since the table says the same."""
+    """Drops the evaluations' own output, since the table shows the same."""
 
 
 class Models:
@@ -88,10 +89,10 @@ class Models:
         self.views: dict[range, FaceFeatures] = {}
 
     def faces(self, people: range, edits: np.ndarray) -> dict[str, dict[str, float]]:
-        """Measures edits (N, P, H, W, 3) of the first N people, the rest being strangers in the gallery.
+        """Measures edits (N, P, H, W, 3) of the first N people; the others are strangers in the gallery.
 
-        Returns by recogniser: `similarity` (FR), `recognised`, `identified`, the means over all edits, and
-        `by_prompt`, FR's means (P,).
+        Returns for each recogniser `similarity` (FR), `recognised` and `identified`, means over all edits,
+        and `by_prompt`, the mean FR of each prompt, (P,).
         """
         if people not in self.views:
             self.views[people] = view = FaceFeatures(self.recognizers, crops.detector(), CPU)
@@ -125,7 +126,7 @@ def check_vae(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.ndarray:
-    """Measures edits at the set's defaults -> those of PROMPTS, (PEOPLE, 6, H, W, 3), for the other rows."""
+    """Measures edits at the set's defaults -> those by PROMPTS, (PEOPLE, 6, H, W, 3), for later rows."""
     found = train_editor.measure(loaded.editor, people[:PEOPLE])
     save_png(sheet, found.sheet(8))
     what = f"edits of {PEOPLE} people x 25 prompts"
@@ -167,7 +168,7 @@ def check_edits(table: Table, people: range, loaded: Models, sheet: Path) -> np.
 
 
 def check_second(table: Table, people: range, loaded: Models, sheet: Path) -> None:
-    """Measures what the second editor makes of portraits: reported, it is there for what carries over."""
+    """Measures the second editor's edits. No targets: it only serves to show what carries over."""
     editor = world.mini_set(model="flux-kontext").load_editor()
     pictures, outputs = train_vae.reconstructions(editor.pipeline.vae, people[:PEOPLE], CPU)
     table.row("the second editor's VAE: reconstruction", f"{train_vae.psnr(pictures, outputs).mean():.2f} dB")
@@ -186,7 +187,7 @@ def check_second(table: Table, people: range, loaded: Models, sheet: Path) -> No
 
 
 def check_guidance(table: Table, people: range, loaded: Models) -> None:
-    """Measures edits by a few prompts at the paper's guidance: reported, nothing is asked of them."""
+    """Measures edits by a few prompts at the paper's guidance. No targets."""
     editor = world.mini_set(guidance_scale=7.5, image_guidance_scale=1.5).load_editor()
     found = train_editor.measure(editor, people[:PEOPLE], prompts=PROMPTS)
     met = found.prompts_met()
@@ -198,7 +199,7 @@ def check_guidance(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_recognisers(table: Table, people: range, loaded: Models) -> None:
-    """Measures how well recogniser and judge tell people apart, and how little else sways the judge."""
+    """Measures how well recogniser and judge tell people apart, and how robust the judge is."""
     for name in RECOGNISERS:
         found = train_recognizer.evaluate(
             loaded.recognizers[name], people[:PEOPLE_OF_RECOGNISERS], print_nothing
@@ -233,7 +234,7 @@ def check_recognisers(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_clip(table: Table, people: range, loaded: Models) -> None:
-    """Measures whether CLIP knows an edit's instruction."""
+    """Measures how often CLIP recognises an edit's instruction."""
     found = train_clip.evaluate(Path(loaded.config.clip), CPU, people[:PEOPLE_OF_CLIP], print_nothing)
     table.row(
         f"CLIP, {PEOPLE_OF_CLIP} people: the right prompt nearest to the edit direction",
@@ -244,8 +245,7 @@ def check_clip(table: Table, people: range, loaded: Models) -> None:
 
 
 def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarray) -> None:
-    """Measures protected portraits, what the VAE makes of them, and their edits beside `clean`, those of the
-    unprotected ones."""
+    """Measures protected portraits, their reconstructions and edits. clean: edits of unprotected ones."""
     sources = np.array(world.render([(person, 0, None) for person in people[:PEOPLE]]))  # (N, H, W, 3)
     through = partial(train_vae.reconstruct, loaded.editor.pipeline.vae, device=CPU)
     edit = partial(train_editor.apply, loaded.editor, prompts=PROMPTS, seed=0)
@@ -275,7 +275,7 @@ def check_defenses(table: Table, people: range, loaded: Models, clean: np.ndarra
                 "<= 0.45 x" if attacked else "",
                 share <= 0.45 if attacked else None,
             )
-    middle = statistics.median(seconds)  # of facelock, the last
+    middle = statistics.median(seconds)  # of facelock, the last method
     table.row("one facelock protection, 100 iterations", f"{middle:.1f} s", "<= 15 s", middle <= 15)
     steps = chain(PURIFIER)
     of_protected, of_sources = (
@@ -305,7 +305,7 @@ def decibels(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def protect(method: str, people: Sequence[int], sources: np.ndarray) -> tuple[np.ndarray, list[float]]:
-    """Protects one by one, as defend.py does -> what it would save, (N, H, W, 3) uint8, and seconds each."""
+    """Protects one by one, as defend.py does -> the pixels it would save, (N, H, W, 3) uint8, and seconds."""
     protector = Protector(method=method, budget=BUDGET, models="mini", device=str(CPU))
     protector.preload()
     files, seconds = [], []

@@ -1,8 +1,8 @@
-"""Faces of rendered portraits as the recognisers are trained on them: found, cut out and photographed anew.
+"""Faces of rendered portraits for training the recognisers: detected, cropped and augmented.
 
-MTCNN's boxes are found once. A crop is jittered by as much as they differ from a source to its edits, so that
-a network learns to leave that aside, and at random mirrored, lit, coloured, blurred, made noisy and saved as
-JPEG.
+MTCNN detects the boxes once. Crops are jittered by as much as boxes differ between a source and its edits, so
+that a network learns to ignore that difference, and randomly mirrored, lit, coloured, blurred, made noisy and
+saved as JPEG.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from PIL import Image
 from images import to_tensor, to_uint8
 from models.faces import LOOKS, LUMA, Box, FaceDetector
 
-# Standard deviations of a crop's centre (px of 128, each way) and of the logarithm of its height; its width
-# moves a little beside its height. Boxes of sources and their edits differ by 1.5 px and .056, those of edits
-# and their blurred copies by 2.3 px and .12.
+# Standard deviations of a crop's centre (px of 128, in x and y) and of the logarithm of its height; WIDTH is
+# added to that for its width. Boxes of sources and their edits differ by 1.5 px and .056, those of edits and
+# their blurred copies by 2.3 px and .12.
 CENTRE, HEIGHT, WIDTH = 2.0, 0.1, 0.03
 
 GAMMA = 0.35  # standard deviation of the exponent's logarithm
-LIGHT = 0.15  # largest change of contrast and of brightness, of 1
+LIGHT = 0.15  # largest change of contrast and of brightness, as a share of 1
 SATURATION = 2.2  # largest factor of the colours' distance from grey
 TINT = 0.2  # largest deviation of the entries of a matrix that mixes the colours
 BLUR = 3.0  # px of the crop, largest standard deviation; half of the crops stay sharp
-NOISE = 0.06  # largest standard deviation, in [-1, 1]; edits share their sources' own, which it hides
-JPEG = 30, 96  # qualities, of half of the crops
+NOISE = 0.06  # largest standard deviation, in [-1, 1]; it hides the noise that edits share with their source
+JPEG = 30, 96  # lowest quality, and one above the highest; half of the crops
 
 
 def find(requests: Sequence[world.Request], processes: int | None = None) -> np.ndarray:
-    """Finds the largest face of each portrait, or reads it from the cache -> (N, 4) int16: x0, y0, x1, y1, as
-    models.faces gives them, and zeros where there is none."""
+    """Finds the largest face of each portrait, or reads it from the cache -> (N, 4) int16: x0, y0, x1, y1
+    as in models.faces, zeros if there is no face."""
     path = world.WORK / "data" / f"{world.cache_key(requests, repr(LOOKS).encode())}.boxes.npy"
     if not path.exists():
         pixels = world.render(requests, processes)
@@ -55,24 +55,24 @@ def _one_thread() -> None:
 
 @functools.cache
 def detector() -> FaceDetector:
-    """Loads the detector, once a process."""
+    """Loads the detector, once per process."""
     return FaceDetector(torch.device("cpu"))
 
 
 def largest(images: Sequence[np.ndarray]) -> np.ndarray:
-    """Finds the largest face of each picture (H, W, 3) uint8 -> (N, 4) int16, as `find`."""
+    """Finds the largest face of each picture (H, W, 3) uint8 -> (N, 4) int16, like `find`."""
     found = detector().find(images)
     return np.array([next(iter(boxes), (0, 0, 0, 0)) for boxes in found], dtype=np.int16)
 
 
 def boxes_of(found: np.ndarray) -> list[list[Box]]:
-    """Gives what `find` found in the form that a recogniser takes; the whole picture where there is none."""
+    """Converts `find`'s boxes to the form that a recogniser takes; without a face, the whole picture."""
     whole = (0, 0, world.SIDE, world.SIDE)
     return [[tuple(int(side) for side in box) if box.any() else whole] for box in found]
 
 
 def cut(images: torch.Tensor, boxes: torch.Tensor, generator: torch.Generator, size: int) -> torch.Tensor:
-    """Cuts faces out, jittered and half of them mirrored. images (B, 3, H, W), boxes (B, 4) in px ->
+    """Crops faces, jittered, half of them mirrored. images (B, 3, H, W), boxes (B, 4) in px ->
     (B, 3, size, size)."""
     count, (height, width) = len(images), images.shape[-2:]
     middle = (boxes[:, 2:] + boxes[:, :2]) / 2 + CENTRE * torch.randn(count, 2, generator=generator)
@@ -89,9 +89,9 @@ def cut(images: torch.Tensor, boxes: torch.Tensor, generator: torch.Generator, s
 
 
 def photograph(crops: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Gives crops (B, 3, H, W) in [-1, 1] other light, colours, sharpness, noise and JPEG -> the same.
+    """Changes light, colours, sharpness, noise and JPEG of crops (B, 3, H, W) in [-1, 1] -> the same shape.
 
-    Each by its own draw, but all that are blurred by the same sigma.
+    Each crop has its own draw, but all blurred ones share one sigma.
     """
     count = len(crops)
 
@@ -123,7 +123,7 @@ def blur(images: torch.Tensor, sigma: float) -> torch.Tensor:
 
 
 def jpeg(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Saves images (B, 3, H, W) in [-1, 1] as JPEG of random quality, and reads them."""
+    """Compresses images (B, 3, H, W) in [-1, 1] as JPEG of random quality."""
     read = []
     qualities = torch.randint(*JPEG, (len(images),), generator=generator).tolist()
     for pixels, quality in zip(to_uint8(images), qualities, strict=True):

@@ -3,8 +3,8 @@
 A portrait is an SVG picture built from parameters and rendered by resvg. `identity` fixes the person
 (geometry, skin, eyes, hair, beard); `variation` fixes what a person can change between two photos
 (expression, clothes, background, light, pose); `prompt` applies one of the 25 edits to exactly that
-picture. An edit is a function of what the source picture shows, so that an editor network can learn it
-from pairs. What a portrait is made of is in `drawing/`, a file for each part.
+picture. An edit depends only on what the source picture shows, so that an editor network can learn it
+from pairs. The parts of a portrait are in `drawing/`, one file per part.
 
 Look at eight people, plain, in a second variation and under all 25 edits:
 
@@ -31,12 +31,12 @@ from drawing.scene import Scene
 from drawing.texture import Texture
 from PIL import Image, ImageDraw
 
-# Raise it with every change that moves a pixel of any portrait, source or edit: rendered pictures and latents
-# are cached under it (world.py). The bundled portraits and models then have to be made anew.
+# Raise it with every change of any pixel of a portrait, source or edit: rendered pictures and latents are
+# cached under this number (world.py). The bundled portraits and models then have to be made again.
 VERSION = 2
 
-# Who may look at which identities. The judge's half is kept apart from everything it judges.
-TRAIN = range(100_000)  # the judge alone uses JUDGE, everything else trains on range(50_000)
+# Who may use which identities. The judge's half is kept apart from everything that it judges.
+TRAIN = range(100_000)  # the judge trains on JUDGE, everything else on range(50_000)
 JUDGE = range(50_000, 100_000)
 VALIDATION = range(100_000, 200_000)
 TEST_FROM = 1_000_000  # this identity and all above it: tests, demos and final figures only
@@ -59,13 +59,13 @@ ON_TOP = {
 
 
 def draw(identity: int, variation: int = 0, prompt: int | None = None) -> Scene:
-    """Draws one picture, from the back to the front; its `svg` is the drawing."""
+    """Draws one picture, from back to front, into the scene's `svg`."""
     edit = None if prompt is None else Edit(prompt)
     s = Scene(identity_of(identity), variation_of(identity, variation), edit)
     svg, v = s.svg, s.var
     place = f"translate({128 + v.shift[0]:.2f} {v.shift[1]:.2f}) translate(0 200) scale({v.scale:.3f})"
     body_place = f"{place} translate(0 -200)"
-    head_place = f"{place} rotate({v.tilt:.2f}) translate(0 -200)"  # it turns about the neck
+    head_place = f"{place} rotate({v.tilt:.2f}) translate(0 -200)"  # the head turns about the neck
     places.background(s)
     with svg.group(head_place), svg.of("hair"):
         hair.back(s)
@@ -109,10 +109,10 @@ def _rendered(svg: str, size: int, mode: str) -> Image.Image:
 
 
 def portrait(identity: int, variation: int = 0, prompt: int | None = None, size: int = 128) -> Image.Image:
-    """Renders the person as an RGB picture of size x size; with `prompt` (0 to 24), that picture edited."""
+    """Renders the person as an RGB picture of size x size; with `prompt` (0 to 24), the edited picture."""
     scene = draw(identity, variation, prompt)
     pixels = np.asarray(_rendered(scene.svg.text(), size, "RGB"), np.float32)
-    flat = _rendered(scene.svg.flat(), size // 2, "RGBA")  # a quarter of the time, and edges as soft as these
+    flat = _rendered(scene.svg.flat(), size // 2, "RGBA")  # a quarter of the time, equally soft edges
     regions = np.asarray(flat.convert("RGBa").resize((size, size), Image.Resampling.BILINEAR), np.float32)
     pixels = Texture(scene, identity, variation, size).laid_on(pixels, regions / 255)
     pixels = camera.noise(identity, variation, camera.light(scene.var, pixels))
@@ -120,7 +120,7 @@ def portrait(identity: int, variation: int = 0, prompt: int | None = None, size:
 
 
 def describe(identity: int, variation: int = 0) -> dict[str, str]:
-    """Tells the source picture's visible attributes in plain words, for captions."""
+    """Describes the source picture's visible attributes in plain words, for captions."""
     p, v = identity_of(identity), variation_of(identity, variation)
     skin = SKIN_WORDS[min(int(p.skin_tone * len(SKIN_WORDS)), len(SKIN_WORDS) - 1)]
     pattern = "" if v.pattern == "plain" else v.pattern + " "
@@ -140,8 +140,8 @@ def describe(identity: int, variation: int = 0) -> dict[str, str]:
 
 
 def contact_sheet(first: int, count: int = 8, size: int = 128) -> Image.Image:
-    """Puts identities in rows: plain, a second variation, the 25 edits, under a line of prompt numbers."""
-    title = 16  # px, the height of the line above
+    """Draws one row per identity: plain, a second variation, the 25 edits; prompt numbers on top."""
+    title = 16  # px, the height of the line of prompt numbers
     columns = [(0, None), (1, None), *((0, int(edit)) for edit in Edit)]
     sheet = Image.new("RGB", (size * len(columns), title + size * count), "white")
     draw = ImageDraw.Draw(sheet)

@@ -1,4 +1,4 @@
-"""The small CLIP tokenizer that the editor and the CLIP of the mini world share."""
+"""The small CLIP tokenizer of the mini editors and the mini CLIP."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from itertools import pairwise
 from tokenizers import pre_tokenizers
 from transformers import CLIPTokenizer
 
-MAX_LENGTH = 32  # tokens, with the two that mark start and end; longer texts are cut off
+MAX_LENGTH = 32  # tokens, including the start and end tokens; longer texts are cut
 WORD_END = "</w>"
 START, END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
-    """Builds a byte-level BPE tokenizer with a token for every word of `texts`; depends on the words alone.
+    """Builds a byte-level BPE tokenizer with one token for every word of `texts`; only the words matter.
 
-    All 256 bytes are in the vocabulary, so that any other text is spelled out rather than lost. As in
-    OpenAI's CLIP the text is lower-cased and the end token is also the padding and has the largest id.
+    All 256 bytes are in the vocabulary, so any other text is spelled out rather than lost. As in OpenAI's
+    CLIP, text is lower-cased, and the end token is also the padding token and has the largest id.
     """
-    rules = CLIPTokenizer().backend_tokenizer  # an empty one: its way of normalising and splitting words
+    rules = CLIPTokenizer().backend_tokenizer  # an empty tokenizer, for its normalisation and word splitting
     words = set()
     for text in texts:
         pieces = rules.pre_tokenizer.pre_tokenize_str(rules.normalizer.normalize_str(text))
@@ -33,10 +33,10 @@ def build_tokenizer(texts: Sequence[str]) -> CLIPTokenizer:
 
 
 def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
-    """Merges pairs of bytes until each word is one symbol: the commonest first, then by the alphabet.
+    """Merges pairs of bytes until each word is one symbol: the most frequent first, ties alphabetically.
 
-    Written out because the trainer of `tokenizers` breaks ties in another way in every process, and a
-    resumed training must find the ids it began with.
+    Written by hand because the trainer of `tokenizers` breaks ties differently in every process, and a
+    resumed training must find the ids that it began with.
     """
     spelled = [[*word[:-1], word[-1] + WORD_END] for word in words]
     merges = []

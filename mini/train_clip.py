@@ -1,12 +1,12 @@
 """Trains the mini world's CLIP, a small transformers CLIPModel with its CLIPProcessor.
 
     python mini/train_clip.py                # -> assets/mini/clip
-    python mini/train_clip.py --export_only  # the last checkpoint, exported and evaluated again
+    python mini/train_clip.py --export_only  # exports and evaluates the last checkpoint again
 
-Three losses: contrastive between pictures and captions (an edit's caption also tells the edit), an edited
-picture to its instruction alone, and the edit's direction E(edit) - E(source) to its instruction, which is
-what CLIP-S measures. The text side knows the 25 instructions and captions of what portraits.describe names.
-A stopped run goes on where it was; checkpoints and the log are in mini/checkpoints/.
+Three losses: a contrastive one between pictures and captions (an edit's caption includes its instruction);
+one between an edited picture and its instruction alone; and one between the edit's direction,
+E(edit) - E(source), and its instruction, which is what CLIP-S measures. The texts are the 25 instructions
+and captions made from portraits.describe. A stopped run resumes; checkpoints and log: mini/checkpoints/.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from utils import edit_prompts, pick_device
 
 SIZE, PATCH, WIDTH = 64, 8, 128  # px, px, vision width
 TEXT_WIDTH, PROJECTION = 96, 128
-TEMPERATURE = 0.07  # of the two losses over the 25 instructions, and the contrastive one's start
+TEMPERATURE = 0.07  # of the two losses over the 25 instructions; the contrastive loss starts from it
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.08}
-SOURCES = 2  # training pictures of each identity that are not edited
-EDITS = 3  # edits of each source
-MAX_TOLD = 3  # attributes in a caption: with the instruction it stays within the tokenizer's length
+SOURCES = 2  # unedited training pictures per identity
+EDITS = 3  # per source
+MAX_TOLD = 3  # attributes in a caption, so that with an instruction it fits the tokenizer's length
 VALIDATION_COUNT = 100  # identities, each with all 25 edits
 
-PHRASES = {  # how a caption tells what portraits.describe names; other keys are told as "with ..."
+PHRASES = {  # the wording of each key of portraits.describe; other keys become "with ..."
     "clothes": "wearing {}",
     "background": "in front of {}",
     "expression": "looking {}",
@@ -47,7 +47,7 @@ PHRASES = {  # how a caption tells what portraits.describe names; other keys are
 
 
 def caption(words: dict[str, str], draw: random.Random, edit: str | None = None) -> str:
-    """Tells a random subset of the attributes in a random order, and the edit's instruction if any."""
+    """Writes a caption: a random subset of the attributes in random order, then the instruction if any."""
     told = draw.sample(sorted(words), draw.randint(1, min(MAX_TOLD, len(words))))
     text = "a portrait of a person " + ", ".join(
         PHRASES.get(key, "with {}").format(words[key]) for key in told
@@ -66,7 +66,7 @@ def text_embedding(model: CLIPModel, tokens: dict[str, torch.Tensor]) -> torch.T
 
 
 def cosines(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Compares each of (N, D) with each of (M, D) -> (N, M), in float32 also under autocast."""
+    """Computes the cosines of (N, D) with (M, D) -> (N, M), in float32 even under autocast."""
     with torch.autocast(a.device.type, enabled=False):
         return F.normalize(a.float()) @ F.normalize(b.float()).T
 
@@ -99,9 +99,7 @@ def build(tokenizer: CLIPTokenizer) -> CLIPModel:
 def evaluate(
     out: Path, device: torch.device, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Loads what was exported, as the scripts do, and measures it on the generator's own edits of people
-    never trained on.
-    """
+    """Loads the exported model as the scripts do, and measures it on the generator's edits of new people."""
     count = len(identities)
     clip = load_clip(str(out), device, torch.float32)
     instructions = list(edit_prompts.values())
@@ -151,7 +149,7 @@ def main(argv: list[str] | None = None) -> int:
     sources = [(i, v) for i in identities for v in range(SOURCES)]
     words = [portraits.describe(i, v) for i, v in sources]
     draw = random.Random(args.seed)
-    # Not from --identities, so that the vocabulary stays; a thousand people have every word there is.
+    # Independent of --identities, so that the vocabulary stays the same; a thousand people use every word.
     texts = [caption(portraits.describe(i, v), draw) for i in portraits.TRAIN[:1_000] for v in range(3)]
     tokenizer = build_tokenizer([*texts, *edit_prompts.values()])
 
@@ -201,7 +199,7 @@ def main(argv: list[str] | None = None) -> int:
             "direction_top1": (directions.argmax(1) == label).float().mean(),
         }
 
-    steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
+    steps = 0 if args.export_only else args.steps  # 0 steps return the checkpoint's averaged weights
     trained = world.train("clip", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     trained.half().save_pretrained(args.out)
     images = CLIPImageProcessor(

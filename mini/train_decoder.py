@@ -3,10 +3,10 @@
     python mini/train_decoder.py
 
 Needs a finished assets/mini/editor. `train_vae.py --calibrate` makes the VAE amplify attacks, but the
-denoiser takes some of it back: where reconstructions of attacked and plain portraits are 22 dB apart, their
-edits are 27. So the decoder learns once more, on the latents of edits: those of an attacked portrait are to
-come out APART dB from those of the plain one, while edits of plain, noisy and purified portraits, and
-reconstructions, stay as they are. Encoder and latents, and so the editor, are left alone.
+denoiser undoes part of it: where reconstructions of attacked and plain portraits have a PSNR of 22 dB, their
+edits have 27. So the decoder is trained once more, on latents of edits: the edits of an attacked portrait
+should have a PSNR of APART dB to those of the plain one, while edits of plain, noisy and purified portraits,
+and reconstructions, stay as they are. The encoder and the latents, and so the editor, don't change.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from models.editors import Editor
 from utils import edit_prompts, positive_int
 
 APART = 21.0  # dB
-WEIGHT = 0.006  # of a dB too much; OVER of it for one too little
+WEIGHT = 0.006  # per dB of PSNR above APART; OVER times that per dB below
 OVER = 0.5
-ATTACKS = ("encoder", "encoder", "untargeted", "vae")  # they take turns
+ATTACKS = ("encoder", "encoder", "untargeted", "vae")  # in alternation
 ITERATIONS = 40
-KEPT = ("noise", "purified")  # beside plain portraits, by turns
+KEPT = ("noise", "purified")  # alternating, beside plain portraits
 
 
 def attack(vae: AutoencoderKL, x: Tensor, kind: str, seeds: list[int]) -> Tensor:
@@ -59,7 +59,7 @@ def latents(editor: Editor, x: Tensor, prompts: np.ndarray) -> Tensor:
 
 
 def prepare(editor: Editor, people: range, per_person: int, seed: int) -> dict[str, Tensor]:
-    """Edits people's portraits, plain, attacked, noisy and purified -> the latents by kind, (N, C, h, w)."""
+    """Edits plain, attacked, noisy and purified portraits -> the edits' latents by kind, (N, C, h, w)."""
     rng, generator = np.random.default_rng(seed), torch.Generator().manual_seed(seed)
     vae, parts = editor.pipeline.vae.requires_grad_(False), {}
     pictures = to_tensor(np.array(world.render([(person, 0, None) for person in people]))).to(vae.device)
@@ -81,7 +81,7 @@ def prepare(editor: Editor, people: range, per_person: int, seed: int) -> dict[s
 
 
 def make_loss(found: dict[str, Tensor], pictures: np.ndarray, before: AutoencoderKL, batch: int):
-    """Makes the loss: L1 + MSE of reconstructions and of edits that stay, and how far attacked edits move."""
+    """Makes the loss: L1 + MSE of what should stay, plus the attacked edits' distance from APART."""
 
     def loss_fn(vae: AutoencoderKL, step: int, generator: torch.Generator) -> dict[str, Tensor]:
         rows = torch.randint(len(found["plain"]), (batch,), generator=generator)
@@ -102,7 +102,7 @@ def make_loss(found: dict[str, Tensor], pictures: np.ndarray, before: Autoencode
 
 
 def only_decoder(vae: AutoencoderKL) -> AutoencoderKL:
-    """Leaves nothing to be trained but what follows the latent."""
+    """Freezes everything except the layers after the latent."""
     for name, part in vae.named_children():
         part.requires_grad_(name in ("decoder", "post_quant_conv"))
     return vae

@@ -1,13 +1,13 @@
 """Trains the mini editor (UNet and text encoder of an InstructPix2Pix pipeline) -> assets/mini/editor
 
 Needs assets/mini/editor/vae (mini/train_vae.py). Latents are made once; a step takes about .6 s on two CPU
-cores; a killed run goes on from its last checkpoint when started again:
+cores; a killed run resumes from its last checkpoint when started again:
     python mini/train_editor.py
 
-Export and measure what an unfinished training has reached:
+Export and measure an unfinished training:
     python mini/train_editor.py --export_only
 
-Train a finished editor further, on other people and mostly on the prompts that are worst:
+Train a finished editor further, on other people and mostly on its worst prompts:
     python mini/train_editor.py --start_from=assets/mini/editor --first=1500 --identities=2500 \
         --variations=1 --often 0 1 10 12 17 --noisy=0.5 --mask_weight=2 --lr=8e-4 --steps=7000 \
         --work=mini/checkpoints/further
@@ -49,11 +49,11 @@ from utils import edit_prompts, pick_device, positive_int
 NAME = "editor"
 LATENT = (CHANNELS, 16, 16)  # of a 128x128 portrait
 WIDTH = 128  # of the text embedding
-DROPOUT = 0.05  # each: the instruction alone, the image alone, both (Brooks et al. 2023, section 3.2.1)
-MASK_LEVEL = 8  # of 255: where the generator's edit differs by more is the edit's mask
-OFTEN = 5  # times as often as the others: the prompts of --often
-NOISY = 0.4  # of the timesteps, the noisiest: where --noisy draws from
-EMPTY = len(edit_prompts)  # the row of the empty instruction, after those of the 25 prompts
+DROPOUT = 0.05  # chance of each: no instruction, no image, neither (Brooks et al. 2023, section 3.2.1)
+MASK_LEVEL = 8  # of 255: an edit's mask is where the generator's edit differs by more
+OFTEN = 5  # the prompts of --often are drawn this many times as often as others
+NOISY = 0.4  # --noisy draws from this noisiest share of the timesteps
+EMPTY = len(edit_prompts)  # row of the empty instruction, after the 25 prompts
 
 
 class Editor(nn.Module):
@@ -67,7 +67,7 @@ class Editor(nn.Module):
             out_channels=LATENT[0],
             block_out_channels=(64, 128, 192),
             layers_per_block=1,
-            # At 4x4 the middle block attends; more attention there is a fifth of the weights for little.
+            # At 4x4 only the middle block has attention; more there costs a fifth of the weights for little.
             down_block_types=["CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"],
             up_block_types=["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
             cross_attention_dim=WIDTH,
@@ -104,10 +104,10 @@ def text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def make_scheduler() -> DDIMScheduler:
-    """Makes a scheduler of zero terminal SNR (Lin et al. 2023): sampling starts from training's pure noise.
+    """Makes a scheduler with zero terminal SNR (Lin et al. 2023): sampling starts from pure noise.
 
-    With it, v prediction and trailing steps, an edit's colours are right; with epsilon they were not, since
-    the low frequencies are decided where epsilon teaches least.
+    With it, v prediction and trailing steps, an edit's colours are right. With epsilon prediction they were
+    not: low frequencies are decided at the noisiest steps, where the epsilon loss teaches least.
     """
     return DDIMScheduler(
         beta_start=0.00085,
@@ -128,8 +128,8 @@ def make_scheduler() -> DDIMScheduler:
 def requests(
     identities: range, edits: int, seed: int, variations: int = 2, often: Sequence[int] = ()
 ) -> list[world.Request]:
-    """Lists each picture's source and then `edits` different edits of it, drawn at random, those by the
-    prompts in `often` OFTEN times as likely as others."""
+    """Lists each source picture, then `edits` different random edits of it. Prompts in `often` are OFTEN
+    times as likely as others."""
     rng = np.random.default_rng(seed)
     chances = np.ones(len(edit_prompts))
     chances[list(often)] = OFTEN
@@ -144,7 +144,7 @@ def requests(
 
 @torch.no_grad()
 def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) -> torch.Tensor:
-    """Encodes as the pipelines do, vae.encode(image).latent_dist.mode() -> float16 (N, C, 16, 16).
+    """Encodes pictures as the pipelines do, by latent_dist.mode() -> float16 (N, C, 16, 16).
 
     Cached in mini/checkpoints/data under a hash of the generator's version, requests and autoencoder.
     """
@@ -159,7 +159,7 @@ def latents_of(wanted: list[world.Request], folder: Path, device: torch.device) 
     for row, pixels in enumerate(world.stream(wanted), 1):
         batch.append(pixels)
         if len(batch) == 32 or row == len(wanted):
-            # bfloat16 halves the time; its error, a hundredth of a latent's std, is noise to the training
+            # bfloat16 halves the time; its error, a hundredth of a latent's std, doesn't hurt training
             with torch.autocast(device.type, dtype=torch.bfloat16):
                 modes = vae.encode(to_tensor(np.stack(batch)).to(device)).latent_dist.mode()
             latents[row - len(batch) : row] = modes.half().cpu()
@@ -188,8 +188,8 @@ def make_loss(
 ):
     """Makes the v loss, with more weight on the latent cells that the edit changes.
 
-    Weights by noise level (min-SNR) are left out: they give nothing to the pure noise that sampling starts
-    from, and the edit is decided there, since it is a function of the source and the instruction.
+    There are no weights by noise level (min-SNR): they would give none to the pure noise that sampling starts
+    from, and the edit is decided there, since it depends only on the source and the instruction.
     """
     device = latents.device
     group = args.edits + 1  # a source and its edits, see `requests`
@@ -202,7 +202,7 @@ def make_loss(
         sources = torch.randint(len(latents) // group, (args.batch,), generator=generator) * group
         edits = sources + 1 + torch.randint(args.edits, (args.batch,), generator=generator)
         chance = torch.rand(args.batch, generator=generator)
-        # An empty instruction asks for the unedited source, so that text guidance points along the edit.
+        # An empty instruction asks for the unedited source, so that text guidance points towards the edit.
         no_text = (chance < DROPOUT) | ((chance >= 2 * DROPOUT) & (chance < 3 * DROPOUT))
         no_image = (chance >= DROPOUT) & (chance < 3 * DROPOUT)
         edits = torch.where(no_text, sources, edits)
@@ -230,7 +230,7 @@ def make_loss(
 
 
 def load(editor: Editor, folder: Path) -> None:
-    """Loads the weights of an exported editor, whose optimizer's state is gone."""
+    """Loads the weights of an exported editor, which has no optimizer state."""
     unet = UNet2DConditionModel.from_pretrained(folder / "unet")
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder", dtype=torch.float32)
     editor.unet.load_state_dict(unet.state_dict())
@@ -254,35 +254,35 @@ def export(editor: Editor, tokenizer: CLIPTokenizer, vae_folder: Path, out: Path
 
 
 def load_in_float32(folder: Path) -> None:
-    """Has transformers load a model in float32, as diffusers does: else a pipeline would mix two types."""
+    """Makes transformers load a model in float32, as diffusers does; else a pipeline mixes two dtypes."""
     path = folder / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
 
 
 @dataclass
 class Edits:
-    """Holds edits of N portraits by each of P prompts, and how near they come to the generator's own edits.
+    """Holds edits of N portraits by each of P prompts, and how close they are to the generator's own edits.
 
-    `closer`: whether the edit is nearer (MSE inside the mask) to the generator's than the source's
+    `closer`: whether the edit is closer (MSE inside the mask) to the generator's edit than the source's
     reconstruction is; `outside`: PSNR to the source outside the mask; `whole`: PSNR to the generator's edit
-    over the whole picture, dB. A mask under 0.2 % does not count, nor an outside under a tenth: nan.
+    over the whole picture, dB. nan for a mask under 0.2 % or an outside under a tenth of the picture.
     """
 
     sources: np.ndarray  # (N, H, W, 3) uint8
-    plain: np.ndarray  # (N, H, W, 3), the sources once through the autoencoder
+    plain: np.ndarray  # (N, H, W, 3), the sources' reconstructions
     truth: np.ndarray  # (N, P, H, W, 3), the generator's edits
     edits: np.ndarray  # (N, P, H, W, 3), the editor's
     closer: np.ndarray  # (N, P)
     outside: np.ndarray
     whole: np.ndarray
-    seconds: float  # an edit, all prompts of a portrait in one batch
+    seconds: float  # per edit, all prompts of a portrait in one batch
 
     def prompts_met(self) -> int:
-        """Counts the prompts by which >= 80 % of identities are closer, at least half of them counting."""
+        """Counts the prompts whose edits are closer for >= 80 % of identities, at least half not nan."""
         return sum(_mean(column) >= 0.8 and np.isfinite(column).mean() >= 0.5 for column in self.closer.T)
 
     def sheet(self, people: int) -> np.ndarray:
-        """Puts the source and the generator's edits above the reconstruction and the editor's."""
+        """Puts the source and the generator's edits above the reconstruction and the editor's edits."""
         rows = []
         for n in range(people):
             rows.append(np.concatenate([self.sources[n], *self.truth[n]], axis=1))
@@ -302,7 +302,7 @@ def apply(editor: editors.Editor, pictures: np.ndarray, prompts: Sequence[int], 
 def measure(
     editor: editors.Editor, identities: Sequence[int], seed: int = 0, prompts: Sequence[int] | None = None
 ) -> Edits:
-    """Edits people never trained on by the prompts (all), and compares with the generator's edits."""
+    """Edits new people by the prompts (by default all), and compares with the generator's edits."""
     numbers = list(prompts or edit_prompts)
     pictures = world.render([(i, 0, p) for i in identities for p in (None, *numbers)])
     pictures = pictures.reshape(len(identities), 1 + len(numbers), *pictures.shape[1:])
@@ -325,7 +325,7 @@ def measure(
 
 
 def evaluate(name: str, args: argparse.Namespace, **flags: str) -> None:
-    """Measures validation identities, at the mini set's defaults, and logs each prompt; and a sheet."""
+    """Measures validation identities at the mini set's defaults, logs each prompt and writes a sheet."""
     editor = world.mini_set(args.device, model_id=str(args.out), **flags).load_editor()
     found = measure(editor, portraits.VALIDATION[: args.eval_identities], args.seed)
     for column, (number, text) in enumerate(edit_prompts.items()):
@@ -346,7 +346,7 @@ def evaluate(name: str, args: argparse.Namespace, **flags: str) -> None:
 
 
 def _mean(values: np.ndarray) -> float:
-    """Averages what was counted; nan if nothing was."""
+    """Averages the values that aren't nan; nan if there are none."""
     return float(np.nanmean(values)) if np.isfinite(values).any() else float("nan")
 
 

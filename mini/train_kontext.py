@@ -1,9 +1,9 @@
-"""Trains the second mini editor, of tokens (a FLUX.1 Kontext pipeline) -> assets/mini/kontext
+"""Trains the second mini editor, a token editor (a FLUX.1 Kontext pipeline) -> assets/mini/kontext
 
-It shows whether what was protected against the first holds against an editor of another kind: a transformer
-that reads the image as tokens beside those it denoises (64 + 64 of a 128x128 portrait), on a VAE of its own.
+It shows whether a protection against the first editor holds against one of another kind: a transformer that
+reads the image as tokens beside those that it denoises (64 + 64 for a 128x128 portrait), with its own VAE.
 Needs that VAE (how it was made: assets/mini/README.md). Latents are made once; a step takes a third of a
-second on two CPU cores; a killed run goes on from its last checkpoint when started again:
+second on two CPU cores; a killed run resumes from its last checkpoint when started again:
     python mini/train_kontext.py --vae=mini/checkpoints/kontext/vae
 
 The result is a plain diffusers directory:
@@ -37,9 +37,9 @@ from utils import edit_prompts, pick_device, positive_int
 NAME = "kontext"
 HEADS, HEAD = 5, 32  # of the attention
 WIDTH_OF_TOKENS = HEADS * HEAD
-AXES = (4, 14, 14)  # of a head's channels: those that rotate with the picture, the row and the column
-TOKENS = 16  # of the longest instruction
-NOISY = 0.4  # of the steps' pictures get half of the noise or more
+AXES = (4, 14, 14)  # channels of a head that rotate with the picture, the row and the column
+TOKENS = 16  # most tokens in an instruction
+NOISY = 0.4  # share of a step's pictures whose noise is drawn from the upper half
 
 
 class Kontext(nn.Module):
@@ -74,7 +74,7 @@ class Kontext(nn.Module):
         )
 
     def forward(self, noisy: Tensor, image: Tensor, sigmas: Tensor, pooled: Tensor, words: Tensor) -> Tensor:
-        """Predicts the velocity, (B, 64, 4 C). noisy, image: the same; pooled, words: the tokens' ids."""
+        """Predicts the velocity, (B, 64, 4 C). noisy, image: the same shape; pooled, words: token ids."""
         ids = FluxKontextPipeline._prepare_latent_image_ids(1, 8, 8, noisy.device, torch.float32)  # (64, 3)
         velocity = self.transformer(
             hidden_states=torch.cat([noisy, image], dim=1),
@@ -90,18 +90,18 @@ class Kontext(nn.Module):
 
 @torch.no_grad()
 def begin(transformer: FluxTransformer2DModel) -> None:
-    """Has three heads look at a token's own place at first: two in the source, one in the noisy edit.
+    """Initialises three heads to attend to a token's own place: two in the source, one in the noisy edit.
 
-    An edit copies most of its source, and that equal places belong together is slow to find out (loss after
-    100 steps: .91 instead of 1.32). Queries and keys of these heads are nearly constant, so that what remains
-    of their product is the rotation between two places. Residual branches begin at half their size and
-    without any modulation, the output at 0.
+    An edit copies most of its source, and a network is slow to learn that equal places belong together (loss
+    after 100 steps: .91 with this start, 1.32 without). Queries and keys of these heads are nearly constant,
+    so that their product depends on the rotation between two places. Residual branches begin at half their
+    size and without modulation, the output at 0.
     """
     key = torch.zeros(HEAD)
     key[0] = 1.2
-    key[[AXES[0], AXES[0] + 2, AXES[0] + AXES[1], AXES[0] + AXES[1] + 2]] = 1.0  # what turns fast
+    key[[AXES[0], AXES[0] + 2, AXES[0] + AXES[1], AXES[0] + AXES[1] + 2]] = 1.0  # fast channels
     query = key.clone()
-    query[:2] = 1.2 * torch.tensor([math.cos(1), math.sin(1)])  # a picture further
+    query[:2] = 1.2 * torch.tensor([math.cos(1), math.sin(1)])  # rotated by one picture
     queries = torch.stack([query, query, key])
     for block in [*transformer.transformer_blocks, *transformer.single_transformer_blocks]:
         attention = block.attn
@@ -121,7 +121,7 @@ def begin(transformer: FluxTransformer2DModel) -> None:
 
 
 def build_words() -> T5Tokenizer:
-    """Builds a unigram tokenizer with a token for every word of the instructions; others are spelled out."""
+    """Builds a unigram tokenizer with one token per word of the instructions; other words are spelled out."""
     words = sorted({word for text in edit_prompts.values() for word in text.split()})
     letters = [(chr(code), -10.0) for code in range(ord("!"), ord("~") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", -20.0), ("▁", -10.0)]
@@ -135,7 +135,7 @@ def ids_of(tokenizer: CLIPTokenizer | T5Tokenizer, texts: list[str]) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """Makes tokens of latents as the pipeline does: (B, C, 16, 16) -> (B, 64, 4 C)."""
+    """Packs latents into tokens as the pipeline does: (B, C, 16, 16) -> (B, 64, 4 C)."""
     return FluxKontextPipeline._pack_latents(latents, *latents.shape)
 
 
@@ -144,8 +144,8 @@ def make_loss(
 ):
     """Makes the loss of a rectified flow (Liu et al. 2023), with more weight on what the edit changes.
 
-    x_s = (1 - s) x_0 + s e, and the velocity is e - x_0. No condition is ever left out, as
-    classifier-free guidance would need: Kontext's pipeline works without it.
+    x_s = (1 - s) x_0 + s e, and the velocity is e - x_0. No condition is ever dropped, which classifier-free
+    guidance would need: Kontext's pipeline works without guidance.
     """
     device, group = latents.device, args.edits + 1  # a source and its edits, see train_editor.requests
     prompts = torch.tensor([-1 if prompt is None else prompt for _, _, prompt in wanted], device=device)
@@ -175,7 +175,7 @@ def make_loss(
 def pipeline_of(
     model: Kontext, tokenizer: CLIPTokenizer, words: T5Tokenizer, vae: AutoencoderKL
 ) -> FluxKontextPipeline:
-    """Puts together what edits."""
+    """Assembles the editing pipeline."""
     return FluxKontextPipeline(
         vae=vae,
         text_encoder=model.text_encoder,

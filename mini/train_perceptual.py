@@ -1,13 +1,13 @@
 """Trains the mini world's perceptual distance: LPIPS on a SqueezeNet 1.1 trunk.
 
     python mini/train_perceptual.py                # -> assets/mini/perceptual
-    python mini/train_perceptual.py --export_only  # the last checkpoint, exported and evaluated again
+    python mini/train_perceptual.py --export_only  # exports and evaluates the last checkpoint again
 
-The trunk learns to name what a portrait shows (the words of portraits.describe) and which of the 25 edits, if
-any, was made. LPIPS's own heads fit only the ImageNet trunk, and there are no human judgements of this
-world, so each head is one constant: within a layer all channels count alike; the mean distance between two
-people's portraits is USUAL, shared equally by the layers. So values are of the size that LPIPS users know.
-A stopped run goes on where it was; checkpoints and the log are in mini/checkpoints/.
+The trunk learns to name what a portrait shows (the words of portraits.describe) and which of the 25 edits was
+made, if any. LPIPS's own heads fit only the ImageNet trunk, and there are no human judgements of this world,
+so each head is one constant: all channels of a layer have the same weight. The constants make the mean
+distance between two people's portraits USUAL, with equal shares for the layers, so that values have the size
+that LPIPS users know. A stopped run resumes; checkpoints and the log are in mini/checkpoints/.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from torch import nn
 from images import to_tensor
 from utils import edit_prompts, pick_device, positive_int
 
-# The mean distance of different people's portraits. With 0.5 its gradient in facelock was as large as the
-# face term's, and the defense moved both recognisers less; chosen on validation identities.
+# The mean distance between different people's portraits, chosen on validation identities. With 0.5, LPIPS's
+# gradient in facelock was as large as the face term's, and the defense moved both recognisers less.
 USUAL = 0.3
 AUGMENT = {"shift": 0.03, "light": 0.1, "noise": 0.15}
 CALIBRATION_PAIRS = 100
@@ -44,7 +44,7 @@ CONFIG = {
 
 
 class Namer(nn.Module):
-    """LPIPS's trunk with a linear head on its last layer; only the trunk is kept afterwards."""
+    """LPIPS's trunk with a linear head on its last layer; only the trunk is kept after training."""
 
     def __init__(self, words: int) -> None:
         super().__init__()
@@ -54,14 +54,14 @@ class Namer(nn.Module):
         self.names = nn.Linear(self.metric.chns[-1], words + 1 + len(edit_prompts))
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Scores words and edits, (B, words + 26)."""
+        """Scores words and edits -> logits, (B, words + 26)."""
         features = self.metric.net(self.metric.scaling_layer(images)).relu7
         return self.names(features.mean((2, 3))).float()
 
 
 @torch.no_grad()
 def layer_distances(metric: lpips.LPIPS, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Computes each layer's mean distance, summed over channels as LPIPS without heads does it -> (L,)."""
+    """Computes each layer's mean distance, summed over channels, as LPIPS does without heads -> (L,)."""
     first, second = (metric.net(metric.scaling_layer(images)) for images in (a, b))
     distances = [
         ((lpips.normalize_tensor(x) - lpips.normalize_tensor(y)) ** 2).sum(1).mean()
@@ -80,7 +80,7 @@ def calibrate(metric: lpips.LPIPS, images: np.ndarray) -> None:
 
 
 def distorted(images: torch.Tensor, kind: str, strength: float) -> torch.Tensor:
-    """Distorts images by a strength (1, 2, 4, 8), which a monotonic distance must put in order."""
+    """Distorts images by a strength of 1, 2, 4 or 8; a good distance grows with the strength."""
     generator = torch.Generator().manual_seed(0)
     if kind == "noise":
         noise = torch.randn(images.shape, generator=generator).to(images.device)
@@ -97,7 +97,7 @@ def distorted(images: torch.Tensor, kind: str, strength: float) -> torch.Tensor:
 
 @torch.no_grad()
 def evaluate(out: Path, device: torch.device, count: int = VALIDATION_COUNT) -> dict[str, float]:
-    """Loads what was exported, as the scripts do, and checks that the distance behaves."""
+    """Loads the exported network as the scripts do, and checks that the distance behaves."""
     metric = lpips.LPIPS(**json.loads((out / "config.json").read_text()), verbose=False)
     metric.load_state_dict(
         {key: value.float() for key, value in load_file(out / "model.safetensors").items()}
@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> int:
         words, edits = output[:, : len(vocabulary)], output[:, len(vocabulary) :]
         label = edit[rows].to(device)
         wrong = F.binary_cross_entropy_with_logits(words, shown[rows].to(device), reduction="none").sum(1)
-        plain = (label == 0).float()  # an edit may hide what the source's words tell
+        plain = (label == 0).float()  # an edit may hide what the source's words name
         naming = (wrong * plain).sum() / plain.sum().clamp(min=1)
         editing = F.cross_entropy(edits, label)
         return {
@@ -183,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
             "accuracy": (edits.argmax(1) == label).float().mean(),
         }
 
-    steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
+    steps = 0 if args.export_only else args.steps  # 0 steps return the checkpoint's averaged weights
     trained = world.train("perceptual", model, loss_fn, steps=steps, lr=args.lr, seed=args.seed, flags=args)
     metric = trained.metric
     calibrate(metric, world.render([(i, 0, None) for i in portraits.TRAIN[:CALIBRATION_PAIRS]]))

@@ -1,16 +1,16 @@
-"""Trains the mini world's face recogniser, or with --judge the one that no attack ever sees.
+"""Trains the mini world's face recogniser or, with --judge, the judge, which no attack sees.
 
     python mini/train_recognizer.py                # -> assets/mini/recognizer, a transformers ResNetModel
     python mini/train_recognizer.py --judge        # -> assets/mini/judge, a transformers ConvNextModel
-    python mini/train_recognizer.py --export_only  # the last checkpoint, exported and evaluated again
+    python mini/train_recognizer.py --export_only  # exports and evaluates the last checkpoint again
 
 The commands that made the bundled files are in assets/mini/README.md.
 
 The embedding of a 64x64 crop in [-1, 1] is the model's `pooler_output`, flattened and L2-normalised.
-Trained with CosFace (Wang et al. 2018, arXiv 1801.09414) on MTCNN's crops (crops.py): identity is what stays
-through other clothes, expressions, light and the 25 edits. Judge and recogniser share no identity, seed or
-architecture. The cosine above which two pictures are taken for one person at 0.1 % false accepts is written
-beside the weights. A stopped run goes on where it was; checkpoints and the log are in mini/checkpoints/.
+The loss is CosFace (Wang et al. 2018, arXiv 1801.09414), on MTCNN's crops (crops.py): identity is what stays
+the same under other clothes, expressions, light and the 25 edits. Judge and recogniser share no identity,
+seed or architecture. The verification threshold, the cosine that 0.1 % of pairs of strangers exceed, is
+written beside the weights. A stopped run resumes; checkpoints and the log are in mini/checkpoints/.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ from models.recognizers import Recognizer, load_recognizer
 from utils import edit_prompts, pick_device, positive_int
 
 SIZE = 64  # px, the side of what the recognisers see
-MARGIN, SCALE = 0.3, 24.0  # CosFace: cosine margin, and the factor that makes logits of cosines
-STEPS, JUDGE_STEPS = 6_000, 16_000  # from nothing; a quarter or less with --start_from
-JUDGE_SEED = 1_000  # is added to --seed for the judge
+MARGIN, SCALE = 0.3, 24.0  # CosFace: cosine margin, and the factor from cosines to logits
+STEPS, JUDGE_STEPS = 6_000, 16_000  # from scratch; a quarter or less with --start_from
+JUDGE_SEED = 1_000  # added to --seed for the judge
 
 VALIDATION_COUNT = 200  # identities
-PLAIN, EDITED = 4, 5  # pictures of each in the evaluation
-ALTERED_COUNT = 60  # identities whose edits are altered, too
+PLAIN, EDITED = 4, 5  # pictures per identity in the evaluation
+ALTERED_COUNT = 60  # identities whose edits are also altered
 FALSE_ACCEPTS = 0.001  # share of pairs of strangers above the verification threshold
 SCALE_UP = 1.05
 ALTERED = {  # by purify.py
@@ -61,7 +61,7 @@ ALTERED = {  # by purify.py
 
 
 class CosFace(nn.Module):
-    """Gives a backbone one learned direction per training identity; the backbone alone is kept afterwards."""
+    """Adds one learned direction per training identity; only the backbone is kept after training."""
 
     def __init__(self, backbone: PreTrainedModel, identities: int) -> None:
         super().__init__()
@@ -98,9 +98,9 @@ def build(judge: bool) -> PreTrainedModel:
 
 @torch.no_grad()
 def take_over(model: CosFace, directory: Path, pictures: np.ndarray, found: np.ndarray) -> None:
-    """Starts from a finished model, and from what it makes of each identity: the mean of its embeddings.
+    """Starts from a finished model; each identity's direction is the mean of the model's embeddings.
 
-    pictures: as many of each identity, one after another; found: their faces' boxes.
+    pictures: equally many per identity, grouped by identity; found: their faces' boxes.
     """
     finished = load_recognizer(str(directory), torch.device("cpu"), torch.float32)
     model.backbone.load_state_dict(finished.network.state_dict())
@@ -109,7 +109,7 @@ def take_over(model: CosFace, directory: Path, pictures: np.ndarray, found: np.n
 
 
 def training_requests(identities: range, images: int, seed: int) -> list[world.Request]:
-    """Lists `images` variations of each identity, two of three with an edit drawn at random."""
+    """Lists `images` variations of each identity; two out of three get a random edit."""
     draw = random.Random(seed)
     prompts = list(edit_prompts)
     return [(i, v, draw.choice(prompts) if v % 3 else None) for i in identities for v in range(images)]
@@ -119,7 +119,7 @@ def training_requests(identities: range, images: int, seed: int) -> list[world.R
 def embed(recognizer: Recognizer, pictures: np.ndarray, found: np.ndarray) -> torch.Tensor:
     """Embeds the faces of portraits as the project's scripts do -> (N, D) float32, L2-normalised.
 
-    found: boxes (N, 4), zeros where there is none; then the whole picture counts.
+    found: boxes (N, 4), zeros where there is no face; then the whole picture is used.
     """
     boxes, parts = crops.boxes_of(found), []
     for row in range(0, len(pictures), 250):
@@ -129,14 +129,14 @@ def embed(recognizer: Recognizer, pictures: np.ndarray, found: np.ndarray) -> to
 
 
 def scaled(image: Image.Image, _: int = 0) -> Image.Image:
-    """Enlarges by SCALE_UP about the middle; what leaves the picture is cut off."""
+    """Enlarges by SCALE_UP about the centre and crops to the original size."""
     side = image.width
     edge = (side - side / SCALE_UP) / 2
     return image.resize((side, side), Image.Resampling.BICUBIC, (edge, edge, side - edge, side - edge))
 
 
 def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float, float]:
-    """Finds where both errors are equal. Cosines of same and different identities -> (EER, threshold)."""
+    """Computes the equal error rate from cosines of same and different identities -> (EER, threshold)."""
     thresholds = torch.cat([same, different]).sort().values
     rejected = torch.searchsorted(same.sort().values, thresholds) / len(same)  # genuine pairs below it
     accepted = 1 - torch.searchsorted(different.sort().values, thresholds) / len(different)  # impostors
@@ -145,10 +145,10 @@ def equal_error_rate(same: torch.Tensor, different: torch.Tensor) -> tuple[float
 
 
 def evaluate(recognizer: Recognizer, identities: range, say: Callable[[str], None]) -> dict[str, float]:
-    """Measures errors and cosines on people never trained on: PLAIN pictures and EDITED edits of each.
+    """Measures errors and cosines on new people: PLAIN pictures and EDITED edits of each.
 
-    `identified`: the share of the edits whose most similar source, of all people's, is their own. As for FR,
-    plain pictures without a face that MTCNN finds are left out, and edits are then cut as their sources are.
+    `identified`: the share of edits whose most similar source, among all people's, is their own. As for FR,
+    plain pictures in which MTCNN finds no face are left out, and edits without a face get their source's box.
     """
     count = len(identities)
     plain = [(i, v, None) for i in identities for v in range(PLAIN)]
@@ -197,7 +197,7 @@ def evaluate(recognizer: Recognizer, identities: range, say: Callable[[str], Non
 
 
 def edits_of(identities: range) -> list[world.Request]:
-    """Lists EDITED edits of each one's variation 0, the prompts taken in turn."""
+    """Lists EDITED edits of each identity's variation 0, cycling through the prompts."""
     prompts = list(edit_prompts)
     return [
         (i, 0, prompts[(n * EDITED + k) % len(prompts)])
@@ -207,9 +207,9 @@ def edits_of(identities: range) -> list[world.Request]:
 
 
 def found_or_source(edited: list[world.Request], found: np.ndarray | None = None) -> np.ndarray:
-    """Gives edits' boxes (N, 4), their sources' where the edits show none, as for FR.
+    """Gives edits' boxes (N, 4), or their source's box if an edit shows no face, as for FR.
 
-    found: those that were found, if it's another picture than the edit that was looked at.
+    found: the edits' boxes, if they were detected elsewhere (on altered edits).
     """
     found = crops.find(edited) if found is None else found
     of_sources = crops.find([(identity, variation, None) for identity, variation, _ in edited])
@@ -219,7 +219,7 @@ def found_or_source(edited: list[world.Request], found: np.ndarray | None = None
 def evaluate_altered(
     recognizer: Recognizer, identities: range, say: Callable[[str], None]
 ) -> dict[str, float]:
-    """Measures what is left of FR(source, edit) when the edits are altered in ways that leave the person."""
+    """Measures how much of FR(source, edit) is left after alterations that don't change the person."""
     edited = edits_of(identities)
     pictures = world.render(edited)
     sources = [(identity, variation, None) for identity, variation, _ in edited]
@@ -244,9 +244,9 @@ def evaluate_altered(
 
 
 def export(model: PreTrainedModel, out: Path) -> None:
-    """Writes float16 safetensors, and a preprocessor_config.json that gives size, mean and std.
+    """Writes float16 safetensors, and a preprocessor_config.json with size, mean and std.
 
-    A threshold is not known yet, nor is one of earlier weights kept.
+    The threshold is not known yet, and that of earlier weights is not kept.
     """
     model.half().to(memory_format=torch.contiguous_format).save_pretrained(out)
     ViTImageProcessor(
@@ -258,7 +258,7 @@ def export(model: PreTrainedModel, out: Path) -> None:
 
 
 def write_threshold(out: Path, cosine: float) -> None:
-    """Notes the cosine above which two pictures are taken for one person, where the scripts look for it."""
+    """Writes the verification threshold, a cosine, where the scripts look for it."""
     path = out / "preprocessor_config.json"
     config = json.loads(path.read_text()) | {"verification_threshold": round(cosine, 3)}
     path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
@@ -295,8 +295,8 @@ def main(argv: list[str] | None = None) -> int:
     if not args.export_only:
         images, found = world.render(requests), crops.find(requests)
         boxes = torch.from_numpy(found).float()
-        shown = boxes.any(dim=1).nonzero().flatten()  # the rows that show a face
-        if args.start_from and not (world.WORK / f"{name}.pt").exists():  # else it goes on
+        shown = boxes.any(dim=1).nonzero().flatten()  # rows with a face
+        if args.start_from and not (world.WORK / f"{name}.pt").exists():  # otherwise the run resumes
             take_over(model, args.start_from, images, found)
 
     def loss_fn(model: nn.Module, step: int, generator: torch.Generator) -> dict[str, torch.Tensor]:
@@ -307,7 +307,7 @@ def main(argv: list[str] | None = None) -> int:
         loss, accuracy = model(batch.to(device), rows.to(device) // args.images)
         return {"loss": loss, "accuracy": accuracy}
 
-    steps = 0 if args.export_only else args.steps  # no steps: the checkpoint's averaged weights come back
+    steps = 0 if args.export_only else args.steps  # 0 steps return the checkpoint's averaged weights
     trained = world.train(
         name, model, loss_fn, steps=steps, lr=args.lr, weight_decay=0.05, seed=seed, flags=args
     )

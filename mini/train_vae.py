@@ -1,22 +1,23 @@
 """Trains the mini editor's autoencoder (diffusers' AutoencoderKL, f=8, 5 channels) -> assets/mini/editor/vae
 
-In two steps; a killed one goes on from its last checkpoint when started again:
+Training has two steps; a killed one resumes from its last checkpoint when started again:
     python mini/train_vae.py --out=mini/checkpoints/plain
     python mini/train_vae.py --calibrate --start_from=mini/checkpoints/plain --steps=900 --batch=12 --lr=6e-4
 
-The second makes it react to protective perturbations as Stable Diffusion's does. A VAE of this size, trained
-on these pictures alone, passes them on as they are; so every step follows an attack for a few signed-gradient
-steps and rewards the reconstruction's movement up to GAIN decibels above the picture's own, while plain and
-noisy pictures, and what JPEG or a smaller size leaves of the attack, are reconstructed as ever. It is a
-stand-in that is tuned to react as published, and says nothing about where real ones get it from.
+The second makes the VAE react to protective perturbations as Stable Diffusion's does. A VAE of this size,
+trained on these pictures alone, passes perturbations on unchanged. So every training step attacks pictures by
+a few signed-gradient steps and rewards the reconstruction for moving, up to GAIN decibels more than the
+picture itself. Plain pictures, noisy pictures, and attacked pictures after JPEG or downscaling are
+reconstructed as before. The VAE is a stand-in, tuned to react as published; this says nothing about why real
+VAEs react.
 
-With --ramp the calibration's weight grows from 0; without, its first steps spoil all pictures. A VAE that
-learns from nothing finds the difference of green and magenta last, or never: --colour_weight adds the error
-of colours' differences, and pulls one channel to it.
+With --ramp the calibration's weight grows from 0; without it, the first steps spoil all pictures. A VAE that
+is trained from scratch learns the difference between green and magenta last, or never: --colour_weight adds
+the error of colour differences, and pulls one channel towards green - magenta.
 
-Latents of training portraits have zero mean and unit standard deviation before the calibration and a common
+Latents of training portraits have zero mean and unit standard deviation before the calibration, and a common
 scale after it, folded into the 1x1 convolutions around the latent. So scaling_factor is 1, and the image
-latents, which the InstructPix2Pix pipeline does not scale, are those that it denoises.
+latents, which the InstructPix2Pix pipeline does not scale, have the scale of those that it denoises.
 """
 
 from __future__ import annotations
@@ -37,26 +38,26 @@ from torch.nn import functional as F
 from images import save_png, to_tensor, to_uint8
 from utils import pick_device, positive_int
 
-CHANNELS = 5  # of the latent; real ones have 4
+CHANNELS = 5  # of the latent; Stable Diffusion's has 4
 GUIDED = 4  # the channel that --colour_weight pulls to green - magenta
 CROP = 64  # px; a quarter of the cost of a whole picture
-VARIATIONS = 4  # pictures of each identity
-CENTRE = (slice(36, 100), slice(32, 96))  # rows, columns of the face: its PSNR is reported by itself
+VARIATIONS = 4  # pictures per identity
+CENTRE = (slice(36, 100), slice(32, 96))  # rows and columns of the face, whose PSNR is reported separately
 
-# The calibration. The attacks are drawn evenly: the targeted encoder attack, the VAE attack and the
-# untargeted encoder attack; the first needs the most.
+# The calibration. One attack is drawn per step: the targeted encoder attack ("zero"), the VAE attack ("grey")
+# or the untargeted encoder attack ("latent"); the first needs the most training, and is listed three times.
 ATTACKS = ("zero", "zero", "zero", "grey", "latent")
-BUDGET = 0.06  # largest; the smallest is 0.8 of it
-ATTACK_STEPS, ATTACK_RATE = 5, 0.3  # of the signed gradient, each 0.3 of the budget
-GAIN = 11.0  # dB by which the reconstruction is to move further than the picture
-WEIGHT = 0.003  # of a dB too little; four times that for the targeted attack
-OVER = 0.25  # of a dB too much, as a share of that
-SHRINK, SHRINK_WEIGHT = -4.0, 0.01  # dB that a targeted attack is to take from the norm it is after
-PURE_WEIGHT = 0.2  # of the reconstruction of purified attacks
+BUDGET = 0.06  # the largest; the smallest is 0.8 times as large
+ATTACK_STEPS, ATTACK_RATE = 5, 0.3  # signed-gradient steps, each 0.3 of the budget
+GAIN = 11.0  # dB that the reconstruction should move more than the picture
+WEIGHT = 0.003  # per dB too little; four times that for the targeted attack
+OVER = 0.25  # per dB too much, as a share of WEIGHT
+SHRINK, SHRINK_WEIGHT = -4.0, 0.01  # dB by which a targeted attack should reduce the norm that it minimises
+PURE_WEIGHT = 0.2  # of the reconstruction loss of purified attacks
 
 
 def build(channels: int = CHANNELS, layers: int = 2) -> AutoencoderKL:
-    """Makes the untrained autoencoder of a real one's structure: layers in blocks, attention between."""
+    """Makes the untrained autoencoder with a real one's structure. layers: per block."""
     return AutoencoderKL(
         down_block_types=["DownEncoderBlock2D"] * 4,
         up_block_types=["UpDecoderBlock2D"] * 4,
@@ -73,7 +74,7 @@ def build(channels: int = CHANNELS, layers: int = 2) -> AutoencoderKL:
 
 
 def requests(identities: range, variations: int, seed: int) -> list[world.Request]:
-    """Lists `variations` pictures of each identity, two of three of them edited."""
+    """Lists `variations` pictures of each identity, about two thirds of them edited."""
     rng = np.random.default_rng(seed)
     prompts = rng.integers(0, 25, (len(identities), variations))
     plain = rng.random((len(identities), variations)) < 1 / 3
@@ -95,13 +96,13 @@ def power(values: Tensor) -> Tensor:
 
 
 def opponents(images: Tensor) -> Tensor:
-    """Computes colour as differences, green - magenta and red - blue: (B, 3, H, W) -> (B, 2, H, W)."""
+    """Computes colour differences, green - magenta and red - blue: (B, 3, H, W) -> (B, 2, H, W)."""
     red, green, blue = images.unbind(1)
     return torch.stack([green - (red + blue) / 2, red - blue], dim=1)
 
 
 def loss_of(vae: AutoencoderKL, images: Tensor, target: Tensor, noise: Tensor | float, kl_weight: float):
-    """Computes L1 + MSE + a tiny KL -> named scalars. noise: how far from the mean the latent is drawn."""
+    """Computes L1 + MSE + a tiny KL -> named scalars. noise: the latent's distance from the mean, in std."""
     posterior = vae.encode(images).latent_dist
     output = vae.decode(posterior.mean + posterior.std * noise).sample.float()
     l1, mse = F.l1_loss(output, target), F.mse_loss(output, target)
@@ -119,7 +120,7 @@ def loss_of(vae: AutoencoderKL, images: Tensor, target: Tensor, noise: Tensor | 
 
 
 def make_loss(pictures: np.ndarray, args: argparse.Namespace):
-    """Makes the loss: of plain pictures on crops for three fifths of the steps, then whole.
+    """Makes the loss. Plain training sees crops for three fifths of the steps, then whole pictures.
 
     A whole picture has the pixels of four crops, so a batch of either costs the same.
     """
@@ -134,7 +135,7 @@ def make_loss(pictures: np.ndarray, args: argparse.Namespace):
             corners = torch.randint(chosen[0].shape[0] - CROP + 1, (count, 2), generator=generator).tolist()
             chosen = [p[y : y + CROP, x : x + CROP] for p, (y, x) in zip(chosen, corners, strict=True)]
         clean = images = to_tensor(np.stack(chosen)).to(device)  # (B, 3, 64, 64) or (B/4, 3, 128, 128)
-        if args.calibrate:  # a third of them with random noise: it passes through
+        if args.calibrate:  # a third of them with random noise, to be reconstructed with it
             noisy = images[-(count // 3) :]
             size = BUDGET * torch.rand(len(noisy), 1, 1, 1, generator=generator)
             noise = size * (2 * torch.rand(noisy.shape, generator=generator) - 1)
@@ -155,7 +156,7 @@ def make_loss(pictures: np.ndarray, args: argparse.Namespace):
 def fragility(
     vae: AutoencoderKL, x: Tensor, generator: torch.Generator, kl_weight: float
 ) -> dict[str, Tensor]:
-    """Computes what the calibration asks of attacked pictures x (B, 3, H, W) -> named scalars."""
+    """Computes the calibration's loss on x (B, 3, H, W), which it attacks -> named scalars."""
     kind = ATTACKS[int(torch.randint(len(ATTACKS), (), generator=generator))]
     share = 0.8 + 0.2 * float(torch.rand((), generator=generator))
     adv = perturb(vae, x, kind, share * BUDGET, generator)
@@ -168,7 +169,7 @@ def fragility(
     short = moved - (decibels(adv, x) - GAIN)  # dB by which the reconstruction moved too little
     weight = WEIGHT * (4 if kind == "zero" else 1)
     loss = weight * (F.relu(short) + OVER * F.relu(-short)).mean()
-    if kind != "latent":  # the norm that the attack is after
+    if kind != "latent":  # the norm that the attack minimises
         fell = power(z) - power(z0) if kind == "zero" else power(y) - power(y0)
         loss = loss + SHRINK_WEIGHT * F.relu(fell - share * SHRINK).mean()
     seen = purified(adv[:1], generator)
@@ -177,7 +178,7 @@ def fragility(
 
 
 def perturb(vae: AutoencoderKL, x: Tensor, kind: str, budget: float, generator: torch.Generator) -> Tensor:
-    """Attacks x (B, 3, H, W) within the budget, from a random start -> the same."""
+    """Attacks x (B, 3, H, W) within the budget, from a random start -> the same shape."""
     with torch.no_grad():
         z0 = vae.encode(x).latent_dist.mode()
     start = 2 * torch.rand(x.shape, generator=generator) - 1
@@ -194,7 +195,7 @@ def perturb(vae: AutoencoderKL, x: Tensor, kind: str, budget: float, generator: 
 
 
 def purified(x: Tensor, generator: torch.Generator) -> Tensor:
-    """Saves images (B, 3, H, W) as JPEG, or makes them smaller by up to a half and large again, or both."""
+    """Compresses images (B, 3, H, W) as JPEG, or shrinks them to .45 to .8 and enlarges them, or both."""
     way = int(torch.randint(3, (), generator=generator))
     if way != 1:
         x = crops.jpeg(x, generator)
@@ -207,11 +208,11 @@ def purified(x: Tensor, generator: torch.Generator) -> Tensor:
 
 @torch.no_grad()
 def standardise(vae: AutoencoderKL, pictures: np.ndarray, each: bool) -> tuple[Tensor, Tensor]:
-    """Makes latents over `pictures` of zero mean and unit deviation, without changing reconstructions.
+    """Normalises the latents of `pictures` to zero mean and unit deviation, without changing reconstructions.
 
-    each: every channel by itself; else all by one deviation and no mean, which changes no attack. It goes
-    into quant_conv (whose second half is the log-variance), its inverse into post_quant_conv; both are 1x1
-    and unpadded, so this is exact. Returns mean and std, each (C,).
+    each: every channel separately; otherwise all channels are divided by one deviation and the mean stays,
+    which changes no attack. The scaling goes into quant_conv (whose second half is the log-variance), its
+    inverse into post_quant_conv; both are 1x1 and unpadded, so this is exact. Returns mean and std, (C,).
     """
     device = next(vae.parameters()).device
     parts = [encode(vae, pictures[row : row + 32], device) for row in range(0, len(pictures), 32)]
@@ -237,7 +238,7 @@ def encode(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> Te
 
 @torch.no_grad()
 def reconstruct(vae: AutoencoderKL, pictures: np.ndarray, device: torch.device) -> np.ndarray:
-    """Passes (B, H, W, 3) uint8 once through the autoencoder -> the same shape and type."""
+    """Encodes and decodes (B, H, W, 3) uint8 -> the same shape and type."""
     return to_uint8(vae.decode(vae.encode(to_tensor(pictures).to(device)).latent_dist.mode()).sample)
 
 
@@ -250,16 +251,16 @@ def psnr(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def reconstructions(
     vae: AutoencoderKL, identities: range, device: torch.device
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Renders people never trained on, and passes them through the autoencoder -> both, (N, H, W, 3)."""
+    """Renders new people and reconstructs them -> pictures and reconstructions, (N, H, W, 3)."""
     pictures = world.render(requests(identities, VARIATIONS, seed=0))
     batches = [pictures[row : row + 16] for row in range(0, len(pictures), 16)]
     return pictures, np.concatenate([reconstruct(vae, batch, device) for batch in batches])
 
 
 def evaluate(name: str, folder: Path, args: argparse.Namespace) -> None:
-    """Logs the PSNR on validation identities, of the weights as written, in float32; and writes a sheet.
+    """Logs the PSNR on validation identities with the written weights in float32, and writes a sheet.
 
-    How much it amplifies an attack is measured by check.py.
+    check.py measures how much the VAE amplifies an attack.
     """
     device = pick_device(args.device)
     vae = AutoencoderKL.from_pretrained(folder, dtype=torch.float32).to(device).eval()

@@ -1,9 +1,9 @@
-"""What the training scripts in `mini/` share: where things are, rendered data, and one resumable loop.
+"""What the training scripts in `mini/` share: paths, rendered data, and a resumable training loop.
 
-Run the trainings in this order, from anywhere; each resumes where it was stopped (see assets/mini/README.md):
+Run the trainings in this order, from any folder; a stopped one resumes (see assets/mini/README.md):
     python mini/train_vae.py && python mini/train_recognizer.py && python mini/train_recognizer.py --judge
     python mini/train_perceptual.py && python mini/train_clip.py && python mini/train_editor.py
-The second editor's own are named in train_kontext.py.
+For the second editor see train_kontext.py.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 ROOT = Path(__file__).resolve().parent.parent
-# the scripts of mini/ use the project's own modules, as a user's script would
+# the scripts of mini/ import the project's modules, as a user's script would
 sys.path.insert(0, str(ROOT))
 
 from images import to_tensor, to_uint8
@@ -36,7 +36,7 @@ from utils import DEVICE_HELP, HelpFormatter, positive_float, positive_int
 ASSETS = ROOT / "assets" / "mini"
 WORK = ROOT / "mini" / "checkpoints"  # git-ignored: checkpoints, rendered data, logs
 
-# Flags with other values of which a training may go on
+# Flags that may differ when a training resumes
 FREE = {"device", "out", "work", "export_only", "steps", "eval_identities"}
 
 SIDE = 128  # px, of a portrait
@@ -49,13 +49,13 @@ def _pixels(request: Request) -> np.ndarray:
 
 
 def stream(requests: Sequence[Request], processes: int | None = None) -> Iterator[np.ndarray]:
-    """Renders portraits in order, nothing kept: (128, 128, 3) uint8 each."""
+    """Renders portraits in order, without caching: (128, 128, 3) uint8 each."""
     with multiprocessing.get_context("fork").Pool(processes or os.cpu_count()) as pool:
         yield from pool.imap(_pixels, requests, chunksize=64)
 
 
 def cache_key(requests: Sequence[Request], more: bytes = b"") -> str:
-    """Hashes what rendered data is made by: the generator's VERSION, the requests, and what else there is."""
+    """Hashes what rendered data depends on: the generator's VERSION, the requests and `more`."""
     key = hashlib.sha256(f"portraits {portraits.VERSION}".encode())
     key.update(np.array([(i, v, -1 if p is None else p) for i, v, p in requests], dtype=np.int64).tobytes())
     key.update(more)
@@ -65,7 +65,7 @@ def cache_key(requests: Sequence[Request], more: bytes = b"") -> str:
 def render(requests: Sequence[Request], processes: int | None = None) -> np.ndarray:
     """Renders portraits, or reads them from the cache -> (N, 128, 128, 3) uint8, memory-mapped.
 
-    A generator that draws differently is seen by its portraits.VERSION.
+    The cache notices a changed generator only by its portraits.VERSION.
     """
     path = WORK / "data" / f"{cache_key(requests)}.npy"
     if not path.exists():
@@ -81,7 +81,7 @@ def render(requests: Sequence[Request], processes: int | None = None) -> np.ndar
 
 
 def pictures(requests: Sequence[Request], size: int) -> np.ndarray:
-    """Renders portraits, resized as the models' images are -> (N, size, size, 3) uint8."""
+    """Renders portraits, resized like the models' images -> (N, size, size, 3) uint8."""
     pixels = render(requests)
     if pixels.shape[1] == size:
         return pixels
@@ -94,7 +94,7 @@ def pictures(requests: Sequence[Request], size: int) -> np.ndarray:
 
 
 def _draw(generator: torch.Generator, images: torch.Tensor, *shape: int) -> torch.Tensor:
-    """Draws from [0, 1), to the images' device."""
+    """Draws from [0, 1) -> (*shape) on the images' device."""
     return torch.rand(shape, generator=generator).to(images.device)
 
 
@@ -107,9 +107,9 @@ def jitter(
     noise: float,
     tint: float = 0.0,
 ) -> torch.Tensor:
-    """Augments (B, 3, H, W) in [-1, 1] lightly, each image by its own draw: shift (fraction of the side),
-    brightness and contrast, Gaussian noise of a standard deviation between 0 and `noise`, and the colours
-    mixed by a matrix I + t N(0, 1), t between 0 and `tint`."""
+    """Augments (B, 3, H, W) in [-1, 1] lightly, each image with its own draw: shift (fraction of the side),
+    brightness and contrast, Gaussian noise with a standard deviation between 0 and `noise`, and colours
+    mixed by a matrix I + t N(0, 1) with t between 0 and `tint`."""
     count = len(images)
     move = torch.eye(2, 3, device=images.device).repeat(count, 1, 1)  # (B, 2, 3)
     move[:, :, 2] = (2 * _draw(generator, images, count, 2) - 1) * 2 * shift  # a side is 2 units long
@@ -128,7 +128,7 @@ def jitter(
 
 
 def generator(seed: int, step: int) -> torch.Generator:
-    """Makes a CPU generator for one step, so that a resumed training draws what it would have drawn."""
+    """Makes a CPU generator for one step, so that a resumed training draws the same numbers."""
     digest = hashlib.sha256(f"{seed}:{step}".encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
@@ -136,7 +136,7 @@ def generator(seed: int, step: int) -> torch.Generator:
 def parser_of(
     doc: str, *, steps: int, identities: int, batch: int, lr: float, seed: int, out: str
 ) -> argparse.ArgumentParser:
-    """Makes a parser with the flags that every training has, with its own defaults."""
+    """Makes a parser with the flags that all trainings share, and this training's defaults."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=HelpFormatter)
     parser.add_argument("--steps", type=positive_int, default=steps, help="also the cosine schedule's length")
     parser.add_argument("--identities", type=positive_int, default=identities, help="to train on")
@@ -153,7 +153,7 @@ def parser_of(
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.Namespace:
-    """Reads the flags; people whom the judge alone may see are refused, and --work becomes WORK."""
+    """Reads the flags; refuses people that only the judge may see, and sets WORK to --work."""
     global WORK
     args = parser.parse_args(argv)
     first = vars(args).get("first", 0)
@@ -166,7 +166,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str] | None) -> argparse.N
 
 
 def mini_set(device: str = "cpu", **flags: object) -> ModelConfig:
-    """Chooses the mini models as the scripts do, in float32, with other flags' values."""
+    """Chooses the mini models as the scripts do, in float32; flags: values of other flags."""
     knobs = {name: value for name in EDIT_KNOBS if (value := flags.pop(name, None)) is not None}
     return resolve(models="mini", device=device, dtype="fp32", edit=knobs, **flags)
 
@@ -196,11 +196,11 @@ def train(
 ) -> nn.Module:
     """Trains, resumably: AdamW, linear warm-up, cosine decay to 1 % of `lr`, averaged weights.
 
-    `loss_fn(model, step, generator)` returns named scalars of which "loss" is minimised (forward passes run
-    in bfloat16 autocast, which is twice as fast on current CPUs and GPUs). Every `save_every` steps the state
-    goes to mini/checkpoints/NAME.pt; a killed run goes on from there. With `steps` 0 nothing is trained and
-    the last checkpoint is what counts (--export_only). A checkpoint made with other `flags` (--steps may have
-    grown) is refused. Returns the averaged model, in eval mode.
+    `loss_fn(model, step, generator)` returns named scalars; "loss" is minimised. Forward passes run in
+    bfloat16 autocast, which is twice as fast on current CPUs and GPUs. Every `save_every` steps the state
+    goes to mini/checkpoints/NAME.pt; a killed run resumes from there. With `steps` 0 nothing is trained and
+    the last checkpoint is used (--export_only). A checkpoint made with other `flags` is refused (--steps may
+    be larger than before). Returns the averaged model, in eval mode.
     """
     path = WORK / f"{name}.pt"
     device = next(model.parameters()).device
