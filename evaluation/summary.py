@@ -20,7 +20,7 @@ LEAST = 0.05  # of `left`, taken from the clean edits; for less, no share is giv
 PURIFIED = (
     "none: not purified; average: over the purifications; worst: the purification with the highest mean; "
     "knowing attacker: picks for each picture what brings the person back most, a purification or none; "
-    "kept: the share of the protection's drop that survives the worst."
+    "kept: the smallest share of the protection's drop that survives a purification."
 )
 
 
