@@ -417,7 +417,8 @@ def begin_mixture(training: Training, people: People, draw: random.Random) -> No
     some = draw.sample(people.subjects, min(1000, len(people.subjects)))
     batches = (people.batch([subject], plan.budgets[:1]) for subject in some)
     faces = torch.cat([fields(batch.images, batch.budget) for batch in batches])  # (N, D)
-    centres, _ = kmeans2(faces.cpu().numpy(), plan.patterns, minit="++", rng=plan.seed)
+    first = faces[torch.linspace(0, len(faces) - 1, plan.patterns).long()]
+    centres, _ = kmeans2(faces.cpu().numpy(), first.cpu().numpy(), minit="matrix")
     for one in (training.network, training.average):
         one.centres.copy_(torch.from_numpy(centres))
 
