@@ -48,7 +48,7 @@ from utils import UserError, warn
 if TYPE_CHECKING:
     from torch import Tensor, nn
 
-KINDS = ("unet", "universal", "mixture")
+NETWORKS = ("unet", "universal", "mixture")
 LAST = 0.99  # the share of a loop's iterations at which an objective with a schedule is asked
 KEEPING = 0.3  # weight of what keeps logits where tanh has a slope; without it all are beyond after 40 steps
 DECAY = 0.998  # of the averaged weights, which are those that count
@@ -82,16 +82,6 @@ class Plan:
             return {"kind": "unet", "channels": list(self.channels), "depths": list(self.depths)}
         count = self.patterns if self.network == "mixture" else 1
         return {"kind": "universal", "num_patterns": count, "size": self.pattern_size}
-
-    def build(self) -> nn.Module:
-        """Makes the untrained network."""
-        import torch
-
-        from models.protector import KINDS
-
-        torch.manual_seed(self.seed)
-        form = self.form()
-        return KINDS[form.pop("kind")](**form)
 
 
 @dataclass
@@ -302,9 +292,13 @@ class Training:
     def __init__(self, plan: Plan, protector: Protector, directory: Path) -> None:
         import torch
 
+        from models.protector import KINDS
+
         self.plan, self.protector, self.directory = plan, protector, directory
-        device = protector.device
-        self.network = plan.build().to(device, memory_format=utils.memory_format(device))
+        device, form = protector.device, plan.form()
+        torch.manual_seed(plan.seed)
+        network = KINDS[form.pop("kind")](**form)
+        self.network = network.to(device, memory_format=utils.memory_format(device))
         self.average = copy.deepcopy(self.network).requires_grad_(False)
         self.optimizer = torch.optim.AdamW(self.network.parameters(), lr=plan.rate, weight_decay=0.0)
         self.step = 0
@@ -429,7 +423,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--image_dir", type=path, required=True, help="directory of training portraits")
     parser.add_argument("--validation_dir", type=path, help="portraits of other people, to watch")
     parser.add_argument("--output_dir", type=path, required=True, help="where network/ is made")
-    parser.add_argument("--network", choices=KINDS, default="unet", help="or stored patterns, to compare")
+    parser.add_argument("--network", choices=NETWORKS, default="unet", help="or stored patterns, to compare")
     text = "of each of the U-Net's levels, multiples of 8"
     parser.add_argument("--channels", type=some, nargs="+", default=(64, 96, 128), help=text)
     parser.add_argument("--depths", type=some, nargs="+", default=(1, 1, 2), help="blocks of each level")

