@@ -6,7 +6,7 @@ import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from models.loading import check_tokenizer, complete, from_hub, frozen, hub_way, loading
+from models.loading import check_tokenizer, from_hub, hub_way, load_network, loading
 
 if TYPE_CHECKING:
     import numpy as np
@@ -43,12 +43,11 @@ class Clip:
 @functools.cache
 def load_clip(member: str, device: torch.device, dtype: torch.dtype) -> Clip:
     """Loads a transformers CLIPModel with its processor; cached. Raises UserError."""
-    from transformers import CLIPModel, CLIPProcessor
+    from transformers import CLIPProcessor
 
     with loading("CLIP", member, hub_way(member)):
         name, where = from_hub(member)
-        how = {"dtype": dtype, "output_loading_info": True, **where}
-        network = complete("CLIP", CLIPModel.from_pretrained(name, **how))
+        network = load_network("CLIPModel", name, where, "", device, dtype)
         processor = CLIPProcessor.from_pretrained(name, **where)
         check_tokenizer(processor.tokenizer)
-        return Clip(frozen(network, device, dtype), processor)
+        return Clip(network, processor)
