@@ -50,20 +50,13 @@ class Editor:
     def check(cls, settings: dict[str, Any]) -> None:
         """Refuses settings that the pipeline can't work with. Raises UserError."""
 
-    @classmethod
-    def working_size(cls, size: Sequence[int], resolution: int) -> tuple[int, int]:
-        """Gives the size, before padding, at which an image of `size` = (H, W) is seen. Raises UserError."""
-        return working_size(size, resolution)
+    working_size = staticmethod(working_size)  # at which an image (H, W) is seen, before padding
+    from_working = staticmethod(from_working)  # undoes `to_working`
 
     @classmethod
     def to_working(cls, images: Tensor, resolution: int) -> Tensor:
         """Brings (B, 3, H, W) in [-1, 1] to what the editor takes; differentiable. Raises UserError."""
         return to_working(images, resolution, cls.multiple)
-
-    @classmethod
-    def from_working(cls, images: Tensor, size: Sequence[int], resolution: int) -> Tensor:
-        """Undoes `to_working`, for an image of `size` = (H, W)."""
-        return from_working(images, size, resolution)
 
     def __init__(
         self,

@@ -259,14 +259,7 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
     The hub is asked once first, so that a missing network or a wrong id fails at once, not after the
     libraries' five retries. Without a network, the local cache is used.
     """
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     if Path(member).is_dir():
         return member, {"local_files_only": True}
@@ -278,16 +271,16 @@ def from_hub(member: str) -> tuple[str, dict[str, Any]]:
         info = HfApi().model_info(name, timeout=10, **fixed)
         if getattr(info, "gated", False):  # anybody may read about it
             HfApi().auth_check(name)
-    except GatedRepoError:
+    except errors.GatedRepoError:
         page = f"https://huggingface.co/{name}"
         how = f"accept its licence at {page}, log in by `hf auth login`, and run this again"
         raise Missing([f"'{name}' is gated: {how}"]) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError):
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.HFValidationError):
         raise
     except Exception as error:  # no connection, a hub out of order, or HF_HUB_OFFLINE
         try:
             return snapshot_download(name, local_files_only=True, **fixed), {"local_files_only": True}
-        except LocalEntryNotFoundError:
+        except errors.LocalEntryNotFoundError:
             reason = f"the hub can't be reached, {first_line(error)}, and it is not in the local cache"
             raise ConnectionError(reason) from None
     return name, fixed
