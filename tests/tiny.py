@@ -244,7 +244,8 @@ def forget() -> None:
     """Forgets what this process has loaded."""
     from models import clip, editors, loading, perceptual, protector, recognizers, vaes
 
-    loaders = [vaes.load_vae, editors._load_pipeline, recognizers.load_recognizer, clip.load_clip]
+    editors.unload()
+    loaders = [vaes.load_vae, recognizers.load_recognizer, clip.load_clip]
     for loader in (*loaders, perceptual.load_perceptual, protector.load_protector, loading.recorded):
         loader.cache_clear()
 
