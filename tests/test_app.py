@@ -70,7 +70,7 @@ def test_the_verdict_goes_by_the_judges_thresholds(judge, dlib, outcome, made):
     assert f"In the {made} of the unprotected picture the face is found" in found.reasons[0]
     for name, (before, after) in (("judge", judge), ("dlib", dlib)):
         (said,) = [line for line in found.reasons if line.startswith(name)]
-        assert (said == f"{name} can't judge this face.") == (before < 0.5)
+        assert said.startswith(f"{name} can't judge this face") == (before < 0.5)
         assert ("did not hold" in said) == (before > 0.5 and after > 0.5)
     assert ("larger budget" in str(found)) == (outcome in ("partly", "failed"))
     assert "larger budget" not in str(face.verdict(made, advice=""))
@@ -169,7 +169,7 @@ def test_what_belongs_to_no_visit_is_swept(visits, monkeypatch):
     visits.sweep()
     assert list(visits.folder.iterdir()) == [first.folder] and list(visits.waiting) == [token]
     assert visits.find("first") is first
-    with pytest.raises(UserError, match="load it again"):
+    with pytest.raises(UserError, match="reload it"):
         visits.find("second")
     visits.end()
     with pytest.raises(UserError, match="too many people"):

@@ -241,8 +241,8 @@ def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
 def test_an_edit_is_made_without_the_weights_of_a_judge_too(call, face):
     out = face.with_name("e.png")
     done = call(edit, f"{face} --source {face} --prompt hat --seed 0 --judge /none --output_path {out}")
-    assert done.status == 0 and out.exists() and "No verdict on this edit: no judge can be asked." in done.out
-    assert any("none not asked: " in text for text in done.warnings)
+    assert done.status == 0 and out.exists() and "No verdict on this edit: no judge can be loaded" in done.out
+    assert any("none left out: " in text for text in done.warnings)
 
 
 def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
