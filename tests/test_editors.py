@@ -489,7 +489,7 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     assert "edited by flux-kontext" in (root / "transfer.md").read_text()
     capsys.readouterr()
     assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
-    assert "--edit_models: one of them twice" in capsys.readouterr().err
+    assert "--edit_models: an editor is named twice" in capsys.readouterr().err
     other = [f"--judge={tiny_models.recognizer}", f"--recognizer={tiny_models.judge}"]
     assert experiment.main([*line, *other]) == 1
     assert "all_metric.csv: measured otherwise (attacked recog" in capsys.readouterr().err

@@ -102,7 +102,7 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 
 
 def test_help_says_which_method_to_take(call):
-    text = " ".join(call(defend, "--help").out.split("which defense to take:")[1].split())
+    text = " ".join(call(defend, "--help").out.split("which defense to use:")[1].split())
     first, others = text.split("for comparison: ")
     assert first.index("facelock-wide at 0.2: ") < first.index("facelock-wash at 0.2: ")
     assert "facelock, photoguard" in others and "facelock-wide," not in others.split("--defend_method")[0]
@@ -532,9 +532,9 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("recognizer", defend, f"{ONE} --recognizer {{bad}}/none", 1, "face recogniser"),
     ("lpips", defend, f"{ONE} --lpips {{bad}}/none", 1, "LPIPS"),
     ("jpg", defend, f"{ONE} --output_path {{bad}}/out.jpg",
-        1, "out.jpg: JPEG and its like would destroy the perturbation; ask for a .png"),
+        1, "out.jpg: JPEG and other lossy formats would destroy the perturbation; ask for a .png"),
     ("jpg", edit, f"{EDIT} --output_path {{bad}}/out.jpg",
-        1, "out.jpg: an edit is measured pixel by pixel, which JPEG and its like would change"),
+        1, "out.jpg: an edit is measured pixel by pixel, and JPEG and other lossy formats change"),
     ("device", defend, f"{ONE} --output_path /dev/null", 1, "/dev/null"),
     ("budgets", main_edit, "--src_dir {bad}/protected --edit_dir {bad}/out", 1, "it holds budget_{B}"),
     ("over-itself", main_defend, "--image_dir {bad}/budget_0.03 --output_dir {bad}", 1, "overwrite the"),
