@@ -216,7 +216,7 @@ def test_numbers_that_no_axis_shows_are_refused(tmp_path, capsys, number):
 def test_values_that_belong_to_no_edit_are_one_line(tmp_path):
     path = tmp_path / "per_image.csv"
     path.write_text("method,seed,prompt,name,psnr\na,O,0,x,20\n")  # a letter for a seed
-    with pytest.raises(UserError, match="a seed, a prompt or a value is no number"):
+    with pytest.raises(UserError, match="a seed, a prompt or a value is not a number"):
         tables.read_values(path)
     path.write_text("method,seed,prompt,name,psnr\na,0,0,x,20\nb,0,1,y,20\n")
     with pytest.raises(UserError, match="a and b have no edit in common"):
