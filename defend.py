@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
         told.append(str(nobody))
     if report.n_found > len(subject.boxes):
         what = "protected" if protector.needs_face else "measured"
-        told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}: --faces all")
+        told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}; for all: --faces all")
     for line in [*told, config.last_word()]:
         if line:
             print(line)

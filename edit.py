@@ -44,8 +44,8 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: edit_NAME.png beside the input)"
     )
-    text = "the picture before its protection, to judge whether the protection held. Name the recognisers "
-    text += "that the protection attacked with --recognizer: they are no judges"
+    text = "the picture before its protection, to judge whether the protection held. With "
+    text += "--recognizer, name the recognisers that the protection attacked: they are no judges"
     parser.add_argument("--source", type=utils.path, help=text)
     text = "with --source: a .png of both pictures and their edits"
     parser.add_argument("--comparison", type=utils.path, metavar="FILE", help=text)

@@ -260,7 +260,7 @@ class Experiment:
         how = {"per_image": table.root / "per_image.csv", "latex": self.latex, "overwrite": True}
         if self.baseline:
             how["baseline"] = str(table.edits[self.baseline])
-        if table.root == self.output_dir:  # purified ones keep to no budget
+        if table.root == self.output_dir:  # purified pictures keep to no budget
             how["protected_dirs"] = list(self.protected.values())
         status = eval_all.evaluate(edits, judged, table.root / "all_metric.csv", **how)
         return max(status, beside(lambda: self.draw(table, edits.names)))
@@ -316,8 +316,8 @@ def find_baseline(wanted: str, rows: Sequence[str]) -> str:
     found = [row for row in ["clean", *rows] if name in (row, row.partition("/")[0])]
     if len(found) != 1:
         known = " ".join(row.replace("/budget_", "@") for row in rows)
-        called = f"{len(found)} rows are" if found else "no row is"
-        raise UserError(f"--baseline {wanted}: {called} called that (there are clean {known})")
+        called = f"{len(found)} rows have" if found else "no row has"
+        raise UserError(f"--baseline {wanted}: {called} this name (there are clean {known})")
     return found[0]
 
 

@@ -44,7 +44,7 @@ def face_mask(images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
 
 
 def texture_mask(images: Tensor) -> Tensor:
-    """Measures the deviation of grey values around each pixel -> (B, 1, H, W), 1 from twice the mean on.
+    """Measures the deviation of grey values around each pixel -> (B, 1, H, W), 1 at twice the mean or more.
 
     A perturbation is less visible in texture. The window's side is 1/64 of the long side.
     """

@@ -37,7 +37,7 @@ UPLOAD = "upload/"  # prefix of an upload's token
 
 
 class Cancelled(Exception):
-    """Says that what is being made is no longer wanted."""
+    """Signals that what is being made is no longer wanted."""
 
 
 @dataclass(eq=False)

@@ -250,7 +250,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
     tables.check_numbers(file, points[["value", "low", "high"]])
     if ((points["low"] > points["value"]) | (points["high"] < points["value"])).any():
-        raise UserError(f"{file}: an interval of {column} is not around its value")
+        raise UserError(f"{file}: an interval of {column} doesn't contain its value")
     for at, name in points["method"].items():
         method, budget = parse_row(name)
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method

@@ -66,7 +66,7 @@ def read_board(board: Path) -> tuple[list[str], dict[tuple[str, ...], str], list
         raise UserError(f"{board}: not a readable text file ({utils.first_line(error)})") from None
     lines = lines if "".join(lines).strip() else head
     if (place := next((i for i in range(len(lines)) if lines[i : i + 2] == head), None)) is None:
-        raise UserError(f"{board}: has no leaderboard, which begins with the line {head[0]}")
+        raise UserError(f"{board}: has no leaderboard; one begins with the line {head[0]}")
     begin = place + 2
     end = next((i for i in range(begin, len(lines)) if not lines[i].startswith("|")), len(lines))
     rows = {tuple(line.split(" | ")[:2]): line for line in lines[begin:end]}

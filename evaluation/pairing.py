@@ -217,7 +217,7 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
         name = given.resolve().name
         is_seed = re.fullmatch(r"seed\d+", name)
         if is_seed and [name] != [f"seed{seed}" for seed in seeds]:
-            raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
+            raise UserError(f"{given}: doesn't hold the edits of --seed {' '.join(map(str, seeds))}")
         found = {given.resolve().parent: given} if is_seed else {row: row for row in _rows_below(given, 2)}
         if not found:
             text = f"no seed{seeds[0]} in it or in its sub-directories; main_edit.py makes them from pictures"
@@ -268,8 +268,8 @@ def find_row(rows: Sequence[Row], name: str) -> Row:
     matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
     if len(matching) != 1:
         known = ", ".join(row.method for row in rows)
-        called = f"{len(matching)} rows are" if matching else "no row is"
-        raise UserError(f"--baseline {name}: {called} called that (there are {known})")
+        called = f"{len(matching)} rows have" if matching else "no row has"
+        raise UserError(f"--baseline {name}: {called} this name (there are {known})")
     return matching[0]
 
 

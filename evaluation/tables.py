@@ -392,7 +392,7 @@ def check_networks(table: Path, networks: dict[str, str], way_out: str) -> None:
     known = read_about(page).get("networks", {}) if page and table.exists() else {}
     parts = [part for part, names in networks.items() if known.get(part, names) != names]
     if said := "; ".join(f"{part}: {known[part]} there, {networks[part]} now" for part in parts):
-        raise UserError(f"{table}: measured otherwise ({said}); {way_out}")
+        raise UserError(f"{table}: measured by other networks or photos ({said}); {way_out}")
 
 
 def check_numbers(path: Path, numbers: pd.DataFrame) -> None:
@@ -418,7 +418,7 @@ def check_outputs(
         if path.is_dir():
             raise UserError(f"{path}: is a directory")
         if path.suffix.lower() not in suffixes:
-            raise UserError(f"{path}: is written as {' or '.join(suffixes)}; ask for that")
+            raise UserError(f"{path}: must end in {' or '.join(suffixes)}")
         utils.check_directory(path.absolute().parent)
         if path.exists() and any(path.samefile(other) for other in read):
             raise UserError(f"{path}: would overwrite what this run reads")

@@ -182,7 +182,7 @@ def test_seed00_is_not_seed_0(world, call):
     (rows[1] / "seed0/prompt00").mkdir()
     assert call(eval_psnr, "--seed 0").status == 0
     found = call(eval_psnr, f"--seed 0 --defend_edit_dirs {rows[1]}/seed00")
-    assert found.status == 1 and "seed00: holds other edits than --seed 0" in found.error
+    assert found.status == 1 and "seed00: doesn't hold the edits of --seed 0" in found.error
     (rows[1] / "seed0").rename(world / "away")
     found = call(eval_psnr, "--seed 0")
     assert found.status == 1 and "budget_0.02: no seed0 (there are seed00)" in found.error

@@ -242,7 +242,7 @@ def test_an_interval_beside_its_value_is_refused(tmp_path, capsys):
     path.write_text("method,psnr,psnr_low,psnr_high,psnr_n\na/budget_0.1,1,1.5,2,5\n")
     flags = ["--tables", str(path), "--metric", "psnr", "--output", str(tmp_path / "p.png")]
     assert figure.main(["plot", *flags]) == 1
-    only_error(capsys, "an interval of psnr is not around its value")
+    only_error(capsys, "an interval of psnr doesn't contain its value")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="devices and pipes of Linux")

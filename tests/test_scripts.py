@@ -219,7 +219,7 @@ def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_pat
     assert again.status == 0 and np.array_equal(shown[:, 144:208], pixels(tmp_path / "clean.png"))
     (other,) = tiny.write_portraits(tmp_path / "other", 1, (64, 48))
     done = call(edit, f"{tmp_path}/p.png --source {other} --prompt hat")
-    assert done.status == 1 and "another size" in done.errors[0]
+    assert done.status == 1 and "differs in size" in done.errors[0]
 
 
 def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
@@ -251,7 +251,7 @@ def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
             return [(0, 0, 40, 40), (40, 40, 64, 64)]
 
     monkeypatch.setattr(protection, "FaceDetector", Two)
-    assert "2 faces found, 1 protected: --faces all" in call(defend, f"{face}").out
+    assert "2 faces found, 1 protected; for all: --faces all" in call(defend, f"{face}").out
     assert "faces found" not in call(defend, f"{face} --faces all").out
     assert "2 faces found, 1 measured" in call(defend, f"{face} --defend_method vae --check").out
 
