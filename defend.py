@@ -61,7 +61,7 @@ KNOBS = {  # flag -> type and help; of the loops (NUMBERS) and of the objectives
     ),
     "samples": (utils.positive_int, "random transforms per iteration"),
     "wash": (transform_names, "what happens to the picture before it is edited, written as in --transforms"),
-    "refine": (utils.natural_number, "further iterations, of the method that the network was trained on"),
+    "refine": (utils.natural_number, "further iterations of the method that the network was trained on"),
 }
 TARGETED = {  # value -> flag and help
     True: ("--targeted", "push the latent towards zero; sds: towards what is easily denoised"),

@@ -124,7 +124,7 @@ class Table:
 
     @property
     def edits(self) -> dict[str, Path]:
-        """Gives the directory of each row's edits."""
+        """Returns the directory of each row's edits."""
         return {row: self.root / "edits" / row for row in self.pictures}
 
 
@@ -178,7 +178,7 @@ class Experiment:
 
     @property
     def protected(self) -> dict[str, Path]:
-        """Gives the directory of each row's protected portraits."""
+        """Returns the directory of each row's protected portraits."""
         return {row: self.output_dir / "protected" / row for row in self.protectors}
 
     def tables(self) -> list[Table]:
@@ -311,7 +311,7 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
 
 
 def find_baseline(wanted: str, rows: Sequence[str]) -> str:
-    """Finds the row that --baseline names, METHOD, METHOD@B or clean. Raises UserError if none is."""
+    """Finds the one row that --baseline names: METHOD, METHOD@B or clean. Raises UserError."""
     name = wanted.replace("@", "/budget_")
     found = [row for row in ["clean", *rows] if name in (row, row.partition("/")[0])]
     if len(found) != 1:

@@ -1,4 +1,4 @@
-"""Converts image files <-> tensors, in 8 bits within the budget, at the size at which an editor works.
+"""Converts image files to tensors and back, within a budget in 8 bits, and to an editor's working size.
 
 Values: an image tensor is float32 (B, 3, H, W) RGB in [-1, 1]; an image file is 8-bit. `to_tensor` and
 `to_uint8` are the only places where one becomes the other.

@@ -53,10 +53,10 @@ def pgd(
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
     x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
-    gets what it would get alone. way: makes a step of the gradient, by default its sign. within: a constraint
-    on x' beside the budget, applied after each step. Returns x' like x, max |x' - x| <= budget. Raises
-    ValueError for a wrong image, GradientError for a gradient that is not finite; warns if an image's
-    gradient is zero everywhere.
+    gets what it would get alone. way: turns the gradient into a step, by default its sign. within: a further
+    constraint on x', applied after each step. Returns x' like x, max |x' - x| <= budget. Raises ValueError
+    for a wrong image, GradientError for a gradient that is not finite; warns if an image's gradient is zero
+    everywhere.
     """
     import torch
 

@@ -304,7 +304,7 @@ def _of_latent(vae: Any, value: Callable[[Tensor], Tensor]) -> Objective:
 
 
 def _misjudged(editor: Any, z: Tensor, generators: Draws) -> Tensor:
-    """eps(z_k, k, z) - e, with each image's own timestep k and noise e: like z"""
+    """Computes eps(z_k, k, z) - e, with each image's own timestep k and noise e: like z"""
     k = uniform(generators, 0, len(editor.alphas_cumprod), z).long()
     e = normal(generators, z)
     return editor.predict_noise(editor.noised(z, k, e), k, z) - e
@@ -403,10 +403,10 @@ METHODS: dict[str, Method] = {
 RECOMMENDED = {
     "facelock-wide": "For a picture that reaches the editor unchanged. Visible as freckles and wrinkles "
     "on the face, not elsewhere. JPEG and resizing undo much of it. Two minutes on two CPU cores.",
-    "facelock-wash": "For a picture that is compressed or resized on its way. Looks the same. JPEG and "
-    "resizing together undo up to a quarter. Two to three minutes on two CPU cores.",
-    "facelock-dim": "The quicker one, for a picture that reaches the editor unchanged. More visible, as "
-    "grain on the face. JPEG and resizing undo much of it. A minute on two CPU cores.",
+    "facelock-wash": "For a picture that is compressed or resized on its way. Looks like facelock-wide. "
+    "JPEG and resizing together undo up to a quarter. Two to three minutes on two CPU cores.",
+    "facelock-dim": "Quicker, for a picture that reaches the editor unchanged. More visible, as grain "
+    "on the face. JPEG and resizing undo much of it. A minute on two CPU cores.",
     "instant": "At once, by a network for this autoencoder. Visible as a pattern on the face, "
     "much the same for everybody. JPEG and resizing undo much of it. A tenth of a second.",
 }

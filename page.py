@@ -411,7 +411,7 @@ class Page:
         from tqdm.std import EMA
 
         began, objective, shows = time.monotonic(), "", {}
-        pace, last = EMA(0.1), began  # recent ones count: some methods' first iterations are cheaper
+        pace, last = EMA(0.1), began  # recent iterations count: some methods' first ones are cheaper
 
         def step(i: int, values: "Tensor") -> None:
             nonlocal objective, last

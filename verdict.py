@@ -35,7 +35,7 @@ UNKNOWN = (
 )
 HIDDEN = {
     "edit": "This edit hides the person even without protection: try another instruction or seed.",
-    "round trip": "Even unprotected, no judge takes the face after the round trip for the same person.",
+    "round trip": "Even without protection, no judge sees the same person after the round trip.",
 }
 ALL_ATTACKED = (
     "No verdict on this {}: the protection attacked every recogniser that is named ({}). "
@@ -68,7 +68,7 @@ class Face:
 
     @property
     def has_judges(self) -> bool:
-        """Returns whether there is a recogniser with a threshold that the protection has not seen."""
+        """Returns whether any judge, unseen by the protection, has a threshold."""
         return any(self.thresholds[name] is not None for name in self.values if name not in self.attacked)
 
     def verdict(self, made: str = "edit", advice: str = ADVICE) -> Verdict:

@@ -74,7 +74,7 @@ VISIBILITY = [
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "all", [*METRICS, eval_facial.METRIC])
-    text = "directories of protected images, or of their budget_{B}/, to measure how visible they are"
+    text = "directories of protected images, or of budget_{B}/, to measure how visible protection is"
     parser.add_argument("--protected_dirs", type=utils.path, nargs="+", default=[], help=text)
     return parser.parse_args(argv)
 

@@ -464,7 +464,7 @@ def find_protected(given: Sequence[Path], edits: Edits) -> Edits:
 
 
 def check_protected(edits: Edits, directory: Path, files: dict[str, Path]) -> None:
-    """Refuses protected images of other sources, changed ones, and unedited ones. Raises UserError."""
+    """Refuses protected images of other sources, changed ones, and those no row edits. Raises UserError."""
     other, changed = [], []
     for name in edits.names:
         entry = edits.manifests.entry(directory, files[name].name)

@@ -377,7 +377,7 @@ class Report:
             yield self.texts[prompt], self.marks(column, self.shown, means), []
 
     def panels(self, key: str) -> tuple[list[Any], list[float]]:
-        """Makes a plot's panels, and round ticks for their shared axis, from its first end to its last."""
+        """Makes a plot's panels, and round ticks for their shared axis, which ends at the first and last."""
         from matplotlib.ticker import MaxNLocator
 
         panels = [(column, lines) for column in self.main if (lines := list(getattr(self, key)(column)))]

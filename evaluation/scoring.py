@@ -42,7 +42,7 @@ class Scores:
     n_left_out: int  # of them, since they or their source can't be read in some row
 
     def report(self, what: str = "edits") -> int:
-        """Prints what could not be measured -> exit status, 1 if anything. what: the images' name there."""
+        """Prints what could not be measured -> exit status, 1 if there was any. what: what was scored."""
         for metric in (metric for metric in self.metrics if metric.counts):
             of_metric = self.values[self.values["metric"] == metric.name]
             for row, found in of_metric.groupby("method", observed=True)["value"]:
