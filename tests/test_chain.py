@@ -110,7 +110,7 @@ OTHERS = "holds edits of other pictures than those in {0}/others (anna, ben, cle
 @pytest.mark.parametrize(
     ("happens", "scripts", "more", "says"),
     [
-        (replace_protected, [eval_psnr, eval_all, figure], "", f"{PROTECTED}3 holds now (ben)"),
+        (replace_protected, [eval_psnr, eval_all, figure], "", f"now in {PROTECTED}3 (ben)"),
         (write_others, [eval_all, figure], "--src_dir {0}/others", f"edits/clean {OTHERS}"),
         (write_others, [eval_all], "--protected_dirs {0}/others", OTHERS),
         (replace_source, [eval_all], "", "made from other pictures than those in {0}/portraits (ben)"),
