@@ -29,10 +29,10 @@ if TYPE_CHECKING:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    port = utils.number(int, 1, 65535, "a port")
-    parser.add_argument("--port", type=port, default=7860, help="of 127.0.0.1")
+    port = utils.number(int, 1, 65535, "a port from 1 to 65535")
+    parser.add_argument("--port", type=port, default=7860, help="port on 127.0.0.1")
     add_defense_arguments(parser)
-    parser.set_defaults(method=None)  # the page's own first choice
+    parser.set_defaults(method=None)  # the page chooses its own: `first_method`
     return parser.parse_args(argv)
 
 
@@ -65,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def first_method(args: argparse.Namespace) -> str:
-    """Names what the page begins with: a network's answer at once, if there is one for what is attacked."""
+    """Names the page's first method: `instant` if a network is there for the autoencoder under attack."""
     return "instant" if loop_of(resolve(ModelSettings.of(args))) else next(iter(RECOMMENDED))
 
 

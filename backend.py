@@ -1,4 +1,4 @@
-"""What the page of app.py does with a visitor's pictures, of which Gradio knows nothing."""
+"""Does the work of the page of app.py on a visitor's pictures; nothing here depends on Gradio."""
 
 from __future__ import annotations
 
@@ -30,26 +30,26 @@ if TYPE_CHECKING:
 
 SHOWN_SIDE = 1600  # px; a larger picture is shown reduced
 PORTRAITS = ROOT / "assets" / "portraits"
-BUNDLED = {"full": "*.*", "mini": "mini/*.png"}  # of PORTRAITS, by --models
-AMPLIFY = 10  # of the difference, which is shown around grey
+BUNDLED = {"full": "*.*", "mini": "mini/*.png"}  # patterns within PORTRAITS, by --models
+AMPLIFY = 10  # factor of the difference, which is shown around grey
 
 
 class Backend:
-    """Does what the page asks for, by the scripts' own functions. Raises UserError, as they do.
+    """Does what the page asks for, with the scripts' own functions. Raises UserError, as they do.
 
-    The networks are loaded at once, so that what is wrong with them shows before anybody waits. `missing`
-    says which can't be had; without them the backend finds faces, and no more.
+    The networks are loaded at the start, so that problems with them show before anybody waits. `missing`
+    lists those that can't be loaded; without them the backend can only find faces.
     """
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.at_work = threading.Lock()  # one job at a time, also beside one that was cancelled and ends soon
+        self.at_work = threading.Lock()  # one job at a time; a cancelled one counts until it ends
         protector = Protector(settings)
         self.detector, self.config = protector.detector, protector.config
         self.by_words = self.config.editor.by_words
-        self.loop = loop_of(self.config)  # what goes on where the network of `instant` ends
+        self.loop = loop_of(self.config)  # the method that the network of `instant` was trained on
         if self.loop:
-            self.config = Protector(settings, method="instant").config  # without judges that its training saw
+            self.config = Protector(settings, method="instant").config  # no judges seen in training
         self.missing: list[str] = []
         try:
             load_all([protector.preload, self.config.load_editor])
@@ -62,7 +62,7 @@ class Backend:
         picture.boxes = self.detector(load_image(picture.source, self.config.resolution).pixels)
 
     def point(self, visit: Visit, box: Box) -> Picture:
-        """Takes a face given by hand instead of those that were found."""
+        """Uses a face box given by hand instead of the detected ones."""
         if visit.picture is None:
             raise UserError("choose a portrait first")
         path = visit.picture.source
@@ -74,9 +74,9 @@ class Backend:
         return picture
 
     def plan(self, visit: Visit, settings: dict[str, Any], faces: Sequence[int]) -> Job:
-        """Begins to protect the visit's picture. settings: not the page's own; faces: numbers of boxes."""
+        """Plans to protect the visit's picture. settings: replace the page's; faces: indices of boxes."""
         if self.missing:
-            raise UserError("networks are missing, as the top of this page says")
+            raise UserError("networks are missing: see the top of this page")
         if (picture := visit.picture) is None:
             raise UserError("choose a portrait first")
         boxes = picture.boxes
@@ -88,7 +88,7 @@ class Backend:
         return visit.job
 
     def protect(self, visit: Visit, job: Job, callback: Callable[[int, Tensor], None]) -> Report:
-        """Protects a job's picture. Raises Cancelled once the visitor doesn't wait for it any more."""
+        """Protects a job's picture. Raises Cancelled once the visitor no longer waits for it."""
 
         def step(i: int, values: Tensor) -> None:
             if visit.job is not job:
@@ -112,19 +112,19 @@ class Backend:
         return report
 
     def edit(self, picture: Picture, prompt: str, seed: int) -> np.ndarray:
-        """Edits a picture and its protection alike -> (2, H, W, 3) uint8."""
+        """Edits a picture and its protected version in the same way -> (2, H, W, 3) uint8."""
         pair = [load_image(path) for path in (picture.source, picture.protected)]
         self.config.warn_of([pair[0].size], [prompt])
         with self.at_work:
             return edit_portraits(pair, [prompt] * 2, self.editor, seed)
 
     def compare(self, picture: Picture, edits: np.ndarray) -> list[Face]:
-        """Measures both edits by recognisers and judges, for each face that was chosen. Raises UserError."""
+        """Measures each chosen face in both edits, by recognisers and judges. Raises UserError."""
         source = load_image(picture.source).pixels
         return verdict.compare(self.config, self.detector, source, edits, picture.chosen)
 
     def verdicts(self, faces: Sequence[Face]) -> list[Verdict]:
-        """Says by the judges what is left of each face; with advice, unless by stand-ins."""
+        """Returns the judges' verdict on each face, with advice unless the models are stand-ins."""
         made = "edit" if self.by_words else "round trip"
         if faces and (nobody := verdict.all_attacked(self.config, made)):
             return [nobody]
@@ -132,7 +132,7 @@ class Backend:
         return [face.verdict(made, advice) for face in faces]
 
     def methods(self) -> list[tuple[str, str]]:
-        """Lists the methods for a menu, each with its label: first those that are recommended."""
+        """Lists (label, method) for the menu, the recommended methods first."""
         names = {self.settings.method, *methods_for(self.config.editor)}
         names |= {name for name, one in METHODS.items() if one.is_network and self.loop}
         first = [(name, name) for name in RECOMMENDED if name in names]
@@ -141,7 +141,7 @@ class Backend:
 
 
 def loop_of(config: ModelConfig) -> str | None:
-    """Names what the network of `instant` was trained after; None if it isn't for this autoencoder."""
+    """Names the method that the network of `instant` was trained on; None if it is for other autoencoders."""
     from models.protector import is_for, read_config
 
     try:
@@ -161,7 +161,7 @@ def bundled(models: str) -> list[Path]:
 
 
 def judged(verdicts: Sequence[Verdict]) -> str:
-    """Shows a verdict on each face, which looks like what it says."""
+    """Writes the verdict on each face, HTML, styled by its outcome."""
     parts = []
     for number, one in zip(verdict.numbered(verdicts), verdicts, strict=True):
         reasons = "".join(f"<p>{html.escape(reason)}</p>" for reason in one.reasons)
@@ -171,16 +171,16 @@ def judged(verdicts: Sequence[Verdict]) -> str:
 
 
 def left_out(n_found: int, n_chosen: int) -> str:
-    """Says that faces were found which are not protected."""
+    """Writes a note, HTML, if only some of the faces found were protected."""
     text = f'<p class="note">{n_found} faces found, {n_chosen} protected: tick the others under Faces.</p>'
     return text if n_found > n_chosen else ""
 
 
 def measured(report: Report, seconds: float) -> str:
-    """Says what a saved file measures."""
+    """Writes the measurements of a saved file, HTML."""
     pairs = [f"{name} {two[0]:.2f} → {two[1]:.2f}" for name, two in report.similarity.items() if two]
     return (
-        "Saved, read back and measured: no colour of a pixel differs from your picture by more than "
+        "Saved, read back and measured: no colour value differs from your picture by more than "
         f"<b>{round(report.linf / LEVEL)} of 255 levels</b> (L-infinity {report.linf:.4f} in [-1, 1], "
         f"allowed {report.budget:g}); <b>PSNR {report.psnr:.1f} dB</b>. It took {seconds:.1f} s."
         + (f" Face similarity after the editor's autoencoder alone: {', '.join(pairs)}." if pairs else "")
@@ -188,13 +188,13 @@ def measured(report: Report, seconds: float) -> str:
 
 
 def notes(stderr: str) -> str:
-    """Shows the warnings among what was printed."""
+    """Writes the warnings among the printed lines, HTML."""
     lines = re.findall("^warning: (.*)", stderr, re.MULTILINE)
     return "".join(f'<p class="note">{html.escape(line)}</p>' for line in lines)
 
 
 def table_of(faces: Sequence[Face]) -> pd.DataFrame:
-    """Puts FR of all faces into a table of texts, narrow enough for a phone: without → with protection."""
+    """Tabulates FR of all faces as text, without → with protection, narrow enough for a phone."""
     import pandas as pd
 
     rows = {}
@@ -211,7 +211,7 @@ def table_of(faces: Sequence[Face]) -> pd.DataFrame:
 
 
 def shown(visit: Visit, kind: str, pixels: np.ndarray, boxes: Sequence[Box] = ()) -> str:
-    """Writes what the browser shows of (H, W, 3) uint8: reduced if it is large, with numbered boxes."""
+    """Writes (H, W, 3) uint8 for the browser, reduced if it is large, with numbered boxes -> the path."""
     import numpy as np
     from PIL import Image, ImageDraw, ImageFont
 
@@ -230,7 +230,7 @@ def shown(visit: Visit, kind: str, pixels: np.ndarray, boxes: Sequence[Box] = ()
 
 
 def amplified(pixels: np.ndarray, source: np.ndarray) -> np.ndarray:
-    """Shows the difference of two uint8 images around grey."""
+    """Amplifies the difference of two uint8 images, around grey."""
     import numpy as np
 
     return np.clip(128 + AMPLIFY * (pixels.astype(np.int16) - source), 0, 255).astype(np.uint8)

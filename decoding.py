@@ -21,12 +21,12 @@ HEIF = (".heic", ".heif")  # with pillow-heif, if it is installed
 
 
 def readable_suffixes() -> tuple[str, ...]:
-    """Lists the suffixes of the files that are read here."""
+    """Lists the suffixes of the files that can be read."""
     return (*FORMATS, *(HEIF if util.find_spec("pillow_heif") else ()))
 
 
 def open_image(path: Path) -> Image.Image:
-    """Image.open for the formats that are read, and no other."""
+    """Opens an image in one of FORMATS or HEIF, and in no other format. Raises UserError."""
     formats = sorted(set(FORMATS.values()))
     if util.find_spec("pillow_heif"):
         import pillow_heif
@@ -39,35 +39,35 @@ def open_image(path: Path) -> Image.Image:
 
 
 def check_depth(image: Image.Image) -> None:
-    """Refuses what Pillow would cut to 8 bits or misread: more than that in anything but plain greyscale."""
+    """Refuses more than 8 bits, except in plain greyscale: Pillow would cut or misread them."""
     tags = getattr(image, "tag_v2", {})  # of a TIFF: BitsPerSample and PhotometricInterpretation
     depth, is_inverted = max(tags.get(258, (0,))), tags.get(262) == 0
     if depth <= 8 and not any(re.search(";16[BLN]", str(part.args)) for part in getattr(image, "tile", ())):
         return
     if image.mode[0] not in "IF" or "transparency" in image.info or depth == 12 or is_inverted:
-        raise UserError("16 bits a channel are read in plain greyscale only; save it with 8 bits")
+        raise UserError("16 bits per channel are read in plain greyscale only; save it with 8 bits")
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """16-bit, 32-bit and float pixels (modes I;16, I, F) -> L; Pillow's own conversion would clip them."""
+    """Converts 16-bit, 32-bit and float pixels (modes I;16, I, F) to L; Pillow itself would clip them."""
     if image.mode[0] not in "IF":
         return image
     values, top = np.asarray(image).astype(np.float64), 1 if image.mode == "F" else 65535
     low, high = values.min(), values.max()
     if not (0 <= low and high <= top):
-        raise ValueError(f"pixels from {low:g} to {high:g}, only 0 to {top} has a known meaning")
+        raise ValueError(f"pixels from {low:g} to {high:g}, but only 0 to {top} has a known meaning")
     return Image.fromarray(np.round(values / top * 255).astype(np.uint8))
 
 
 def to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Any mode -> RGB; by an ICC profile, unless that moves no colour by over 2 levels, as sRGB's own."""
+    """Converts any mode to RGB, by its ICC profile, unless that is sRGB: moves no colour by over 2 levels."""
     if not profile:
         return image.convert("RGB")
     if image.mode == "P":  # the profile is for the palette's colours
         image = image.convert("RGB")
     try:
         source, target = ImageCms.ImageCmsProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-        if "srgb" in ImageCms.getProfileDescription(source).lower():  # so is a linear one called
+        if "srgb" in ImageCms.getProfileDescription(source).lower():  # a linear one is called so, too
             levels = np.linspace(0, 255, 9).round().astype(np.uint8)
             cube = np.stack(np.meshgrid(levels, levels, levels), axis=-1).reshape(-1, 9, 3)  # (81, 9, 3)
             there = ImageCms.profileToProfile(Image.fromarray(cube), source, target)

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 
 
 def transform_names(text: str) -> str:
-    """argparse type: what `transforms.chains` reads."""
+    """argparse type: a text that `transforms.chains` can read."""
     try:
         chains(text)
     except ValueError as error:
@@ -47,25 +47,25 @@ def transform_names(text: str) -> str:
     return text
 
 
-KNOBS = {  # flag -> type and what it is; of the loops (NUMBERS) and of the objectives, but for --targeted
+KNOBS = {  # flag -> type and help; of the loops (NUMBERS) and of the objectives, except --targeted
     "step_size": (utils.positive_float, "first step in [-1, 1]; steps shrink linearly to 1 %% of it"),
-    "num_iters": (utils.natural_number, "number of iterations; 0 leaves the start"),
+    "num_iters": (utils.natural_number, "number of iterations; 0 keeps the start"),
     "lr": (utils.positive_float, "learning rate of Adam"),
-    "rms": (utils.positive_float, "root mean square of the change where it may be, in [-1, 1]"),
+    "rms": (utils.positive_float, "largest root mean square of the change, where it is allowed, in [-1, 1]"),
     "momentum": (utils.number(float, 0, 1, "a number from 0 to 1"), "share of the earlier gradients kept"),
     "c": (utils.positive_float, "weight of the latent term"),
-    "unrolled": (utils.positive_int, "denoising steps that the gradient goes through"),
+    "unrolled": (utils.positive_int, "denoising steps that the gradient passes through"),
     "transforms": (
         transform_names,
         "random transforms of the picture; resize+light,jpeg alternates between a chain of two and a JPEG",
     ),
     "samples": (utils.positive_int, "random transforms per iteration"),
-    "wash": (transform_names, "what happens to the picture before it is edited, like --transforms"),
-    "refine": (utils.natural_number, "iterations that follow, of what the network was trained after"),
+    "wash": (transform_names, "what happens to the picture before it is edited, written as in --transforms"),
+    "refine": (utils.natural_number, "further iterations of the method that the network was trained on"),
 }
-TARGETED = {  # value -> flag and what it is
+TARGETED = {  # value -> flag and help
     True: ("--targeted", "push the latent towards zero; sds: towards what is easily denoised"),
-    False: ("--untargeted", "push it away from the clean latent; sds: from what is easily denoised"),
+    False: ("--untargeted", "push the latent away from the clean one; sds: from what is easily denoised"),
 }
 BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 
@@ -73,7 +73,7 @@ BUDGET_HELP = "L-infinity size of the perturbation in [-1, 1], from 2/255 to 2"
 def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds every flag that decides how a portrait is protected; `settings_of` reads them."""
     which = {"dest": "method", "choices": METHODS, "default": Settings.method}
-    group = parser.add_argument_group("which defense to take", which_method())
+    group = parser.add_argument_group("which defense to use", which_method())
     group.add_argument("--defend_method", **which, help="the defense; facelock is the paper's")
     size = {"dest": "budget", "metavar": "ATTACK_BUDGET", "type": utils.budget_size}
     text = defaults_help(BUDGET_HELP, {name: f"{method.run.budget:.3g}" for name, method in METHODS.items()})
@@ -85,14 +85,14 @@ def add_defense_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def which_method() -> str:
-    """Writes a line on each method that is recommended, with its budget, and names the others."""
+    """Writes one line per recommended method, with its budget, and names the others."""
     lines = [f"{name} at {METHODS[name].run.budget:g}: {text}" for name, text in RECOMMENDED.items()]
     lines.append(f"for comparison: {', '.join(name for name in METHODS if name not in RECOMMENDED)}")
     return "\n".join(textwrap.fill(line, 106, subsequent_indent="  ") for line in lines)
 
 
 def add_method_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags whose defaults are each method's own, and those that all methods share."""
+    """Adds the flags whose defaults depend on the method, and those that all methods share."""
     for name, (kind, text) in KNOBS.items():
         text = defaults_help(text, readers(name), METHODS)
         parser.add_argument(f"--{name}", type=kind, help=text)
@@ -104,16 +104,16 @@ def add_method_arguments(parser: argparse.ArgumentParser) -> None:
     text = "where the whole budget may be spent, falling to 0 elsewhere: on the face, on texture, on both"
     text = defaults_help(text, {name: method.mask for name, method in METHODS.items()})
     parser.add_argument("--budget_mask", choices=BUDGET_MASKS, help=text)
-    text = "which faces facelock and a mask protect; all: the mean of their similarities counts"
+    text = "which faces facelock and masks protect; all: by the mean of their similarities"
     parser.add_argument("--faces", choices=("largest", "all"), default=Settings.faces, help=text)
     for flag, text in (
         ("--check", "measure face similarity after a VAE round trip for every method, not only facelock"),
-        ("--checkpointing", "save memory: compute the activations of VAE, denoiser and transformer twice"),
+        ("--checkpointing", "save memory: compute activations of VAE, denoiser and transformer twice"),
         ("--compile", "torch.compile the networks, for GPUs; takes minutes at the start"),
     ):
         parser.add_argument(flag, action="store_true", help=text)
     for bound in ("--clamp_min", "--clamp_max"):
-        text = "accepted for the authors' command lines; changes nothing"
+        text = "accepted so that the authors' command lines work; changes nothing"
         parser.add_argument(bound, type=float, help=text)
 
 
@@ -150,7 +150,7 @@ def face_box(text: str) -> Box:
 
 @contextlib.contextmanager
 def progress_bar(num_iters: int, label: str, shown: bool = True) -> Iterator[Callable[[int, Tensor], None]]:
-    """Makes a loop's callback, a tqdm bar; shows the objective where a loop waits for the device anyway."""
+    """Makes a loop's callback, a tqdm bar; shows the objective when the loop waits for the device anyway."""
     from tqdm import tqdm
 
     with tqdm(total=num_iters, desc=label, unit="it", leave=False, disable=not (shown and num_iters)) as bar:
@@ -169,12 +169,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Protects the portrait that the flags name -> exit status."""
-    why_png = "JPEG and its like would destroy the perturbation"
+    why_png = "JPEG and other lossy formats would destroy the perturbation"
     output = choose_output(args.output_path, args.input_path, output_prefix(args.models), why_png)
     args.seed = utils.draw_seed(args.seed)
     protector = Protector(settings_of(args))
     if args.face_box and not protector.looks_at_faces:
-        raise UserError(f"--face_box: {protector.name} looks at no face; facelock, masks and --check do")
+        raise UserError(f"--face_box: {protector.name} ignores faces; facelock, masks and --check use them")
     boxes = args.face_box or ()
     subject = protector.load(args.input_path, boxes)  # a bad file is reported before models are loaded
     config, size = protector.config, subject.portrait.size
@@ -191,7 +191,7 @@ def run(args: argparse.Namespace) -> int:
         told.append(str(nobody))
     if report.n_found > len(subject.boxes):
         what = "protected" if protector.needs_face else "measured"
-        told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}: --faces all")
+        told.append(f"{report.n_found} faces found, {len(subject.boxes)} {what}; for all: --faces all")
     for line in [*told, config.last_word()]:
         if line:
             print(line)

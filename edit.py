@@ -39,13 +39,13 @@ def add_seed_argument(parser: argparse.ArgumentParser) -> None:
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
-    utils.add_input_argument(parser, "the image, an image file")
+    utils.add_input_argument(parser, "the image file to edit")
     parser.add_argument("--prompt", type=utils.prompt, help="the instruction")
     parser.add_argument(
         "--output_path", type=utils.path, help="a .png (default: edit_NAME.png beside the input)"
     )
-    text = "the picture before its protection: is the person of its edit gone from this one? What the "
-    text += "protection attacked is named by --recognizer, and is no judge"
+    text = "the picture before its protection, to judge whether the protection held. With "
+    text += "--recognizer, name the recognisers that the protection attacked: they are no judges"
     parser.add_argument("--source", type=utils.path, help=text)
     text = "with --source: a .png of both pictures and their edits"
     parser.add_argument("--comparison", type=utils.path, metavar="FILE", help=text)
@@ -60,7 +60,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def ignored(prompt: str | None, kind: str) -> str:
-    """Warns of an instruction that an editor without words does not read -> what stands in its place."""
+    """Warns that an editor without words ignores an instruction -> the text recorded in its place."""
     if prompt is not None:
         utils.warn(f"--prompt is ignored: {kind} takes no words")
     return utils.NO_WORDS
@@ -69,7 +69,7 @@ def ignored(prompt: str | None, kind: str) -> str:
 def edit_portraits(
     portraits: Sequence[Portrait], prompts: Sequence[str], editor: Editor, seed: int
 ) -> np.ndarray:
-    """Edits portraits of one size, each by its own instruction -> (B, H, W, 3) uint8, the portraits' size."""
+    """Edits portraits of one size, each by its own instruction -> (B, H, W, 3) uint8 of that size."""
     import numpy as np
 
     images = to_tensor(np.stack([portrait.pixels for portrait in portraits]))
@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> int:
     """Edits the image that the flags name -> exit status."""
-    why_png = "an edit is measured pixel by pixel, which JPEG and its like would change"
+    why_png = "an edit is measured pixel by pixel, and JPEG and other lossy formats change pixels"
     output = choose_output(args.output_path, args.input_path, "edit", why_png)
     config = resolve(ModelSettings.of(args))
     if not config.editor.by_words:
@@ -90,7 +90,7 @@ def run(args: argparse.Namespace) -> int:
     portrait = load_image(args.input_path, config.resolution)
     source = args.source and load_image(args.source, config.resolution)
     if source and source.size != portrait.size:
-        raise UserError(f"{args.source}: can't be the source of {args.input_path}, which has another size")
+        raise UserError(f"{args.source}: can't be the source of {args.input_path}, which differs in size")
     picture = args.comparison and choose_output(args.comparison, args.input_path, "comparison", why_png)
     args.seed = utils.draw_seed(args.seed)
     config.warn_of_cpu(args.device)
@@ -112,7 +112,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def judged(config: ModelConfig, source: np.ndarray, edits: Sequence[np.ndarray]) -> list[str]:
-    """Says by each judge what the edits of a source and of its protection leave of the largest face."""
+    """Returns the judges' verdict on the largest face, in the edits of a source and of its protection."""
     detector = FaceDetector(config.device)
     if not (boxes := detector(source)):
         return ["No face was found in the source: there is nothing to compare."]
@@ -121,10 +121,10 @@ def judged(config: ModelConfig, source: np.ndarray, edits: Sequence[np.ndarray])
         return [str(nobody)]
     try:
         (face,) = compare(config, detector, source, edits, boxes[:1], judges_alone=True)
-    except UserError as error:  # the edit is there all the same
+    except UserError as error:  # the edit itself is saved
         return [f"No verdict on this {made}: {error}."]
     told = [str(face.verdict(made, "" if config.models == "mini" else ADVICE))]
-    return [*told, f"{len(boxes)} faces found, the largest compared"] if len(boxes) > 1 else told
+    return [*told, f"{len(boxes)} faces found, only the largest compared"] if len(boxes) > 1 else told
 
 
 if __name__ == "__main__":

@@ -55,7 +55,7 @@ from provenance import versions
 from utils import UserError
 
 PAPER = ("noise", "encoder", "vae", "cw", "facelock")  # the methods of its tables
-SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # of the picture, where all were used
+SOME_PROMPTS = (0, 4, 11, 13, 19, 23)  # shown in the picture, if all were used
 OF_TABLE = ("all_metric.csv", "all_metric.md", "all_metric.json", "per_image.csv", "figure.png")
 OF_TABLE += ("all_metric_protected.csv", "all_metric_minus_baseline.csv")
 OF_ALL = ("purified.csv", "purified.md", "purified.png", "transfer.csv", "transfer.md", "report.html")
@@ -67,25 +67,25 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     add = parser.add_argument
     add("--image_dir", type=utils.path, required=True, help="directory of portraits")
     add("--output_dir", type=utils.path, required=True, help="where everything goes")
-    text = f"all (those that suit --model), or some of {', '.join(METHODS)}; @B: at a budget of its own"
+    text = f"all (those that suit --model), or some of {', '.join(METHODS)}; @B: at its own budget B"
     text = f"{text} (default: {' '.join(PAPER)})"
     add("--methods", nargs="+", type=method_at, metavar="METHOD[@B]", help=text)
     text = f"{BUDGET_HELP} (default: each method's own)"
     add("--budgets", nargs="+", type=utils.budget_size, metavar="B", help=text)
     utils.add_prompt_arguments(parser)
-    text = "what is done to the pictures before they are edited: jpeg:75, or in turn jpeg:75+resize:0.5; "
-    text += "all of them: evaluation/purify.py --help"
+    text = "what is done to the pictures before they are edited: jpeg:75, or one after the other "
+    text += "jpeg:75+resize:0.5; for the full list: evaluation/purify.py --help"
     add("--purify", nargs="+", type=purifier, default=[], metavar="STEPS", help=text)
-    text = "of the editor's noise, one or more; the first is also the random start's"
+    text = "seeds of the editor's noise, one or more; the first also seeds the random start"
     add("--seed", nargs="+", type=utils.known_seed, default=[0], help=text)
-    text = f"who edits what is protected against --model; several show what carries over: {NAME_HELP}"
+    text = f"editors to try on what is protected against --model; several show transfer: {NAME_HELP}"
     add("--edit_models", nargs="+", metavar="EDITOR", default=[], help=text)
-    text = "other photos of the people, NAME.* or NAME/*, which count instead of the sources"
+    text = "other photos of the people, NAME.* or NAME/*, to compare faces with instead of the sources"
     add("--reference_dir", type=utils.path, help=text)
-    text = "a method, METHOD@B or clean, that the others are compared with, in pairs"
+    text = "a method, METHOD@B or clean, to compare the others with, in pairs"
     add("--baseline", metavar="METHOD[@B]", help=text)
     add("--latex", action="store_true", help=LATEX_HELP)
-    text = "a Markdown file, to whose leaderboard the methods' rows are added; made if it isn't there"
+    text = "a Markdown file, to whose leaderboard the methods' rows are added; created if missing"
     add("--leaderboard", type=utils.path, metavar="FILE", help=text)
     add_method_arguments(parser)
     runs.add_run_arguments(parser)
@@ -98,7 +98,7 @@ def method_at(text: str) -> tuple[str, float | None]:
     """argparse type: `facelock@0.06` -> a method or `all`, and its own budget; None: those of --budgets."""
     name, at, budget = text.partition("@")
     if name not in ("all", *METHODS):
-        raise argparse.ArgumentTypeError(f"{name!r} is none of all, {', '.join(METHODS)}")
+        raise argparse.ArgumentTypeError(f"{name!r} is not one of all, {', '.join(METHODS)}")
     return name, utils.budget_size(budget) if at else None
 
 
@@ -116,7 +116,7 @@ Part = tuple[str, Callable[[], int]]  # its name, and what makes it -> exit stat
 
 @dataclass(frozen=True)
 class Table:
-    """One table: where it goes, what is edited in each row (`clean`, METHOD/budget_{B}), and by whom."""
+    """Describes one table: its folder, what each row edits (`clean`, METHOD/budget_{B}), and its editor."""
 
     root: Path
     pictures: dict[str, Path]
@@ -124,13 +124,13 @@ class Table:
 
     @property
     def edits(self) -> dict[str, Path]:
-        """The directory of each row's edits."""
+        """Returns the directory of each row's edits."""
         return {row: self.root / "edits" / row for row in self.pictures}
 
 
 @dataclass(frozen=True)
 class Experiment:
-    """What the flags ask for."""
+    """Holds what the flags ask for."""
 
     image_dir: Path
     output_dir: Path
@@ -160,7 +160,7 @@ class Experiment:
         runs.find_images(args.image_dir)
         utils.check_directory(args.output_dir)
         if len({name_of(editor) for editor in named}) < len(named):
-            raise UserError(f"--edit_models: one of them twice ({' '.join(args.edit_models)})")
+            raise UserError(f"--edit_models: an editor is named twice ({' '.join(args.edit_models)})")
         if not config.judges:
             raise UserError("the attack sees every judge: name others with --judge")
         protectors = protectors_of(args)
@@ -178,7 +178,7 @@ class Experiment:
 
     @property
     def protected(self) -> dict[str, Path]:
-        """The directory of each row's protected portraits."""
+        """Returns the directory of each row's protected portraits."""
         return {row: self.output_dir / "protected" / row for row in self.protectors}
 
     def tables(self) -> list[Table]:
@@ -206,19 +206,19 @@ class Experiment:
         others = self.reference_dir and find_references(self.reference_dir, images_by_stem(self.image_dir))
         by = eval_all.networks_of(self.config, self.config.editor.by_words) | people_of({}, others or {})
         for table in [] if self.options.overwrite else self.tables():
-            way_out = "give another --output_dir, or --overwrite"
+            way_out = "choose another --output_dir, or --overwrite"
             tables.check_networks(table.root / "all_metric.csv", by, way_out)
         for folder in folders:
             runs.check_ours(folder)
         for row, protector in self.protectors.items():
             if seen := [one for one in self.config.judges if one not in protector.config.judges]:
-                text = f"{row}: the training of its network saw {', '.join(seen)}, which can't judge it"
+                text = f"{row}: its network was trained against {', '.join(seen)}, so they can't judge it"
                 raise UserError(f"{text}; name others with --judge")
         for folder in self.protected.values():
             utils.check_own(folder / "report.csv")
 
     def parts(self) -> list[Part]:
-        """Lists what is to be done, in order."""
+        """Lists what has to be done, in order."""
         found: list[Part] = []
         for row, protector in self.protectors.items():
             arguments = self.image_dir, self.protected[row], protector, self.options
@@ -255,12 +255,12 @@ class Experiment:
 
     def score(self, table: Table) -> int:
         """Scores all rows of a table and draws its picture -> exit status. Raises UserError."""
-        edits = self.pair(table, self.seeds, list(self.prompts), common=True)  # without what failed in a row
+        edits = self.pair(table, self.seeds, list(self.prompts), common=True)  # only what no row lacks
         judged = replace(self.config, dtype=utils.pick_dtype("fp32", self.config.device))
         how = {"per_image": table.root / "per_image.csv", "latex": self.latex, "overwrite": True}
         if self.baseline:
             how["baseline"] = str(table.edits[self.baseline])
-        if table.root == self.output_dir:  # else they are purified, and in no budget
+        if table.root == self.output_dir:  # purified pictures keep to no budget
             how["protected_dirs"] = list(self.protected.values())
         status = eval_all.evaluate(edits, judged, table.root / "all_metric.csv", **how)
         return max(status, beside(lambda: self.draw(table, edits.names)))
@@ -274,7 +274,7 @@ class Experiment:
         figure.make_grid(shown, pictures, table.root / "figure.png", shown.names, titles, is_alone)
 
     def sum_up(self, minutes: float) -> int:
-        """Writes what compares the tables, and the report -> exit status."""
+        """Writes the comparisons of the tables, and the report -> exit status."""
         main, *others = self.tables()
         output, status = self.output_dir, 0
         if self.others:
@@ -311,18 +311,18 @@ def protectors_of(args: argparse.Namespace) -> dict[str, Protector]:
 
 
 def find_baseline(wanted: str, rows: Sequence[str]) -> str:
-    """Finds the row that --baseline names, METHOD, METHOD@B or clean. Raises UserError unless it is one."""
+    """Finds the one row that --baseline names: METHOD, METHOD@B or clean. Raises UserError."""
     name = wanted.replace("@", "/budget_")
     found = [row for row in ["clean", *rows] if name in (row, row.partition("/")[0])]
     if len(found) != 1:
         known = " ".join(row.replace("/budget_", "@") for row in rows)
-        called = f"{len(found)} rows are" if found else "no row is"
-        raise UserError(f"--baseline {wanted}: {called} called that (there are clean {known})")
+        called = f"{len(found)} rows have" if found else "no row has"
+        raise UserError(f"--baseline {wanted}: {called} this name (there are clean {known})")
     return found[0]
 
 
 def run(args: argparse.Namespace) -> int:
-    """Makes what the flags ask for and isn't there yet, and reports what came out -> exit status."""
+    """Makes what the flags ask for, unless it exists already, and prints the result -> exit status."""
     began = time.perf_counter()
     experiment = Experiment.of(args)
     experiment.check()
@@ -333,7 +333,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def go_through(parts: Sequence[Part]) -> int:
-    """Makes all parts, or those until a signal comes -> the worst exit status."""
+    """Makes all parts, or as many as a signal allows -> the worst exit status."""
     from tqdm import tqdm
 
     status = 0
@@ -347,7 +347,7 @@ def go_through(parts: Sequence[Part]) -> int:
 
 
 def beside(draw: Callable[[], object]) -> int:
-    """Draws what stands beside the tables; what goes wrong with it costs nothing else -> exit status."""
+    """Draws an addition to the tables; if that fails, it prints why and the rest goes on -> exit status."""
     try:
         draw()
     except Exception as error:  # of matplotlib, jinja2, a font...
@@ -358,8 +358,8 @@ def beside(draw: Callable[[], object]) -> int:
 
 
 def name_of(editor: ModelConfig) -> str:
-    """Names an editor in a table and a directory: its kind, and its id where that is not the set's own."""
-    if editor.vae_id:  # attacked in the place of the editor's own
+    """Names an editor in tables and directories: its kind, and its id unless it is the set's own."""
+    if editor.vae_id:  # attacked in place of the editor's own
         return Path(editor.vae_id).name
     own = MODEL_SETS[editor.models].editors.get(editor.kind)
     return editor.kind if editor.model_id == own else f"{editor.kind}-{Path(editor.model_id).name}"

@@ -1,4 +1,4 @@
-"""Image files <-> tensors, 8 bits within the budget, and the size at which an editor works.
+"""Converts image files to tensors and back, within a budget in 8 bits, and to an editor's working size.
 
 Values: an image tensor is float32 (B, 3, H, W) RGB in [-1, 1]; an image file is 8-bit. `to_tensor` and
 `to_uint8` are the only places where one becomes the other.
@@ -25,14 +25,14 @@ from utils import LEVEL, UserError, allowed_levels, check_directory, first_line,
 if TYPE_CHECKING:
     import torch
 
-MOST_PIXELS = 24_500_000  # 6000x4000; the memory that it takes: docs/scale.md
-STRIP = 256  # px, the height of what is converted at once
-MIN_WORKING_SIDE = 32  # px; below this nothing that an editor or a recogniser could use is left
+MOST_PIXELS = 24_500_000  # 6000x4000; its memory: docs/scale.md
+STRIP = 256  # px, the height that is converted at once
+MIN_WORKING_SIDE = 32  # px; a smaller image is of no use to an editor or a recogniser
 
 
 @dataclass(frozen=True)
 class Portrait:
-    """An image file as the project sees it: 8-bit sRGB pixels, upright, with its alpha channel beside it."""
+    """Holds an image file as the project sees it: 8-bit sRGB pixels, upright, and its alpha channel."""
 
     path: Path
     pixels: np.ndarray  # (H, W, 3) uint8
@@ -47,9 +47,9 @@ class Portrait:
 def load_image(
     path: str | os.PathLike, resolution: int | None = None, most_pixels: int = MOST_PIXELS
 ) -> Portrait:
-    """Reads an image file of a kind in FORMATS, whatever its suffix; the first frame of an animated one.
+    """Reads an image file in one of FORMATS, whatever its suffix; the first frame of an animation.
 
-    Any pixels become 8-bit sRGB, upright; 16-bit grey ones are scaled, alpha is kept beside. Raises UserError
+    All pixels become 8-bit sRGB, upright; 16-bit grey is scaled, alpha is kept separately. Raises UserError
     naming the file if that can't be done, as for 16-bit colour, or if it is too large, or too small to be
     worked on at a `resolution`.
     """
@@ -86,7 +86,7 @@ def as_portrait(
     """Takes a path as `load_image` does, or a PIL image, or (H, W, 3) uint8. Raises UserError."""
     if isinstance(image, str | os.PathLike):
         return load_image(image, resolution, most_pixels)
-    if isinstance(image, Image.Image):  # as diffusers' load_image has it
+    if isinstance(image, Image.Image):  # as diffusers' load_image does
         image = np.array(ImageOps.exif_transpose(image).convert("RGB"))
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3:
         raise UserError(f"an image is (H, W, 3) uint8, not {image.dtype} {image.shape}")
@@ -104,11 +104,11 @@ def check_size(size: Sequence[int], resolution: int | None, most_pixels: int) ->
 
 
 def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Reads (H, W) that `load_image` will give from the file's header alone; None if that can't be read."""
+    """Reads from the header alone which (H, W) `load_image` will return; None if it can't be read."""
     try:
         with warnings.catch_warnings(action="ignore"), open_image(Path(path)) as image:
             width, height = image.size
-            if width * height > MOST_PIXELS:  # for PNG, Pillow looks for the orientation behind the pixels
+            if width * height > MOST_PIXELS:  # for PNG, Pillow looks for the orientation after the pixels
                 return height, width
             turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
             # Pillow gives a TIFF's size upright already
@@ -118,9 +118,9 @@ def image_size(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def images_by_stem(directory: Path) -> dict[str, Path]:
-    """Lists the image files of a directory by stem, sorted by name; hidden files and other things are left.
+    """Lists the image files of a directory by stem, sorted by name, without hidden and other files.
 
-    Broken links count: who reads them says so. Raises UserError: no such directory, or one stem of two files.
+    Broken links are listed; reading them fails. Raises UserError for a missing directory or a shared stem.
     """
     suffixes, files = readable_suffixes(), defaultdict(list)
     if not directory.is_dir():
@@ -156,7 +156,7 @@ def to_uint8(images: torch.Tensor) -> np.ndarray:
 def to_uint8_within(
     images: torch.Tensor, source: np.ndarray, budget: float, mask: torch.Tensor | None = None
 ) -> np.ndarray:
-    """Converts as `to_uint8`, but keeps |out - source| <= budget, times mask.
+    """Converts like `to_uint8`, but keeps |out - source| <= budget, times mask.
 
     images: (B, 3, H, W); source: (B, H, W, 3) uint8; mask: (B, 1, H, W), a pixel's share of the budget.
     """
@@ -186,12 +186,12 @@ def psnr(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def save_png(path: str | os.PathLike, pixels: np.ndarray, alpha: np.ndarray | None = None) -> None:
-    """Writes (H, W, 3) uint8 as PNG, whole or not at all, and no metadata (GPS tags). Raises UserError."""
+    """Writes (H, W, 3) uint8 as PNG, whole or not at all, without metadata (GPS tags). Raises UserError."""
     write_file(Path(path), png_bytes(pixels, alpha))
 
 
 def png_bytes(pixels: np.ndarray, alpha: np.ndarray | None = None) -> bytes:
-    """Packs (H, W, 3) uint8 and (H, W) alpha as PNG."""
+    """Encodes (H, W, 3) uint8 and (H, W) alpha as PNG."""
     if alpha is not None:
         pixels = np.dstack([pixels, alpha])
     buffer = io.BytesIO()
@@ -206,29 +206,29 @@ def side_by_side(pictures: Sequence[np.ndarray], gap: int = 8) -> np.ndarray:
 
 
 def choose_output(given: Path | None, source: Path, prefix: str, why_png: str) -> Path:
-    """Gives the PNG to write: `given`, else PREFIX_NAME.png beside the source, or the next free number.
+    """Returns the PNG to write: `given`, else PREFIX_NAME.png beside the source, or the next free number.
 
-    Called before any work. Raises UserError for a file that is no PNG (why_png) or would overwrite the input.
+    Call it before any work. Raises UserError for a path that is no PNG (why_png) or is the input.
     """
     try:
         names = (f"{prefix}_{source.stem}{end}.png" for end in ("", *(f"_{n}" for n in range(2, 10_000))))
         path = given or next(p for p in map(source.with_name, names) if not os.path.lexists(p))
         if not given and path.stem != f"{prefix}_{source.stem}":
-            print(one_line(f"{path.name}: the next free name, earlier ones are kept"))
+            print(one_line(f"{path.name}: the next free name; earlier files are kept"))
         if path.suffix.lower() != ".png":
             raise UserError(f"{path}: {why_png}; ask for a .png")
         if path.exists() and not path.is_file():
             raise UserError(f"{path}: is {'a directory' if path.is_dir() else 'not a regular file'}")
         if path.exists() and source.exists() and path.samefile(source):
             raise UserError(f"{path}: would overwrite the input")
-    except (OSError, ValueError) as error:  # a name that is too long, or none as that of "."
-        raise UserError(f"{given or source}: no output can have such a name ({first_line(error)})") from None
+    except (OSError, ValueError) as error:  # a name that is too long, or empty like that of "."
+        raise UserError(f"{given or source}: can't be an output's name ({first_line(error)})") from None
     check_directory(path.absolute().parent)
     return path
 
 
 def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
-    """Gives the size (unpadded) at which (H, W) is edited: long side <= resolution. Raises UserError."""
+    """Computes the size (unpadded) at which (H, W) is edited: long side <= resolution. Raises UserError."""
     scale = min(1.0, resolution / max(size))
     height, width = (max(1, round(side * scale)) for side in size)
     if min(height, width) < MIN_WORKING_SIDE:
@@ -242,7 +242,7 @@ def working_size(size: Sequence[int], resolution: int) -> tuple[int, int]:
 def to_working(images: torch.Tensor, resolution: int, multiple: int = 8) -> torch.Tensor:
     """Brings (B, 3, H, W) to (B, 3, h, w): antialiased resize to `working_size`, reflect-padded to multiples.
 
-    Differentiable: the defenses optimise through it what the edit scripts show the editor.
+    Differentiable: defenses optimise through the same function that the edit scripts apply.
     """
     import torch.nn.functional as F
 
@@ -266,4 +266,4 @@ def resize(images: torch.Tensor, size: Sequence[int]) -> torch.Tensor:
 
     if tuple(images.shape[-2:]) != tuple(size):
         images = F.interpolate(images, size=tuple(size), mode="bilinear", antialias=True, align_corners=False)
-    return images.clamp(-1, 1)  # the resize overshoots by a last bit, and diffusers guesses the range from it
+    return images.clamp(-1, 1)  # the resize overshoots by a last bit, from which diffusers guesses the range

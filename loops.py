@@ -1,8 +1,8 @@
 """How the defenses climb: loops that maximise an objective within a budget. Tensors in, tensors out.
 
 Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1], every budget and step an L-infinity size in
-that range; x is the clean image, x' the optimised one. An objective is a function of (x', t), t in [0, 1)
-being the share of iterations done, that gives one value an image, (B,).
+that range; x is the clean image, x' the optimised one. An objective is a function of (x', t) that returns
+one value per image, (B,); t in [0, 1) is the share of iterations done.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists ME
     from torch import Tensor
 
 LOSS_SCALE = 2.0**12  # keeps float16 gradients from vanishing; a power of two changes no digit and no sign
-COLOUR = 0.4  # of l2_pgd: grey changes pass for skin and wrinkles, coloured ones for a rash
-CHECK_EVERY = 10  # iterations between two looks at the gradients' flags: each look waits for the device
+COLOUR = 0.4  # weight of colour in l2_pgd: grey changes pass for skin and wrinkles, coloured ones for a rash
+CHECK_EVERY = 10  # iterations between two checks of the gradients: each check waits for the device
 
 Objective = Callable[["Tensor", float], "Tensor"]  # (x', t) -> (B,)
 
 
 @dataclass(frozen=True)
 class Run:
-    """How a loop goes. Budget and step are L-infinity sizes in [-1, 1]."""
+    """Sets how a loop runs. Budget and step are L-infinity sizes in [-1, 1]."""
 
     budget: float = 0.03
-    step_size: float = 0.01  # the first one; it falls linearly to 1 % of it
+    step_size: float = 0.01  # the first; steps shrink linearly to 1 % of it
     num_iters: int = 100
     lr: float = 0.03  # of Adam
-    rms: float = 0.045  # of `l2_pgd`: the root mean square of the change, where it may be
-    momentum: float = 0.9  # of `mi_pgd`: what is kept of the earlier gradients
-    # where x' begins, or what makes it, which needs no copy; default: `random_start` with seed 0
+    rms: float = 0.045  # of `l2_pgd`: largest root mean square of the change, where it is allowed
+    momentum: float = 0.9  # of `mi_pgd`: share of the earlier gradients that is kept
+    # where x' starts, or a function that makes it, which saves a copy; default: `random_start` with seed 0
     start: Tensor | Callable[[], Tensor] | None = None
-    is_warm: bool = False  # whether `start` is an answer already, where `l2_pgd` begins, too
+    is_warm: bool = False  # whether `start` is a good guess, which `l2_pgd` starts from, too
     callback: Callable[[int, Tensor], None] | None = None  # gets (iteration, values (B,), on the device)
 
 
@@ -48,14 +48,14 @@ def pgd(
     way: Callable[[Tensor], Tensor] = lambda g: g.sign_(),
     within: Callable[[Tensor], Tensor] = lambda moved: moved,
 ) -> Tensor:
-    """Climbs by projected sign-gradient steps (Madry et al. 2018), of the authors' release's sizes:
+    """Climbs by projected sign-gradient steps (Madry et al. 2018) of the sizes in the authors' release:
 
         x' <- project(x' + step_i sign(grad sum_b objective_b(x'))),  step_i = step_size (1 - 0.99 i / N)
 
     x: (B, 3, H, W) in [-1, 1], left as it is; 16-bit floats are optimised in float32. Each image of a batch
-    gets what it would get alone. way: a step as a function of the gradient, instead of its sign. within: what
-    keeps x' to more than the budget, after each step. Returns x' like x, max |x' - x| <= budget. Raises
-    ValueError for a wrong image, GradientError for a gradient that is not finite; warns if an image's is zero
+    gets what it would get alone. way: turns the gradient into a step, by default its sign. within: a further
+    constraint on x', applied after each step. Returns x' like x, max |x' - x| <= budget. Raises ValueError
+    for a wrong image, GradientError for a gradient that is not finite; warns if an image's gradient is zero
     everywhere.
     """
     import torch
@@ -66,10 +66,10 @@ def pgd(
         x_adv.requires_grad_(True)
         values = objective(x_adv, i / run.num_iters)
         (gradient,) = torch.autograd.grad(LOSS_SCALE * values.sum(), x_adv)
-        gradient = gradient.contiguous()  # that of a sum is one number, seen everywhere
+        gradient = gradient.contiguous()  # a sum's gradient is one number, expanded
         step = run.step_size * (1 - 0.99 * i / run.num_iters)
         _watch(gradient, peaks, i, run)
-        x_adv = x_adv.detach().add_(way(gradient).mul_(step))  # in place: of 24 megapixels, each is 0.3 GB
+        x_adv = x_adv.detach().add_(way(gradient).mul_(step))  # in place: at 24 megapixels, each is 0.3 GB
         del gradient
         x_adv = within(_project_(x_adv, x, run.budget))
         if run.callback:
@@ -78,11 +78,11 @@ def pgd(
 
 
 def sized_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Climbs by steps of the gradient's size:
+    """Climbs by steps that grow with the gradient:
 
         x' <- project(x' + step_i clip(g / mean |g|, -1, 1))
 
-    step_i as in `pgd`, the mean over where g isn't 0. So what matters little is changed little. x, the result
+    step_i as in `pgd`; the mean is over the non-zero g. So what matters little changes little. x, the result
     and errors as in `pgd`.
     """
 
@@ -94,7 +94,7 @@ def sized_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
 
 def mi_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Climbs by `pgd` along the sign of what gathers of the gradients (MI-FGSM, Dong et al. 2018):
+    """Climbs by `pgd` along the sign of accumulated gradients (MI-FGSM, Dong et al. 2018):
 
         m <- momentum m + g / mean |g|
 
@@ -116,10 +116,10 @@ def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
         x' <- project(x' + step_i g / rms(g)),  rms(x' - x) <= run.rms
 
-    step_i as in `pgd`; g is the gradient, with COLOUR of what isn't grey in it; rms is the root mean square
-    over where something isn't 0, so that of a change that a mask keeps to the face it is the face's. What is
-    seen buys more so than in a budget that each pixel uses up. x, the result and errors as in `pgd`; `start`
-    is read if it is warm.
+    step_i as in `pgd`; g is the gradient, with its colour part times COLOUR; rms is the root mean square over
+    non-zero values: over the face, if a mask confines the change to it. This achieves more for the same
+    visibility than a budget that each pixel uses up. x, the result and errors as in `pgd`; `start` is used if
+    it is warm.
     """
     import torch
 
@@ -144,7 +144,7 @@ def l2_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
     """Climbs by Adam (Kingma & Ba 2015) on w, x' = tanh(w) (Carlini & Wagner 2017); projects at the end.
 
-    Unlike the authors' release it begins at `start`. x, the result and errors as in `pgd`.
+    Unlike the authors' release, it starts at `start`. x, the result and errors as in `pgd`.
     """
     import torch
 
@@ -167,7 +167,7 @@ def adam(x: Tensor, objective: Objective, run: Run) -> Tensor:
 def climb(
     x: Tensor, make: Callable[[Tensor], Objective], run: Run, loop: Any, mask: Tensor | None = None
 ) -> Tensor:
-    """Runs a loop on the objective that `make` makes of x.
+    """Runs a loop on the objective that `make` makes from x.
 
     mask: a pixel's share of the budget, (B, 1, H, W) in [0, 1]. Result and errors as in `pgd`.
     """
@@ -179,14 +179,14 @@ def climb(
 
 
 def through(seen: Callable[[Tensor], Tensor], x: Tensor, objective: Objective, run: Run, loop: Any) -> Tensor:
-    """Runs a loop whose variable u is an image only as `seen`: x' = seen(u)."""
+    """Runs a loop over a variable u from which `seen` makes the image: x' = seen(u)."""
     return seen(loop(x, lambda u, t: objective(seen(u), t), run))
 
 
 def blurred_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Climbs by `pgd` in smooth perturbations, x' = x + G(u - x) (BlurGuard, Kim et al. 2025).
+    """Climbs by `pgd` over smooth perturbations, x' = x + G(u - x) (BlurGuard, Kim et al. 2025).
 
-    Each image's G is the narrowest Gaussian after which noise of the budget leaves its spectrum as it is;
+    Each image's G is the narrowest Gaussian for which noise of the budget leaves its spectrum unchanged;
     theirs learns one for each region that SAM finds. x, the result and errors as in `pgd`.
     """
     x, start = _begin(x, run)
@@ -196,10 +196,10 @@ def blurred_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
 
 
 def dct_pgd(x: Tensor, objective: Objective, run: Run) -> Tensor:
-    """Climbs by `pgd` in JPEG's coefficients, |v| <= 1 step of quality 95 (DCT-Shield, Bala et al. 2025).
+    """Climbs by `pgd` over JPEG's coefficients, |v| <= 1 step of quality 95 (DCT-Shield, Bala et al. 2025).
 
-    Theirs has no budget in pixels. Start and steps are the same share of 1 as of the budget. x, the result
-    and errors as in `pgd`.
+    Theirs has no budget in pixels. Start and steps are divided by the budget, for v. x, the result and errors
+    as in `pgd`.
     """
     x, start = _begin(x, run)
     moved = in_coefficients(x, quality=95)
@@ -218,7 +218,7 @@ def stay(x: Tensor, objective: Objective, run: Run) -> Tensor:
 def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
     """Draws a uniform point of each image's L-infinity ball, cut to [-1, 1]; like x in shape and dtype.
 
-    In float32, by one CPU generator an image. Raises ValueError unless there is one seed an image.
+    In float32, by one CPU generator per image. Raises ValueError unless there is one seed per image.
     """
     import torch
 
@@ -232,12 +232,12 @@ def random_start(x: Tensor, budget: float, seeds: Sequence[int]) -> Tensor:
 
 
 def project(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
-    """Gives the nearest point to x_adv with |x_adv - x| <= budget, up to the dtype's rounding, in [-1, 1]."""
+    """Finds the nearest point to x_adv with |x_adv - x| <= budget, up to the dtype's rounding, in [-1, 1]."""
     return x_adv.clamp((x - budget).clamp_(min=-1), (x + budget).clamp_(max=1))
 
 
 def _project_(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
-    """`project`, in the place of x_adv, which needs no gradient."""
+    """Projects as `project` does, in place; x_adv must need no gradient."""
     import torch
 
     torch.maximum(x_adv, x - budget, out=x_adv)
@@ -246,18 +246,18 @@ def _project_(x_adv: Tensor, x: Tensor, budget: float) -> Tensor:
 
 
 def _count(values: Tensor) -> Tensor:
-    """Counts what isn't 0 per image, at least 1 -> (B,); along a dimension, torch needs 8 bytes each."""
+    """Counts non-zero values per image, at least 1 -> (B,); along a dimension, torch needs 8 bytes each."""
     import torch
 
     return torch.stack([one.count_nonzero() for one in values]).clamp(min=1)
 
 
 class GradientError(RuntimeError):
-    """A gradient with NaN or infinity: nothing computed from it could be trusted."""
+    """Reports a gradient with NaN or infinity: nothing computed from it could be trusted."""
 
 
 def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
-    """Notes each image's largest gradient, and reads what was noted every CHECK_EVERY iterations."""
+    """Notes each image's largest gradient, and checks the notes every CHECK_EVERY iterations."""
     import torch
 
     low, high = gradient.flatten(1).aminmax(dim=1)  # NaN and infinity survive
@@ -267,14 +267,14 @@ def _watch(gradient: Tensor, peaks: list[Tensor], i: int, run: Run) -> None:
     seen = torch.stack(peaks)
     if not seen.isfinite().all():
         raise GradientError(f"the gradient is NaN or infinite within the first {i + 1} iterations")
-    if (seen == 0).any():  # said once: it is the same line
+    if (seen == 0).any():  # Python shows the same warning once
         text = "the gradient of an image was zero everywhere: its steps change nothing"
         warnings.warn(text, RuntimeWarning, stacklevel=3)
     peaks.clear()
 
 
 def _begin(x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
-    """(x, x'): the image in float32 at least, and where its optimisation starts, within the budget."""
+    """Returns (x, x'): the image in float32 at least, and where its optimisation starts, in the budget."""
     x = _image(x, run.budget)
     make = partial(random_start, x, run.budget, [0] * len(x)) if run.start is None else run.start
     start = make().to(x) if callable(make) else make.detach().to(x, copy=True)
@@ -284,7 +284,7 @@ def _begin(x: Tensor, run: Run) -> tuple[Tensor, Tensor]:
 
 
 def _image(x: Tensor, budget: float) -> Tensor:
-    """The image, checked, in float32 at least."""
+    """Checks the image -> the same in float32 at least."""
     import torch
 
     _check(x, budget)

@@ -60,7 +60,7 @@ def budget_directory(parent: Path, budget: float) -> Path:
 
 
 def settle_seed(seed: int, directory: Path) -> int:
-    """Replaces a seed of -1 by a random one. Raises UserError if the directory was begun with a seed."""
+    """Replaces a seed of -1 with a random one. Raises UserError if the directory has a seed already."""
     if seed == -1 and (record := runs.read_record(directory)):
         raise UserError(f"{directory} was begun with --seed {record.get('seed')}; give that, not -1")
     return utils.draw_seed(seed)
@@ -69,7 +69,7 @@ def settle_seed(seed: int, directory: Path) -> int:
 def protect_directory(
     image_dir: Path, directory: Path, protector: Protector, options: runs.Options = runs.USUAL
 ) -> int:
-    """Protects the portraits of a directory into another -> exit status. Raises UserError."""
+    """Protects the portraits of one directory into another -> exit status. Raises UserError."""
     from tqdm import tqdm
 
     images = runs.once(lambda: [(path, image_size(path)) for path in runs.find_images(image_dir)])
@@ -103,7 +103,7 @@ def protect_directory(
 
 
 def write_report(directory: Path) -> None:
-    """Writes report.csv: the measurements of each file, taken when it was written. Raises UserError."""
+    """Writes report.csv: each file's measurements, taken when it was written. Raises UserError."""
     import pandas as pd
 
     lines = [entry for entry in runs.read_manifest(directory).values() if "linf" in entry]

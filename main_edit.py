@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def settle_seed(seed: int, edit_dir: Path) -> int:
-    """Replaces a seed of -1 by a random one whose folder doesn't exist yet."""
+    """Replaces a seed of -1 with a random one whose folder doesn't exist yet."""
     drawn = utils.draw_seed(seed)
     while seed == -1 and (edit_dir / f"seed{drawn}").exists():
         drawn = utils.draw_seed(-1)
@@ -72,7 +72,7 @@ def edit_directory(
     config: ModelConfig,
     options: runs.Options = runs.USUAL,
 ) -> int:
-    """Edits the images of a directory into a seed{S} -> exit status. Raises UserError."""
+    """Edits the images of a directory into a seed{S} folder -> exit status. Raises UserError."""
     images = runs.once(lambda: [(path, image_size(path)) for path in runs.find_images(src_dir)])
     utils.check_directory(directory)
     items = []

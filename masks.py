@@ -1,4 +1,4 @@
-"""Soft masks in [0, 1] that scale the budget per pixel, from the clean image and its faces alone."""
+"""Makes soft masks in [0, 1] that scale the budget per pixel, from the clean image and its faces alone."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:  # torch is imported where it is used, so that --help lists BU
 
 BUDGET_MASKS = ("none", "face", "texture", "face+texture")
 VERSION = 2  # raise it when a mask changes, as with a method's
-FACE_EDGE = 0.2  # of a box's sides, over which its mask falls to 0 outside it
+FACE_EDGE = 0.2  # share of a box's sides over which its mask falls to 0 outside it
 
 
 def budget_mask(images: Tensor, boxes: Sequence[Sequence[Box]], kind: str) -> Tensor | None:
@@ -26,7 +26,7 @@ def budget_mask(images: Tensor, boxes: Sequence[Sequence[Box]], kind: str) -> Te
 
 
 def face_mask(images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
-    """Gives 1 within each image's boxes, falling to 0 in half a cosine around them -> (B, 1, H, W)."""
+    """Makes masks that are 1 in each image's boxes and fall to 0 in half a cosine around -> (B, 1, H, W)."""
     import torch
 
     def along(side: int, low: int, high: int) -> Tensor:
@@ -44,9 +44,9 @@ def face_mask(images: Tensor, boxes: Sequence[Sequence[Box]]) -> Tensor:
 
 
 def texture_mask(images: Tensor) -> Tensor:
-    """Measures grey values' deviation around a pixel, 1 from twice the image's mean on -> (B, 1, H, W).
+    """Measures the deviation of grey values around each pixel -> (B, 1, H, W), 1 at twice the mean or more.
 
-    Where a picture has texture a perturbation is seen less. The surroundings are 1/64 of the long side.
+    A perturbation is less visible in texture. The window's side is 1/64 of the long side.
     """
     import torch.nn.functional as F
 

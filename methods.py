@@ -1,15 +1,15 @@
-"""The defenses: image tensors in, protected image tensors out. The objectives and their table.
+"""The defenses: image tensors in, protected image tensors out. Objectives and their table.
 
 Every image is float32 or float64 (B, 3, H, W) RGB in [-1, 1]; every budget and step is an L-infinity size in
 that range (0.03 is 3.8/255 of a pixel). Notation: x is the clean image, x' the optimised one, E and D are
 the VAE's encoder (the latent mean) and decoder, z0 = E(x), z = E(x') and y = clip(D(z), -1, 1). An editor
-that is shown the image as z, and no words, finds the noise eps(z_k, k, z) in z_k = sqrt(a_k) s z +
-sqrt(1 - a_k) e, with timestep k (K is its first), noise e, a_k of alphas_cumprod, s the scale of its latents.
+that is given the image as z, and no words, predicts the noise eps(z_k, k, z) in z_k = sqrt(a_k) s z +
+sqrt(1 - a_k) e, with timestep k (K is the first), noise e, a_k of alphas_cumprod, s the scale of its latents.
 
 A defense is a function that takes x and what it needs (`vae`, `face_similarity`, ...) and returns its
-objective: a function of (x', t), t in [0, 1) being the share of iterations done, that gives one value an
-image, (B,), for a loop of loops.py to maximise. To add one, write that function and enter it in METHODS: a
-parameter without a default is something that protection.py must have to offer, one with a default is a flag.
+objective, which a loop of loops.py maximises: a function of (x', t) that returns one value per image, (B,);
+t in [0, 1) is the share of iterations done. To add a defense, write that function and enter it in METHODS: a
+parameter without a default is something that protection.py must offer, one with a default is a flag.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ FACE_FROM = 0.35  # share of the iterations from which the face term is on
 
 MIX = "resize+mirror+light,rotate+shift,resize+mirror+blur"  # what facelock_dim's samples are seen through
 LOOKS = "pose+noise+hide,pose+blur+hide"  # ... and facelock_wide's
-# what may happen to a picture before it is edited; only what is coarse survives it
+# what may happen to a picture before it is edited; only coarse changes survive it
 WASHING = "coarse+jpeg,coarse+shrink,coarse+shrink+jpeg"
 
 # ---------------------------------------------------------------------------------------------------------
@@ -55,14 +55,14 @@ WASHING = "coarse+jpeg,coarse+shrink,coarse+shrink+jpeg"
 
 
 def noise(x: Tensor) -> Objective:
-    """Asks for nothing: the control, uniform noise of the whole budget. 0"""
+    """Keeps uniform noise of the whole budget, as a control: the objective is 0."""
     return lambda x_adv, t: 0 * _norm(x_adv)
 
 
 def instant(x: Tensor, refine: int = 0) -> Objective:
-    """Asks for nothing: what the network of --protector gives at once. 0
+    """Keeps what the network of --protector returns at once: the objective is 0.
 
-    refine: so many iterations of the loop that the network was trained after, with its objective, follow.
+    refine: number of iterations that follow, of the method that the network was trained on.
     """
     return noise(x)
 
@@ -85,7 +85,7 @@ def vae_attack(x: Tensor, vae: Any) -> Objective:
 
 
 def cw_l2_attack(x: Tensor, vae: Any, c: float = 0.03, targeted: bool = False) -> Objective:
-    """Moves the latent by little change (the L2 attack of Carlini & Wagner 2017, on the encoder; for `adam`):
+    """Moves the latent by a small change (L2 attack of Carlini & Wagner 2017, on the encoder; for `adam`):
 
         -(sum(((x' - x) / 2)^2) + c f)
         targeted:    f = ||z||_2
@@ -141,7 +141,7 @@ def facelock_dim(
     transforms: str = MIX,
     samples: int = 4,
 ) -> Objective:
-    """Takes the face from the reconstruction, as seen through random transforms T (DIM, Xie et al. 2019):
+    """Removes the face from the reconstruction, seen through random transforms T (DIM, Xie et al. 2019):
 
         -mean over samples of cos(f(T(y)), f(x))
 
@@ -161,12 +161,12 @@ def facelock_wide(
     samples: int = 2,
     wash: str = "none",
 ) -> Objective:
-    """Takes the face from the reconstruction for recognisers that it never saw, by many wide looks T:
+    """Removes the face from the reconstruction, for unseen recognisers, too, by many strong transforms T:
 
         -mean over samples of cos(f(T(y)), f(x)),  y = clip(D(E(W(x'))), -1, 1)
 
-    f is best several recognisers, the mean of their similarities. T as in `facelock_dim`; W is what happens
-    to the picture before it is edited: nothing, or, for facelock-wash, JPEG and other sizes.
+    Several recognisers f are best, by the mean of their similarities. T as in `facelock_dim`; W is what
+    happens to the picture before it is edited: nothing, or, for facelock-wash, JPEG and resizing.
     """
     similarity = eot(lambda y, t: face_similarity(y), transforms, generators, samples, face_window)
     ways = itertools.cycle(chains(wash))
@@ -185,8 +185,8 @@ def eot(
 
         mean over samples of objective(T(image), t)
 
-    transforms: as `transforms.chains` reads them; they take turns, from one call to the next, too. window:
-    where geometry is centred, by default on the whole image.
+    transforms: as `transforms.chains` reads them; they alternate, also from call to call. window: what
+    geometric transforms are centred on, by default the whole image.
     """
     ways = itertools.cycle(chains(transforms))
 
@@ -197,14 +197,14 @@ def eot(
 
 
 # ---------------------------------------------------------------------------------------------------------
-# the peers' defenses (docs/methods.md has their settings); k, e and T are drawn anew in each iteration
+# other papers' defenses (settings: docs/methods.md); k, e and T are drawn anew in each iteration
 
 
 def photoguard(x: Tensor, vae: Any, editor: Any, generators: Draws, unrolled: int = 4) -> Objective:
     """Drives a short edit to grey (the diffusion attack of Salman et al. 2023): -||D(DDIM(e, z))||_2
 
-    DDIM takes `unrolled` steps from k = K to 0, all of them with gradient. Theirs inpaints, guided by 7.5; an
-    edit without words, where that guidance cancels, stands in.
+    DDIM takes `unrolled` steps from k = K to 0, all of them with gradient. Theirs inpaints with guidance 7.5;
+    an edit without words, where guidance cancels, stands in.
     """
     return _of_latent(vae, lambda z: -_norm(_decode(vae, editor.edit(z, normal(generators, z), unrolled))))
 
@@ -215,7 +215,7 @@ def advdm(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objective:
 
 
 def sds(x: Tensor, vae: Any, editor: Any, generators: Draws, targeted: bool = True) -> Objective:
-    """Drives the latent along the denoiser's error, not through it (Diff-Protect, Xue et al. 2024):
+    """Drives the latent along the denoiser's error, without its gradient (Diff-Protect, Xue et al. 2024):
 
         targeted (SDS-, easily denoised):  -mean(g z),  g = eps(z_k, k, z) - e taken as a constant
         untargeted (SDS+):                  mean(g z)
@@ -229,9 +229,9 @@ def sds(x: Tensor, vae: Any, editor: Any, generators: Draws, targeted: bool = Tr
 
 
 def mist(x: Tensor, vae: Any) -> Objective:
-    """Drives the latent to a pattern's (the textural term of Mist, Liang & Wu 2023): -mean((z - E(p))^2)
+    """Drives the latent to that of a pattern p (textural term of Mist, Liang & Wu 2023): -mean((z - E(p))^2)
 
-    Theirs shows the word MIST; here p is a chequerboard of 16 fields on the long side.
+    Their pattern shows the word MIST; here it is a chequerboard of 16 squares on the long side.
     """
     down, right = (x.new_ones(side).cumsum(0).sub(1) * 16 // max(x.shape[2:]) for side in x.shape[2:])
     target = _encode(vae, ((down[:, None] + right) % 2 * 2 - 1).expand_as(x)).detach()
@@ -256,26 +256,26 @@ def editshield(x: Tensor, vae: Any, generators: Draws) -> Objective:
 
         mean over a crop, a blur and a rotation T of mean((E(T(x')) - z0)^2)
 
-    Theirs compares noisy latents: the same noise in both cancels, and leaves a factor.
+    Theirs compares noisy latents: the noise, the same in both, cancels and leaves a factor.
     """
     return eot(encoder_attack(x, vae, targeted=False), "crop,blur,rotate", generators, samples=3)
 
 
 def diffusionguard(x: Tensor, vae: Any, editor: Any, generators: Draws) -> Objective:
-    """Makes the editor's first step find much noise (DiffusionGuard, Choi et al. 2025): ||eps(e, K, z)||_2
+    """Makes the editor's first step predict much noise (DiffusionGuard, Choi et al. 2025): ||eps(e, K, z)||_2
 
-    Theirs inpaints through random masks of the face; the image that InstructPix2Pix is shown stands in.
+    Theirs inpaints through random masks of the face; InstructPix2Pix's conditioning image stands in.
     """
     begin, first = editor.begin, editor.first
     return _of_latent(vae, lambda z: _norm(editor.predict_noise(begin(z, normal(generators, z)), first, z)))
 
 
 def veto(x: Tensor, vae: Any, attention: Any, generators: Draws) -> Objective:
-    """Blurs what canvas, noised z, and image see in each other (VETO, Grebe et al. 2026):
+    """Blurs the attention between the canvas (noised z) and the image (VETO, Grebe et al. 2026):
 
         mean over a schedule of 10 steps of H(canvas to image) + H(image to canvas),  H = -sum(A log A)
 
-    A is the attention of the first block, mean over heads. As in theirs the image's z is a constant.
+    A is the attention of the first block, mean over heads. As in theirs, the image's z is a constant.
     """
     def entropy(z: Tensor, sigma: float) -> Tensor:
         z_k = attention.noised(z, sigma, normal(generators, z))
@@ -286,8 +286,8 @@ def veto(x: Tensor, vae: Any, attention: Any, generators: Draws) -> Objective:
 
 
 def decontext(x: Tensor, vae: Any, attention: Any, generators: Draws) -> Objective:
-    """Turns a canvas, noise at 980 to 999 of 1000, from the image (DeContext, Shen et al. 2025): -mean over
-    early single blocks, heads and the canvas's tokens of the share of attention paid to the image"""
+    """Turns a canvas of noise, at 980 to 999 of 1000, away from the image (DeContext, Shen et al. 2025):
+    -mean over early single blocks, heads and canvas tokens of the share of attention paid to the image"""
     early = attention.single[: round(26 / 38 * len(attention.single))]  # theirs are 26 of 38
 
     def turned(z: Tensor) -> Tensor:
@@ -304,7 +304,7 @@ def _of_latent(vae: Any, value: Callable[[Tensor], Tensor]) -> Objective:
 
 
 def _misjudged(editor: Any, z: Tensor, generators: Draws) -> Tensor:
-    """eps(z_k, k, z) - e, with a timestep k and noise e of each image's own: like z"""
+    """Computes eps(z_k, k, z) - e, with each image's own timestep k and noise e: like z"""
     k = uniform(generators, 0, len(editor.alphas_cumprod), z).long()
     e = normal(generators, z)
     return editor.predict_noise(editor.noised(z, k, e), k, z) - e
@@ -335,34 +335,34 @@ def _mean_square(values: Tensor) -> Tensor:
 
 
 class Method(NamedTuple):
-    """A defense: its objective, the loop that maximises it, and what of `Run` that loop reads.
+    """Describes a defense: its objective, the loop that maximises it, and what the loop reads of `Run`.
 
-    version: raise it when the method's pixels change, whatever changed them: earlier results are then no
-    longer taken for finished. tests/test_golden.py says when that is so.
+    version: raise it when the method's pixels change, for whatever reason: earlier results then no longer
+    count as finished. tests/test_golden.py detects such a change.
     """
 
     objective: Callable[..., Objective]
     loop: Callable[[Tensor, Objective, Run], Tensor] = pgd
     reads: tuple[str, ...] = ("step_size", "num_iters")  # beside budget and start
     fp32: bool = False  # networks in float32 whatever --dtype says
-    run: Run = Run()  # its own defaults; lr is that of all
+    run: Run = Run()  # its own defaults; lr is the same for all
     mask: str = "none"  # its own --budget_mask
     is_network: bool = False  # whether it starts where a network says, not at random
-    most_pixels: int = MOST_PIXELS  # of an image, by the memory that the loop takes
+    most_pixels: int = MOST_PIXELS  # of an image, limited by the loop's memory
     version: int = 1
 
     @property
     def parameters(self) -> dict[str, Any]:
-        """What the objective takes beside x: knobs with their defaults, needs with `NEED`."""
+        """Lists what the objective takes besides x: knobs with their defaults, needs with `NEED`."""
         parameters = list(inspect.signature(self.objective).parameters.values())[1:]
         return {parameter.name: parameter.default for parameter in parameters}
 
     def protect(self, x: Tensor, run: Run | None = None, mask: Tensor | None = None, **offers: Any) -> Tensor:
-        """Runs the loop on what offers make, as `climb` does. run: by default the method's own."""
+        """Runs the loop on the objective of x and `offers`, as `climb` does. run: default: the method's."""
         return climb(x, partial(self.objective, **offers), run or self.run, self.loop, mask)
 
     def refined(self, after: Method, refine: int) -> Method:
-        """Gives a network's method with iterations of the method after which the network was trained."""
+        """Returns a network's method plus `refine` iterations of `after`, which it was trained on."""
         run = replace(after.run, num_iters=refine)
         return after._replace(run=run, mask=self.mask, is_network=True, version=self.version)
 
@@ -398,15 +398,15 @@ METHODS: dict[str, Method] = {
     "veto": Method(veto, mi_pgd, MI, run=Run(8 / 255, 4 / 255), most_pixels=MOST_PIXELS // 2),
     "decontext": Method(decontext, run=Run(0.1, 0.005, 800)),
 }
-# For people: whom a method is for, what one sees, what destroys it, and how long it takes on two CPU cores
-# at 512 px, by a tiny autoencoder and three recognisers. The others are there to compare with.
+# For users: what a method is for, what one sees, what destroys it, and how long it takes on two CPU cores at
+# 512 px, with a tiny autoencoder and three recognisers. The other methods are for comparison.
 RECOMMENDED = {
-    "facelock-wide": "For a picture that reaches the editor as it is. One sees freckles and wrinkles on the "
-    "face, nothing elsewhere. JPEG and resizing take back much. Two minutes on two CPU cores.",
-    "facelock-wash": "For a picture that is compressed or resized on its way. One sees the same. JPEG and "
-    "resizing together take back up to a quarter. Two to three minutes on two CPU cores.",
-    "facelock-dim": "The quicker one, for a picture that reaches the editor as it is. One sees more: grain "
-    "on the face. JPEG and resizing take back much. A minute on two CPU cores.",
-    "instant": "At once, by a network for this autoencoder. One sees a pattern on the face, "
-    "much alike for everybody. JPEG and resizing take back much. A tenth of a second.",
+    "facelock-wide": "For a picture that reaches the editor unchanged. Visible as freckles and wrinkles "
+    "on the face, not elsewhere. JPEG and resizing undo much of it. Two minutes on two CPU cores.",
+    "facelock-wash": "For a picture that is compressed or resized on its way. Looks like facelock-wide. "
+    "JPEG and resizing together undo up to a quarter. Two to three minutes on two CPU cores.",
+    "facelock-dim": "Quicker, for a picture that reaches the editor unchanged. More visible, as grain "
+    "on the face. JPEG and resizing undo much of it. A minute on two CPU cores.",
+    "instant": "At once, by a network for this autoencoder. Visible as a pattern on the face, "
+    "much the same for everybody. JPEG and resizing undo much of it. A tenth of a second.",
 }

@@ -44,37 +44,37 @@ if TYPE_CHECKING:
 GROUPS = {"Face": range(10), "Accessory": range(10, 18), "Background": range(18, 25)}  # of edit_prompts
 
 HEAD = """<h1>FaceLock</h1>
-<p>Changes a portrait a little, so that a diffusion model's edit of it no longer shows the same person; then
-{}, and says what is left. Everything happens on the machine that runs app.py, and
-nothing is kept: your pictures are deleted when you close this page, or leave it idle for an hour.</p>{}"""
+<p>Changes a portrait slightly, to keep a diffusion model's edit of it from showing the same person; then
+{}, and shows what is left of the person. Everything happens on the machine that runs app.py, and
+nothing is kept: your pictures are deleted when you close this page or leave it idle for an hour.</p>{}"""
 STAND_IN = """<p class="note">These are the bundled mini models, made for 128x128 synthetic portraits. They
-show how the thing works, and say nothing about how well a real photo is protected.</p>"""
+show how this page works, but say nothing about how well a real photo is protected.</p>"""
 MISSING = """<div class="trouble" role="alert"><p>Nothing can be protected yet: {}</p><ul>{}</ul>
-<p>Get them, then start app.py again.</p></div>"""
-ABOUT_TINY = """<p class="note">What is attacked is an autoencoder alone, {}. {}{}</p>"""
-ABOUT_EDITS = "<p>Both pictures are edited by the same instruction, with the same seed.</p>"
-ABOUT_TRIPS = """<p>Both pictures go through the autoencoder and back, as an edit in its latent space has them
-go at the least. The editor itself is not asked, and no instruction is followed.</p>"""
+<p>Get them, then restart app.py.</p></div>"""
+ABOUT_TINY = """<p class="note">Only an autoencoder is attacked: {}. {}{}</p>"""
+ABOUT_EDITS = "<p>Both pictures are edited with the same instruction and the same seed.</p>"
+ABOUT_TRIPS = """<p>Both pictures go through the autoencoder and back, which any edit in its latent space
+includes. The editor itself is not used, and no instruction is followed.</p>"""
 WORTH = """<p>This is one instruction and one seed, with one editor. Another editor, or a copy that was
-resized, compressed or cleaned, can give another result: this is a test, not a promise.</p>"""
+resized, compressed or cleaned, can give a different result: this is a test, not a promise.</p>"""
 WORTH_OF_TRIPS = """<p>This is one autoencoder, and no edit was made. An editor, or a copy that was resized,
-compressed or cleaned, can give another result: this is a test, not a promise.</p>"""
-NO_FACE = '<section class="verdict nothing" role="status"><h3>No face, nothing to compare</h3></section>'
-ABOUT_TABLE = """FR, without → with protection: the cosine similarity of the face in the {} to the one in
-your picture, by each recogniser. One that was attacked is no evidence; no protection has seen the judges.
-*left* is the same on a scale that recognisers share: 1 the same picture, 0 a stranger."""
+compressed or cleaned, can give a different result: this is a test, not a promise.</p>"""
+NO_FACE = '<section class="verdict nothing" role="status"><h3>No face: nothing to compare</h3></section>'
+ABOUT_TABLE = """FR, without → with protection: by each recogniser, how similar the face in the {} is to the
+one in your picture (cosine). An attacked recogniser is no evidence; no protection has seen the judges.
+*left* is the same on a scale that all recognisers share: 1 is the same picture, 0 a stranger."""
 TROUBLE = '<p class="trouble" role="alert">{}</p>'
 COMPARE = """<figure class="compare">
 <img src="{}" alt="Before: the source"><img src="{}" alt="After: the protected picture">
-<input type="range" value="50" aria-label="Before and after: where one becomes the other"
+<input type="range" value="50" aria-label="Before and after: position of the divider"
 oninput="this.parentElement.style.setProperty('--at', this.value + '%')">
-<figcaption>Before | after: can you see it? Move the handle, or use the arrow keys.</figcaption></figure>"""
+<figcaption>Before | after: can you see it? Move the handle or use the arrow keys.</figcaption></figure>"""
 CSS = (ROOT / "assets" / "page.css").read_text()
-BAR = gr.Progress()  # Gradio knows a handler that has one by its default
+BAR = gr.Progress()  # as a default, it tells Gradio that a handler reports progress
 
 
 def theme() -> Any:
-    """Gives the page's look; its fonts are the system's, so that nothing is fetched."""
+    """Returns the page's theme, with system fonts, so that nothing is fetched."""
     fonts = [gr.themes.Font("system-ui"), gr.themes.Font("sans-serif")]
     hues = {"primary_hue": "teal", "neutral_hue": "stone"}
     return gr.themes.Base(radius_size="md", font=fonts, font_mono=fonts, **hues).set(
@@ -87,14 +87,14 @@ def theme() -> Any:
 
 
 def notes_of(backend: Backend) -> str:
-    """Says what the page can't do, and whom it asks."""
+    """Writes the notes below the title, HTML: what the models stand in for, and what is missing."""
     config, text = backend.config, STAND_IN if backend.settings.models == "mini" else ""
     if config.vae_id or not backend.by_words:
         name, editors = Path(config.vae.partition("@")[0]).name, " and ".join(editors_of(config.vae))
         text += ABOUT_TINY.format(
             html.escape(name),
-            f"It stands for {editors}." if editors else "Which editor it stands for is not known here.",
-            "" if backend.by_words else " The editor itself is not asked: there is no instruction to give.",
+            f"It stands in for {editors}." if editors else "Which editor it stands in for is not known.",
+            "" if backend.by_words else " The editor itself is not used, so there is no instruction to give.",
         )
     if backend.missing:
         first, *more = backend.missing
@@ -104,15 +104,15 @@ def notes_of(backend: Backend) -> str:
 
 
 def last_word(backend: Backend) -> str:
-    """Says what a verdict is worth by this page's models."""
+    """Writes how little a verdict by these models proves, HTML; empty for edits by the full models."""
     is_edit = backend.by_words and backend.settings.models == "full"
     return "" if is_edit else f'<p class="note">{html.escape(backend.config.last_word())}</p>'
 
 
 class Page:
-    """The page's components, and a handler for each event, which gives what changes on the page.
+    """Holds the page's components, and a handler for each event, which returns what changes on the page.
 
-    debug: an error shows its traceback on the terminal, too. `blocks` is what Gradio serves.
+    debug: errors also print a traceback on the terminal. `blocks` is what Gradio serves.
     """
 
     def __init__(self, backend: Backend, visits: Visits, debug: bool = False) -> None:
@@ -147,20 +147,20 @@ class Page:
         self.blocks.queue(default_concurrency_limit=1, max_size=50, api_open=False)
 
     def budget_of(self, name: str) -> float:
-        """Gives the budget that the page begins with for a method."""
+        """Returns the budget that the page first shows for a method."""
         loop = self.backend.loop
         own = METHODS[loop if METHODS[name].is_network and loop else name].run.budget
         return own if self.usual.budget is None else self.usual.budget
 
     def iterations_of(self, name: str) -> int:
-        """Gives the iterations that the page begins with for a method."""
+        """Returns the number of iterations that the page first shows for a method."""
         return METHODS[name].run.num_iters if self.usual.num_iters is None else self.usual.num_iters
 
     # -----------------------------------------------------------------------------------------------------
     # layout
 
     def lay_out_portrait(self) -> None:
-        """Adds what chooses a portrait and its faces."""
+        """Adds the inputs for a portrait and its faces."""
         gr.HTML("<h2>1. A portrait</h2>")
         self.picture = gr.Image(
             label="Your portrait", alt_text="Your portrait", height=250, type="filepath",
@@ -175,13 +175,13 @@ class Page:
             self.which = gr.CheckboxGroup(label="Protect", visible=False)
             self.by_hand = gr.Textbox(
                 label="A box by hand: x0,y0,x1,y1", max_lines=1,
-                info="in pixels, then Enter; or click on two opposite corners in the picture above",
+                info="in pixels, then press Enter; or click two opposite corners in the picture above",
             )  # fmt: skip
 
     def lay_out_settings(self) -> None:
-        """Adds method, budget and iterations: numbers, not sliders, which silently change what is typed."""
+        """Adds method, budget and iterations, as numbers: sliders silently change what is typed."""
         usual = self.usual.method
-        gr.HTML("<h2>2. Its protection</h2>")
+        gr.HTML("<h2>2. How to protect it</h2>")
         self.method = gr.Dropdown(self.backend.methods(), value=usual, label="Method")
         self.budget = gr.Number(self.budget_of(usual), step=0.005, label="Budget, in [-1, 1]")
         self.n_iters = gr.Number(
@@ -189,18 +189,18 @@ class Page:
         )
 
     def lay_out_protection(self) -> None:
-        """Adds the buttons, and what comes of them."""
+        """Adds the buttons and their results."""
         can_start = not self.backend.missing
         gr.HTML("<h2>3. The protected picture</h2>")
         with gr.Row():
             self.start = gr.Button("Protect", variant="primary", min_width=120, interactive=can_start)
             self.stronger = gr.Button("Make it stronger", visible=False, min_width=120)
             self.stop = gr.Button("Cancel", interactive=False, min_width=120)
-        self.status = gr.HTML("Choose a portrait to begin with.", elem_id="status")
+        self.status = gr.HTML("Choose a portrait to begin.", elem_id="status")
         with gr.Row():
             self.source = view("Source", "The source", 200)
             self.protected = view("Protected", "The protected picture", 200)
-            self.difference = view(f"Difference x{AMPLIFY}", "What has changed, around grey", 200)
+            self.difference = view(f"Difference x{AMPLIFY}", "What has changed, shown around grey", 200)
         self.compare = gr.HTML()
         self.download = gr.DownloadButton("Download the protected PNG", interactive=False)
 
@@ -232,7 +232,7 @@ class Page:
         quick = {"show_progress": "hidden", "api_visibility": "private"}
         queued = {"concurrency_id": "job", "api_visibility": "private"}
         choices, outputs = [self.method, self.budget], self.outputs
-        self.blocks.unload(lambda: None)  # so that the page keeps a connection open, whose end ends its visit
+        self.blocks.unload(lambda: None)  # keeps a connection open; when it ends, so does the visit
         self.blocks.load(self.describe, choices, choices, **quick)
         self.method.change(self.numbers_of, self.method, [self.budget, self.n_iters], **quick)
         gr.on([self.method.change, self.budget.change], self.describe, choices, choices, **quick)
@@ -247,7 +247,7 @@ class Page:
         given, shown_on = [self.prompt, self.own, self.seed], {"show_progress_on": self.verdict}
         edited = self.edit.click(self.edit_both, given, outputs, **shown_on, **queued)
         self.stop.click(self.cancel, None, outputs, cancels=jobs, **quick)
-        # what is chosen while the last one is looked at counts, too
+        # a picture chosen while the last one is being examined counts, too
         quick = {"trigger_mode": "multiple", "show_progress": "hidden", "api_visibility": "private"}
         running = {"cancels": [*jobs, edited]}
         self.picture.input(self.take_upload, self.picture, outputs, preprocess=False, **running, **quick)
@@ -260,7 +260,7 @@ class Page:
 
     @contextlib.contextmanager
     def telling(self, shows: dict, place: Any) -> Iterator[None]:
-        """Shows an error as the sentence that a script would print; says nothing where nobody waits."""
+        """Shows an error as the line that a script would print; nothing if the visitor has moved on."""
         try:
             yield
         except Cancelled:
@@ -285,7 +285,7 @@ class Page:
         return self.idle() | shows | {self.stronger: gr.update(visible=False)}
 
     def look(self, request: gr.Request, find: Callable[[Visit], Path] | None) -> dict:
-        """Takes another picture, where `find` finds it; None: the picture was removed."""
+        """Switches to the picture that `find` returns; None: the picture was removed."""
         shows = self.cleared() | dict.fromkeys([self.picture, self.source, self.faces])
         shows |= {self.which: gr.update(visible=False), self.status: ""}
         with self.telling(shows, self.status):
@@ -326,11 +326,11 @@ class Page:
         """Takes a bundled portrait."""
         index = event.index
         if not isinstance(index, int) or not 0 <= index < len(self.portraits):
-            return gr.skip()  # not the page's
+            return gr.skip()  # not from the page
         return self.look(request, lambda visit: self.portraits[index])
 
     def take_box(self, request: gr.Request, text: str) -> dict:
-        """Takes a face by the numbers of its box."""
+        """Takes a face from the typed numbers of its box."""
         shows: dict = {}
         with self.telling(shows, self.status):
             visit = self.visits.find(request.session_hash)
@@ -338,11 +338,11 @@ class Page:
         return shows or gr.skip()
 
     def take_click(self, request: gr.Request, event: gr.SelectData) -> dict:
-        """Takes a corner of a face's box, and with the second one the face."""
+        """Takes a clicked corner of a face's box; the second click completes the box."""
         at, shows = event.index, {}
         is_point = isinstance(at, list) and len(at) == 2
         if not is_point or not all(isinstance(one, int | float) for one in at):
-            return gr.skip()  # not the page's
+            return gr.skip()  # not from the page
         with self.telling(shows, self.status):
             visit = self.visits.find(request.session_hash)
             if visit.picture is None:
@@ -351,7 +351,7 @@ class Page:
             x, y = (round(min(max(0, place), SHOWN_SIDE) * scale) for place in at)
             if visit.corner is None:
                 visit.corner = x, y
-                return {self.status: f"One corner is at {x},{y}: click on the opposite one."}
+                return {self.status: f"One corner is at {x},{y}: now click the opposite one."}
             (x0, x1), (y0, y1) = (sorted(pair) for pair in zip(visit.corner, (x, y), strict=True))
             box, visit.corner = (x0, y0, x1, y1), None
             shows |= self.cleared() | self.seen(visit, self.backend.point(visit, box))
@@ -364,7 +364,7 @@ class Page:
         return self.budget_of(name), n_iters
 
     def describe(self, name: str, size: Any) -> tuple:
-        """Shows what a method is, and what a budget means in levels of 255."""
+        """Describes a method, and says what a budget means in levels of 255."""
         about = RECOMMENDED.get(name) or METHODS[name].objective.__doc__.splitlines()[0].rstrip(":")
         try:
             size = given(self.a_budget, "Budget", size)
@@ -388,7 +388,7 @@ class Page:
         return shows
 
     def strengthen(self, request: gr.Request, chosen: list[int]) -> dict:
-        """Begins anew, by the loop after which the network was trained."""
+        """Starts over with the method whose objective the network was trained on."""
         name = self.backend.loop
         size, total = self.budget_of(name), self.iterations_of(name)
         shows = {self.method: name, self.budget: size, self.n_iters: gr.update(value=total, visible=True)}
@@ -407,11 +407,11 @@ class Page:
         return shows
 
     def protect(self, request: gr.Request, progress: Any = BAR) -> dict:
-        """Carries out the visit's job, and shows what came of it."""
+        """Runs the visit's job and shows the result."""
         from tqdm.std import EMA
 
         began, objective, shows = time.monotonic(), "", {}
-        pace, last = EMA(0.1), began  # of late: the first iterations of some methods are cheaper
+        pace, last = EMA(0.1), began  # recent iterations count: some methods' first ones are cheaper
 
         def step(i: int, values: "Tensor") -> None:
             nonlocal objective, last
@@ -430,7 +430,7 @@ class Page:
             with visit.doing(job):
                 report = self.backend.protect(visit, job, step)
                 text = measured(report, time.monotonic() - began)
-                n_found = len(job.picture.boxes) if report.n_found else 0  # else the method sees no face
+                n_found = len(job.picture.boxes) if report.n_found else 0  # 0: the method looks at no face
                 others = left_out(n_found, len(job.faces))
                 before, after = (load_image(path).pixels for path in (job.picture.source, report.path))
                 pair = shown(visit, "before", before), shown(visit, "after", after)
@@ -445,7 +445,7 @@ class Page:
         return shows or gr.skip()
 
     def edit_both(self, request: gr.Request, chosen: str, written: str, number: Any) -> dict:
-        """Edits the picture and its protection alike, and shows the verdict."""
+        """Edits the picture and its protected version in the same way, and shows the verdict."""
         shows = dict.fromkeys([*self.edits, self.table])
         with self.telling(shows, self.verdict), contextlib.redirect_stderr(io.StringIO()) as heard:
             number = given(utils.known_seed, "Seed", number)
@@ -468,7 +468,7 @@ class Page:
 
 
 def view(label: str, alt: str, height: int | None = None) -> gr.Image:
-    """Adds a picture that one can only look at."""
+    """Adds a picture for viewing only."""
     return gr.Image(
         label=label, alt_text=alt, height=height, min_width=110, type="filepath", interactive=False,
         buttons=["fullscreen"], elem_classes="fill",
@@ -476,5 +476,5 @@ def view(label: str, alt: str, height: int | None = None) -> gr.Image:
 
 
 def has_iterations(method: str) -> bool:
-    """Tells whether a method goes through a loop."""
+    """Returns whether a method has iterations."""
     return "num_iters" in METHODS[method].reads

@@ -1,4 +1,4 @@
-"""Protects portraits: the library's entry point, also for the scripts and the page.
+"""Protects portraits: the library's entry point, which the scripts and the page use, too.
 
 from protection import Protector
 Protector(method="facelock", budget=0.06, models="mini").protect("portrait.png").save("protected.png")
@@ -39,11 +39,11 @@ if TYPE_CHECKING:
 
     Callback = Callable[[int, Tensor], None] | None  # gets (iteration, values (B,))
 
-NUMBERS = ("step_size", "num_iters", "lr", "rms", "momentum")  # of Run; loops read them, or objectives
+NUMBERS = ("step_size", "num_iters", "lr", "rms", "momentum")  # fields of Run, which loops or objectives read
 
 
 def readers(name: str) -> dict[str, Any]:
-    """Gives the methods that read a flag, each with its own default."""
+    """Returns the methods that read a flag, each with its own default."""
     own = {
         key: method.parameters | {one: getattr(method.run, one) for one in method.reads}
         for key, method in METHODS.items()
@@ -52,20 +52,20 @@ def readers(name: str) -> dict[str, Any]:
 
 
 def methods_for(editor: type[Editor]) -> list[str]:
-    """Lists the methods that work on a kind of editor; a network is for a single autoencoder."""
+    """Lists the methods that work on a kind of editor; a network, for one autoencoder alone, is left out."""
     lacking = DENOISERS - {editor.denoiser and editor.denoiser.need}
     loops = {name: method for name, method in METHODS.items() if not method.is_network}
     return [name for name, method in loops.items() if lacking.isdisjoint(method.parameters)]
 
 
 def output_prefix(models: str) -> str:
-    """Begins the name of a protected file; one made by the stand-ins is not mistaken for a protection."""
+    """Returns the prefix of a protected file's name, which shows whether stand-ins made the file."""
     return "protected_mini" if models == "mini" else "protected"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings(ModelSettings):
-    """How portraits are protected, and by which models. None: the method's own."""
+    """Says how portraits are protected, and by which models. None: the method's default."""
 
     method: str = "facelock"  # one of METHODS
     budget: float | None = None  # L-infinity in [-1, 1]
@@ -83,7 +83,7 @@ class Settings(ModelSettings):
 
 @dataclass
 class Subject:
-    """A portrait with the faces to protect, in its own pixels."""
+    """Holds a portrait and the boxes of the faces to protect, in its own pixels."""
 
     portrait: Portrait
     boxes: list[Box]
@@ -92,7 +92,7 @@ class Subject:
 
 @dataclass
 class Report:
-    """What a saved file measures."""
+    """Holds the measurements of a saved file."""
 
     path: Path
     method: str
@@ -118,12 +118,12 @@ class Report:
         return text
 
     def verdict(self, advice: str = "") -> list[str]:
-        """Says what each judge with a threshold still finds of each face after the round trip."""
+        """Returns the verdict on each face after the round trip, by the judges that have a threshold."""
         told = [face.verdict("round trip", advice) for face in self.faces if face.has_judges]
         return [f"{number}{verdict}" for number, verdict in zip(numbered(told), told, strict=True)]
 
     def facts(self) -> dict[str, Any]:
-        """Gives its numbers, for a table."""
+        """Returns the numbers, for a table."""
         found = {"method": self.method, "budget": self.budget, "linf": self.linf, "psnr": self.psnr}
         for name, pair in self.similarity.items():
             found |= {f"{name}_before": pair[0], f"{name}_after": pair[1]} if pair else {}
@@ -131,10 +131,10 @@ class Report:
 
 
 class Protector:
-    """A method with its settings and networks, each of which is loaded when it is first needed.
+    """Holds a method with its settings and networks, each of which is loaded when first needed.
 
     given: fields of Settings that replace those of `settings`. Raises UserError for settings that don't go
-    together; warns of one that the method doesn't read.
+    together; warns of settings that the method doesn't read.
     """
 
     def __init__(self, settings: Settings | None = None, **given: Any) -> None:
@@ -159,7 +159,7 @@ class Protector:
         self.needs = [name for name, default in parameters.items() if default is NEED]
         numbers = {name: value for name in NUMBERS if (value := getattr(wanted, name)) is not None}
         if self.method.is_network:
-            numbers.pop("num_iters", None)  # of the loops that begin at random
+            numbers.pop("num_iters", None)  # meant for loops that start at random
         self.run = replace(self.method.run, budget=budget, **numbers)
         known = {**knobs, **numbers}
         self.knobs = {name: known.get(name, own) for name, own in parameters.items() if own is not NEED}
@@ -172,7 +172,7 @@ class Protector:
                 warn(f"--{flag} is ignored: {self.name} has no such knob, unlike {', '.join(readers(name))}")
         self.mask = wanted.budget_mask or self.method.mask
         self.needs_face = "face_similarity" in self.needs or "face" in self.mask
-        if self.method.is_network:  # one with a frame changes faces alone, whatever the mask
+        if self.method.is_network:  # one with a frame changes only faces, whatever the mask
             self.needs_face |= self._trained()["has_frame"]
         self.looks_at_faces = wanted.check or self.needs_face  # the method, or its report
         # a network alone answers at once; what its report would measure takes longer
@@ -185,7 +185,7 @@ class Protector:
                 warn(f"{self.name} runs in fp32, whatever --dtype says")
             self.attacked = [replace(one, dtype=pick_dtype("fp32", one.device)) for one in self.attacked]
         self.config = self.attacked[0]
-        if self.method.is_network:  # whom its training saw is no judge of it
+        if self.method.is_network:  # recognisers that its training saw are no judges
             seen = self._trained().get("recognizers", ())
             judges = tuple(one for one in self.config.judges if identity(one) not in seen)
             self.config = replace(self.config, judges=judges)
@@ -193,7 +193,7 @@ class Protector:
         self.unavailable: set[str] = set()  # members that a report would use, but that can't be loaded
 
     def settings(self) -> dict[str, Any]:
-        """Gives all that determines pixels, for run.json: a run with other values makes other files."""
+        """Returns all that determines pixels, for run.json: a run with other values makes other files."""
         config = self.config
         found = {
             "seed": self.seed,
@@ -210,8 +210,8 @@ class Protector:
             found |= {"protector": recorded(config.protector), "model": config.kind}
             found |= {"resolution": self.resolution, "dtype": config.dtype_name}
         if self.is_at_once:
-            del found["seed"]  # nothing is drawn
-        if self.needs:  # noise sees no network
+            del found["seed"]  # nothing is random
+        if self.needs:  # noise uses no network
             found |= {"model": config.kind, "model_id": recorded(config.vae)}
             found["dtype"] = config.dtype_name
         if self.needs or self.needs_face:
@@ -232,9 +232,9 @@ class Protector:
     # networks
 
     def loaders(self, one: ModelConfig) -> dict[str, Callable[[], Any]]:
-        """Gives a function for each need of a method that loads its network; it raises UserError.
+        """Returns, for each need of a method, a function that loads its network or raises UserError.
 
-        one: the editor whose VAE, denoiser and attention these are.
+        one: the editor whose VAE, denoiser and attention are loaded.
         """
         return {
             "vae": one.load_vae,
@@ -245,16 +245,16 @@ class Protector:
 
     @property
     def network(self) -> Network:
-        """What `instant` starts from. Raises UserError."""
+        """Loads the network of `instant`. Raises UserError."""
         from models.protector import is_for, load_protector
 
         trained, config = self._trained(), self.config
         if not is_for(trained, config.vae):
-            warn(f"{shown(config.protector)} was trained for another autoencoder than {shown(config.vae)}'s")
+            warn(f"{shown(config.protector)} was not trained for the autoencoder of {shown(config.vae)}")
         return load_protector(config.protector, self.device, config.dtype)
 
     def _trained(self) -> dict[str, Any]:
-        """What the network's directory says of its training. Raises UserError."""
+        """Reads what the network's directory records about its training. Raises UserError."""
         from models.protector import read_config
 
         if (member := self.attacked[0].protector) is None:
@@ -263,28 +263,28 @@ class Protector:
         config = read_config(member)
         trained = config["trained"]
         if trained["method"] not in METHODS:
-            raise UserError(f"{shown(member)}: trained after {trained['method']!r}, which is not a method")
+            raise UserError(f"{shown(member)}: trained on {trained['method']!r}, which is not a method")
         return trained | {"has_frame": config.get("frame") is not None}
 
     @property
     def num_iters(self) -> int:
-        """How often the loop goes round."""
+        """Returns the number of iterations, 0 without a loop."""
         return self.run.num_iters if "num_iters" in self.method.reads else 0
 
     @property
     def is_at_once(self) -> bool:
-        """Whether nothing follows the network."""
+        """Returns whether nothing follows the network."""
         return self.method.is_network and not self.needs
 
     @cached_property
     def detector(self) -> FaceDetector:
-        """The face detector."""
+        """Loads the face detector."""
         return FaceDetector(self.device)
 
     def preload(self) -> None:
         """Loads what the method needs, before anything is written.
 
-        Raises UserError; for missing weights, one that names all of them, those of the report, too.
+        Raises UserError; for missing weights, one that names all of them, including the report's.
         """
         needed, asked = [lambda: self.network] if self.method.is_network else [], []
         for one in self.attacked:
@@ -305,7 +305,7 @@ class Protector:
         """Protects one picture: a path, a PIL image or (H, W, 3) uint8 -> a PIL image, within the budget.
 
         boxes: faces given by hand, as in `load`. A file's alpha is kept. Raises UserError as `load` does, and
-        for models that can't be had.
+        for models that can't be loaded.
         """
         subject = self.load(image, boxes)
         self.config.warn_of([subject.portrait.size])
@@ -316,10 +316,10 @@ class Protector:
         return protected
 
     def load(self, image: str | os.PathLike | Image.Image | np.ndarray, boxes: Sequence[Box] = ()) -> Subject:
-        """Reads a portrait and, if something needs them, finds its faces, once, on the clean image.
+        """Reads a portrait and, if anything needs them, finds its faces, once, on the clean image.
 
-        boxes: faces given by hand, in the portrait's pixels. Raises UserError naming the file: not readable,
-        too small, or no face where the method needs one.
+        boxes: faces given by hand, in the portrait's pixels. Raises UserError naming the file if it can't be
+        read, is too small, or shows no face where the method needs one.
         """
         portrait = as_portrait(image, self.resolution, self.method.most_pixels)
         if not self.looks_at_faces:
@@ -345,7 +345,7 @@ class Protector:
         seeds: Sequence[int],
         callback: Callback = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """Protects images (B, 3, H, W) in [-1, 1] -> the same, and the budget's mask (B, 1, H, W) or None.
+        """Protects images (B, 3, H, W) in [-1, 1] -> protected, and the budget's mask (B, 1, H, W) or None.
 
         boxes: the faces of each image, in its pixels; seeds: of the random starts. Raises UserError if a
         gradient is not finite.
@@ -364,9 +364,9 @@ class Protector:
             raise UserError(f"{error}, with the networks in {dtype}{hint}") from None
 
     def _guess(self, images: Tensor, boxes: Sequence[Sequence[Box]], mask: Tensor | None) -> Tensor:
-        """Where a network has images (B, 3, H, W) start -> the same; boxes as in `perturb`.
+        """Runs the network on images (B, 3, H, W) -> the loop's start, of that shape; boxes as in `perturb`.
 
-        It sees them at the working size, or each face in its own frame, which is cut out of the image itself.
+        The network sees the working size, or each face in its own frame, cut out of the full-size image.
         """
         import torch
 
@@ -378,7 +378,7 @@ class Protector:
         if network.frame is None:
             seen = [config.editor.to_working(one, self.resolution) for one in seen]
         with torch.no_grad():
-            shares = network(*seen, boxes)  # which only frames need, and those are of the images themselves
+            shares = network(*seen, boxes)  # only frames need boxes, and are cut out of the images themselves
             if network.frame is None:
                 shares = config.editor.from_working(shares, size, self.resolution)
             shares.mul_(budget * (whole > 0))  # a loop that follows counts what isn't 0
@@ -387,9 +387,9 @@ class Protector:
     def objective_of(
         self, images: Tensor, boxes: Sequence[Sequence[Box]], draws: Callable[[], Draws]
     ) -> Callable[[Tensor], Objective]:
-        """Gives what makes the objective of images (B, 3, H, W), the mean over the attacked autoencoders.
+        """Returns a maker of the objective of images (B, 3, H, W), the mean over the attacked autoencoders.
 
-        boxes as in `perturb`; draws: makes a generator per image, for each autoencoder anew.
+        boxes as in `perturb`; draws: makes one generator per image, anew for each autoencoder.
         """
         size = images.shape[-2:]
 
@@ -439,7 +439,7 @@ class Protector:
         return reports
 
     def measure(self, subject: Subject, output: Path) -> Report:
-        """Reads a protected file back, which is what counts. Raises UserError if it leaves the budget."""
+        """Measures a protected file as it is on disk. Raises UserError if it exceeds the budget."""
         source, saved = subject.portrait.pixels, load_image(output).pixels
         size = linf(saved, source)
         if size > self.run.budget + 1e-9:
@@ -453,7 +453,7 @@ class Protector:
         return Report(output, *facts, similarity, not subject.boxes, faces, subject.n_found)
 
     def _round_trip(self, subject: Subject, saved: np.ndarray) -> list[Face]:
-        """Measures faces in D(E(.)) of the source and of the protected file, by recognizers and judges."""
+        """Measures faces in D(E(.)) of the source and of the protected file, by recognisers and judges."""
         import torch
 
         vae = self._if_there("vae", self.loaders(self.config)["vae"]) if subject.boxes else None
@@ -471,7 +471,7 @@ class Protector:
         return [face_of(self.config, panel, images, [box] * 3) for box in boxes]
 
     def _if_there(self, name: str, load: Callable[[], Any]) -> Any:
-        """Loads a member for a report; one that can't be loaded is reported once, and gives None."""
+        """Loads a member for a report; if that fails, warns once and returns None."""
         if name in self.unavailable:
             return None
         try:
@@ -483,7 +483,7 @@ class Protector:
 
 
 def generator_of(seed: int) -> torch.Generator:
-    """Makes the generator of one image's objective, whose numbers are not those of its random start."""
+    """Makes the generator of one image's objective, independent of its random start."""
     import torch
 
     return torch.Generator().manual_seed(start_seed(seed, "objective"))

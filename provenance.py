@@ -1,7 +1,7 @@
-"""What made the files of a directory: run.json with the settings, and a manifest with one line per file.
+"""Records what made the files of a directory: settings in run.json, and a manifest with one line per file.
 
 run.json holds all settings that determine pixels. A line of the manifest holds the hashes of a file and of
-its source; a line without a hash is that of a file that was being made when a run ended.
+its source; a line without a hash stands for a file that was being made when a run ended.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def versions() -> dict[str, str]:
 
 
 def digest(path: Path) -> str:
-    """Hashes a file's bytes (SHA-256), anew only if it has changed; empty if it can't be read."""
+    """Hashes a file's bytes (SHA-256), again only if it has changed; empty if it can't be read."""
     try:
         status = os.stat(path)
         return _digest(path, status.st_mtime_ns, status.st_size, status.st_ino)
@@ -69,7 +69,7 @@ def _digest(path: Path, *_: int) -> str:
 
 
 def read_record(directory: Path) -> dict[str, Any] | None:
-    """Reads run.json of a directory, None if there is none. Raises UserError if it is damaged."""
+    """Reads the run.json of a directory; None if there is none. Raises UserError if it is damaged."""
     path = directory / "run.json"
     if not path.exists():
         return None
@@ -80,7 +80,7 @@ def read_record(directory: Path) -> dict[str, Any] | None:
         is_sound = isinstance(record["arguments"], dict) and all(isinstance(text, str) for text in texts)
         is_sound &= isinstance(later, list) and all(isinstance(entry, dict) for entry in later)
         if not (is_sound and all(key.isdecimal() and len(key) < 10 for key in prompts)):
-            raise ValueError("a value of another kind")
+            raise ValueError("a value of the wrong kind")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: not a record of a run ({first_line(error)})") from None
     except (AttributeError, KeyError, TypeError):
@@ -137,13 +137,13 @@ def check_ours(directory: Path) -> None:
 
 
 def manifests(directory: Path) -> list[Path]:
-    """Lists the manifest, if there is one, and the parts that the processes of a run have added to."""
+    """Lists the manifest, if there is one, and the parts that the processes of a run write."""
     parts = sorted(directory.glob("manifest.[0-9]* on ?*.jsonl"))
     return [path for path in [directory / MANIFEST, *parts] if path.exists()]
 
 
 def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
-    """Reads the last line on each file of a directory, by its path there; damaged lines are left out."""
+    """Reads the last line about each file of a directory, by its path in it; skips damaged lines."""
     found: dict[str, dict[str, Any]] = {}
     for path in manifests(directory):
         with contextlib.suppress(OSError):
@@ -156,7 +156,7 @@ def read_manifest(directory: Path) -> dict[str, dict[str, Any]]:
 
 
 def is_line(entry: Any) -> bool:
-    """Tells whether this is a line of a manifest: a flipped bit may have made it something else."""
+    """Returns whether this is a line of a manifest: a flipped bit may have turned it into something else."""
     if not isinstance(entry, dict) or "output" not in entry:
         return False
     is_whole = "sha256" not in entry or LINE.keys() <= entry.keys()
@@ -170,7 +170,7 @@ def note(directory: Path, lines: list[dict[str, Any]]) -> None:
 
 
 def write_manifest(directory: Path, entries: dict[str, dict[str, Any]]) -> None:
-    """Writes the lines of a manifest, instead of its parts. Raises UserError."""
+    """Writes the lines of a manifest, and removes its parts. Raises UserError."""
     write_file(directory / MANIFEST, "".join(json.dumps(line) + "\n" for line in entries.values()).encode())
     for path in manifests(directory):
         if path.name != MANIFEST:

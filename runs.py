@@ -1,6 +1,6 @@
-"""Makes a directory of results: skips finished files, records settings, shares work, stops at Ctrl-C.
+"""Makes a directory of results: skips finished files, records settings, splits work, stops at Ctrl-C.
 
-A script gives a `Job` its items and two functions that load and make them; nothing here deals with pixels. A
+A script gives a `Job` its items and two functions that load and make them; nothing here touches pixels. A
 file is finished if it is the result of this source and these settings (provenance.py).
 """
 
@@ -41,26 +41,26 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 Facts = list[dict[str, Any]]  # about each file that was made, for the manifest
 
-OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of what the scripts write beside images
+OWN_SUFFIXES = (".json", ".jsonl", ".csv")  # of files that the scripts write beside images
 NAMED = 5  # files that a message names before it counts the rest
 PARENT = os.getppid()  # the launcher's process number, if there is one
-LONGEST_WAIT = datetime.timedelta(days=30)  # of a finished process for the others
+LONGEST_WAIT = datetime.timedelta(days=30)  # that a finished process waits for the others
 
 
 @dataclass(frozen=True)
 class Item:
-    """One file to be made."""
+    """Describes one file to be made."""
 
     source: Path
     output: Path
     size: tuple[int, int] | None  # (H, W) of the source, None if its header can't be read
-    label: str  # names it on the screen
-    prompt: str | None = None  # the instruction, of an edit
+    label: str  # its name on the screen
+    prompt: str | None = None  # an edit's instruction
 
 
 @dataclass(frozen=True)
 class Options:
-    """How a run goes; nothing here changes pixels."""
+    """Sets how a run goes; nothing here changes pixels."""
 
     batch_size: int = 1
     overwrite: bool = False
@@ -69,7 +69,7 @@ class Options:
 
     @classmethod
     def of(cls, args: argparse.Namespace) -> Options:
-        """Takes them from a script's flags."""
+        """Reads the options from a script's flags."""
         return cls(getattr(args, "batch_size", 1), args.overwrite, args.verify, args.debug)
 
 
@@ -79,18 +79,18 @@ USUAL = Options()
 def add_run_arguments(parser: argparse.ArgumentParser, batches: bool = True) -> None:
     """Adds --batch_size (where there are batches), --overwrite and --verify."""
     if batches:
-        text = "images of one size that are worked on together"
+        text = "images of one size that are processed together"
         parser.add_argument("--batch_size", type=positive_int, default=1, help=text)
     text = "make files again that are not the result of these sources, settings and methods"
     parser.add_argument("--overwrite", action="store_true", help=text)
-    text = "also read the finished files, to see that they are as they were written"
+    text = "also read the finished files, to check that they are as they were written"
     parser.add_argument("--verify", action="store_true", help=text)
 
 
 def find_images(directory: Path) -> list[Path]:
-    """Lists the image files of a directory, sorted by name, and warns about what is not read.
+    """Lists the image files of a directory, sorted by name, and warns about the rest.
 
-    Raises UserError: no such directory, no images, or two files of one stem, whose outputs would be one file.
+    Raises UserError for a missing directory, no images, or two files of one stem, whose outputs would clash.
     """
     images = list(images_by_stem(directory).values())
     others = [entry for entry in sorted(directory.iterdir()) if entry.name[0] != "." and entry not in images]
@@ -98,7 +98,7 @@ def find_images(directory: Path) -> list[Path]:
     unread = [entry for entry in others if entry.is_file() and entry.suffix not in OWN_SUFFIXES]
     if not images:
         has_budgets = any(name.startswith("budget_") for name in folders)
-        hint = "; it holds budget_{B}, give one of them" if has_budgets else ""
+        hint = "; it holds budget_{B}: give one of those" if has_budgets else ""
         raise UserError(f"{directory}: no image files in it ({' '.join(sorted(readable_suffixes()))}){hint}")
     if folders:
         warn(f"{directory}: sub-directories are not searched: {', '.join(folders)}")
@@ -116,7 +116,7 @@ def listed(paths: Iterable[Any], text: Callable[[Any], str] = lambda path: path.
 
 
 def batches(items: Sequence[T], batch_size: int, size: Callable[[T], Any]) -> list[list[T]]:
-    """Cuts items, finished ones too, into batches of one size: so a resumed run computes the same batches."""
+    """Cuts items, finished ones too, into batches of one size, so that a resumed run has the same batches."""
     cut: list[list[T]] = []
     last: dict[Any, list[T]] = {}  # the latest batch of each size
     for item in items:
@@ -134,7 +134,7 @@ def batches(items: Sequence[T], batch_size: int, size: Callable[[T], Any]) -> li
 def processes(device: str = "auto") -> PartialState:
     """Joins the processes that torchrun or accelerate launched, if any; the first call decides how.
 
-    Raises UserError for a device that is not there.
+    Raises UserError for a device that is not available.
     """
     from accelerate import PartialState
 
@@ -166,7 +166,7 @@ def once(work: Callable[[], T]) -> T:
 def locked(directory: Path) -> Iterator[None]:
     """Keeps a second run out of a directory while any process of the first one lives.
 
-    Each process holds a lock, which the system takes back however it ends; the first one tries those of all.
+    Each process holds a lock, which the system releases however it ends; the first process tries all locks.
     Raises UserError if another run is at work there.
     """
     from filelock import FileLock, Timeout
@@ -185,7 +185,7 @@ def locked(directory: Path) -> Iterator[None]:
             parts = [path for path in manifests(directory) if path.name != MANIFEST]
             who = ", ".join(path.stem.removeprefix("manifest.") for path in parts)
             who = f" (process {who})" if who else ""
-            text = f"{directory}: another run is writing into it{who}; wait for its end, or stop it"
+            text = f"{directory}: another run is writing into it{who}; wait until it ends, or stop it"
             raise UserError(text) from None
         except OSError as error:
             if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
@@ -204,7 +204,7 @@ def locked(directory: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def listening() -> Iterator[list[int]]:
-    """Gives the signals heard: Ctrl-C or SIGTERM once, to end after the current batch; again ends at once."""
+    """Collects signals: the first Ctrl-C or SIGTERM ends the run after its batch, the next at once."""
     heard: list[int] = []
 
     def hear(number: int, _: Any) -> None:
@@ -227,11 +227,11 @@ def listening() -> Iterator[list[int]]:
 
 @dataclass
 class Job:
-    """What a directory of results should hold, how it is made, and what this process made of it.
+    """Describes what a directory of results should hold, how it is made, and what this process has made.
 
     settings: all that determines pixels. `prepare` loads what `work` needs, before anything is written, if
-    there is anything to do. `load(item)` reads one; `work(items, loaded, wanted)` writes the wanted ones and
-    gives facts about them.
+    there is anything to do. `load(item)` reads one item; `work(items, loaded, wanted)` writes the wanted ones
+    and returns facts about them.
     """
 
     items: Sequence[Item]
@@ -248,7 +248,7 @@ class Job:
     failed: list[str] = field(default_factory=list, init=False)
 
     def run(self) -> int:
-        """Makes what the directory lacks, and reports it -> exit status.
+        """Makes what the directory lacks, and prints a summary -> exit status.
 
         Raises UserError before any work, also if another run is at work there.
         """
@@ -305,7 +305,7 @@ class Job:
         return {path: why for path, why in whys.items() if why is not None}
 
     def why(self, item: Item, entry: dict[str, Any] | None) -> str | None:
-        """Says why a file has to be made: empty if there is none; None if it is finished."""
+        """Returns why a file has to be made: empty if it doesn't exist; None if it is finished."""
         output = item.output
         if not output.exists() or (entry and "sha256" not in entry):
             return ""  # or it was being made when a run was killed
@@ -319,7 +319,7 @@ class Job:
         return None
 
     def name(self, output: Path) -> str:
-        """Gives a file's name in the manifest."""
+        """Returns a file's name in the manifest."""
         return str(output.relative_to(self.directory))
 
     def begin(self) -> dict[Path, str]:
@@ -341,7 +341,7 @@ class Job:
         return wanted
 
     def go_through(self, own: list[list[Item]], heard: list[int]) -> None:
-        """Makes this process's batches, whatever fails in them, until a signal is heard."""
+        """Makes this process's batches, whatever fails in them, until a signal comes."""
         from accelerate.utils.memory import clear_device_cache
         from tqdm import tqdm
 
@@ -349,10 +349,10 @@ class Job:
         bar = tqdm(total=sum(map(len, own)), unit=self.unit, disable=not (own and state.is_main_process))
         for batch in own:
             if state.num_processes > 1 and os.getppid() != PARENT:
-                heard.append(signal.SIGTERM)  # the launcher is gone, so nobody waits for this process
+                heard.append(signal.SIGTERM)  # the launcher is gone: nobody needs the results
             if heard:
                 break
-            todo = self.read(batch)  # all of it, so that its arithmetic is an undisturbed run's
+            todo = self.read(batch)  # all of it, so that its arithmetic is that of a run without a break
             while part := todo[:largest]:
                 if self.make(part):
                     todo = todo[largest:]
@@ -364,17 +364,17 @@ class Job:
         bar.close()
 
     def read(self, batch: list[Item]) -> list[tuple[Item, str, Any]]:
-        """Reads a batch -> what could be read, with the hash of each source before it was read."""
+        """Reads a batch -> the items that could be read, with each source's hash, taken before reading."""
         found = []
         for item in batch:
             try:
                 found.append((item, digest(item.source), self.load(item)))
-            except Exception as error:  # a bad file, or a detector out of memory: the others may still do
+            except Exception as error:  # a bad file, or a detector out of memory: the others may work
                 self.fail(item, error)
         return found
 
     def make(self, part: list[tuple[Item, str, Any]]) -> bool:
-        """Makes the wanted files of what was read -> False if a smaller batch may fit into memory."""
+        """Makes the wanted files of a batch -> False if a smaller batch may fit into memory."""
         from accelerate.utils.memory import should_reduce_batch_size
 
         items, _, loaded = map(list, zip(*part, strict=True))
@@ -388,7 +388,7 @@ class Job:
                 line |= {"sha256": digest(output), "bytes": output.stat().st_size}
                 note(self.directory, [line | facts])
             self.made += len(lines)
-        except Exception as error:  # a full disk...: the other batches may still do
+        except Exception as error:  # a full disk...: the other batches may work
             if len(part) > 1 and (isinstance(error, MemoryError) or should_reduce_batch_size(error)):
                 return False
             for item in items:

@@ -1,7 +1,7 @@
-"""Serves the page of app.py on 127.0.0.1: to that page alone, and no file except its own.
+"""Serves the page of app.py on 127.0.0.1, to that page alone, and no file except its own.
 
-Gradio opens what a request calls a file. So a guard stands before it, which lets through only what the page
-itself asks for, and no path but those that this server has given out.
+Gradio opens whatever a request names as a file. So a guard in front of it lets through only what the page
+itself asks for, and only paths that this server has handed out.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ PLAIN = re.compile(
     "/|/config|/theme.css|/favicon.ico|/manifest.json|/(assets|static)/.*|"
     f"{API}/(queue/data|cancel|reset|upload|upload_progress|app_id)"
 )
-JUNK = (  # what readers of a request's body raise for one that is broken or made up
+JUNK = (  # what parsers of a request's body raise if it is broken or forged
     ClientDisconnect, MultiPartException, ValueError, LookupError, TypeError, AttributeError, AssertionError,
     RecursionError,
 )  # fmt: skip
@@ -51,7 +51,7 @@ BLANK = bytes.fromhex("47494638396101000100800000000000ffffff21f90401000000002c0
 
 
 class Guard:
-    """Stands before Gradio's app, and checks who asks, for what, and with what in it."""
+    """Stands in front of Gradio's app and checks who sends a request, for which path, with what content."""
 
     def __init__(self, app: Callable, visits: Visits, port: int, own: set[str]) -> None:
         self.app, self.visits, self.own = app, visits, own
@@ -64,8 +64,8 @@ class Guard:
             return await send({"type": "websocket.close"})
         request, path = Request(scope, receive), scope["path"]
         if not self.is_of_page(request):
-            answer = PlainTextResponse(f"only for http://{self.hosts[0]}, opened as such", 403)
-        elif path.startswith(FILE + UPLOAD):  # shown until the page has the picture from its visit
+            answer = PlainTextResponse(f"this page answers only at http://{self.hosts[0]}", 403)
+        elif path.startswith(FILE + UPLOAD):  # a blank, until the page has the picture from its visit
             answer = Response(BLANK, media_type="image/gif")
         elif found := HEARTBEAT.fullmatch(path):
             answer = await self.stay(found[1], request, send)
@@ -74,28 +74,28 @@ class Guard:
         elif PLAIN.fullmatch(path) or self.is_own(path):
             return await self.app(scope, receive, send)
         else:
-            answer = PlainTextResponse("not there", 404)
+            answer = PlainTextResponse("not found", 404)
         if answer is not None:
             await answer(scope, receive, send)
 
     def is_of_page(self, request: Request) -> bool:
-        """Tells whether this server's own page asks, and not one that a browser has from somewhere else."""
+        """Returns whether a request comes from this server's own page, not from another site's."""
         headers = request.headers
         host, origin, site = headers.getlist("host"), headers.getlist("origin"), headers.get("sec-fetch-site")
         if len(host) != 1 or host[0].lower() not in self.hosts:
-            return False  # a foreign name that leads here, too
+            return False  # foreign names that resolve to this machine, too
         if origin and origin != [f"http://{host[0].lower()}"]:
             return False
         is_followed = request.scope["path"] == "/" and headers.get("sec-fetch-dest") == "document"  # a link
         return site in (None, "none", "same-origin") or is_followed
 
     def is_own(self, path: str) -> bool:
-        """Tells whether a path is exactly that of a file of some visit or of one that comes with the page."""
+        """Returns whether a path is exactly that of a file of some visit, or of one bundled with the page."""
         name = path.removeprefix(FILE)
         return name != path and (name in self.own or self.visits.has(name))
 
     async def stay(self, session: str, request: Request, send: Callable) -> Response | None:
-        """Keeps a visit as long as its page keeps this connection open."""
+        """Keeps a visit alive as long as its page keeps this connection open."""
         try:
             visit = self.visits.open(session)
         except UserError as error:
@@ -106,7 +106,7 @@ class Guard:
             asyncio.get_running_loop().run_in_executor(None, self.visits.close, visit)
 
     async def call(self, request: Request, send: Callable) -> Response | None:
-        """Passes an event on, without anything that Gradio would take for a file."""
+        """Passes an event on to Gradio, without anything that Gradio would take for a file."""
         try:
             body = b"".join([part async for part in limited(request, LARGEST_CALL)])
             asked = json.loads(body)
@@ -115,7 +115,7 @@ class Guard:
             kept["data"] = [reduced(item) for item in data]
             kept["event_data"] = {"index": reduced(event.get("index")), "value": None} if event else None
         except JUNK:
-            return PlainTextResponse("not a call of the page", 400)
+            return PlainTextResponse("not a call from the page", 400)
         waiting = [{"type": "http.request", "body": json.dumps(kept).encode()}]
 
         async def receive() -> dict:
@@ -125,14 +125,14 @@ class Guard:
 
 
 def reduced(value: Any) -> Any:
-    """Leaves numbers, texts and lists of them as they are, and of a dict, such as an upload, the path."""
+    """Keeps numbers, texts and lists of them; reduces a dict, such as an upload, to its path."""
     if isinstance(value, dict):
         return {"path": value["path"]} if isinstance(value.get("path"), str) else None
     return [one for one in value if not isinstance(one, dict | list)] if isinstance(value, list) else value
 
 
 async def limited(request: Request, most: int, see: Callable = len) -> AsyncIterator[bytes]:
-    """Gives a request's body in parts, each seen. Raises MultiPartException above `most` bytes."""
+    """Yields a request's body in parts, each shown to `see`. Raises MultiPartException over `most` bytes."""
     size = 0
     async for part in request.stream():
         size += len(part)
@@ -143,17 +143,17 @@ async def limited(request: Request, most: int, see: Callable = len) -> AsyncIter
 
 
 def upload_into(visits: Visits) -> Callable:
-    """Makes the route for uploads: of one file each, in no folder until a visit takes it."""
+    """Makes the handler of uploads: one file each, stored in no folder until a visit takes it."""
     from gradio.routes import file_upload_statuses
 
     arriving: list[str] = []
 
     async def upload(request: Request) -> Response:
         if len(arriving) + len(visits.waiting) >= MOST_WAITING:
-            return PlainTextResponse("too many uploads at a time: try again in two minutes", 503)
+            return PlainTextResponse("too many uploads at once: try again in two minutes", 503)
         progress = request.query_params.get("upload_id", "")
         arriving.append(progress)
-        file_upload_statuses.track(progress)  # which the page asks for
+        file_upload_statuses.track(progress)  # the page asks for it
         try:
             see = functools.partial(file_upload_statuses.append, progress, "")
             parts = limited(request, LARGEST_UPLOAD, see)
@@ -172,7 +172,7 @@ def upload_into(visits: Visits) -> Callable:
 
 
 def safe_name(given: str) -> str:
-    """Turns what a browser calls a file into a name: as it is, where that is possible."""
+    """Turns a browser's name for a file into a safe one, unchanged where possible."""
     name = "".join(letter for letter in re.split(r"[/\\]", given)[-1] if letter.isprintable()).strip(" .")
     stem, suffix = Path(name or "portrait").stem, Path(name).suffix
     return stem.encode()[:200].decode(errors="ignore") + suffix.encode()[:20].decode(errors="ignore")
@@ -181,7 +181,7 @@ def safe_name(given: str) -> str:
 def serve(build: Callable[[Visits], tuple[Any, dict[str, Any]]], port: int, own: set[str]) -> None:
     """Serves a page until a signal ends the process. Raises UserError.
 
-    build: makes the gradio.Blocks and its looks; own: files that come with it.
+    build: makes the gradio.Blocks and its theme and CSS; own: files that come with the page.
     """
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
@@ -194,14 +194,14 @@ def serve(build: Callable[[Visits], tuple[Any, dict[str, Any]]], port: int, own:
                 listener.bind((ADDRESS, port))
                 listener.listen()
             except OSError:
-                raise UserError(f"--port {port} is taken, or needs other rights") from None
+                raise UserError(f"--port {port} is taken, or needs more rights; choose another") from None
             os.environ |= {"GRADIO_TEMP_DIR": str(folder), "GRADIO_ANALYTICS_ENABLED": "False"}
-            page, look = build(visits)  # Gradio is imported now, and sees where it may write
+            page, look = build(visits)  # imports Gradio, which now sees where it may write
             app = guarded(page, visits, port, own, **look)
             server = uvicorn.Server(uvicorn.Config(app, log_level="warning", lifespan="on"))
             thread = threading.Thread(target=server.run, args=[[listener]], daemon=True)
             thread.start()
-            print(f"http://{ADDRESS}:{port} (Ctrl-C ends it and deletes what it has)", flush=True)
+            print(f"http://{ADDRESS}:{port} (Ctrl-C stops it and deletes all pictures)", flush=True)
             try:
                 while thread.is_alive():
                     thread.join(MINUTE)
@@ -226,7 +226,7 @@ def guarded(page: Any, visits: Visits, port: int, own: set[str], **look: Any) ->
     import gradio
 
     app = Starlette(routes=[Route(f"{API}/upload", upload_into(visits), methods=["POST"])])
-    page.has_launched = page.is_running = True  # so that Gradio checks what handlers give it, too
+    page.has_launched = page.is_running = True  # so that Gradio also checks what handlers return
     gradio.mount_gradio_app(
         app, page, "/", show_error=False, ssr_mode=False, footer_links=[], run_history=False,
         max_file_size=LARGEST_UPLOAD, **look,

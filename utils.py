@@ -1,4 +1,4 @@
-"""What every script shares: prompts, argparse types, errors, seeds, device and dtype, whole-file writes.
+"""Holds what scripts share: prompts, argparse types, errors, seeds, device and dtype, whole-file writes.
 
 Nothing heavy is imported here at module level, so that `--help` answers at once.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NO_WORDS = "(no words: the round trip through an autoencoder)"  # stands in for an instruction
 
 # The 25 instructions of Wang et al. 2025: 0-9 facial features, 10-17 accessories, 18-24 background.
-# The number is the `prompt{i}` folder of an edit, so keep a number's meaning when you edit this list.
+# A number names an edit's folder `prompt{i}`, so keep the numbers' meanings when you edit this list.
 edit_prompts: dict[int, str] = {
     0: "Turn the person's hair pink",
     1: "Let the person turn bald",
@@ -55,11 +55,11 @@ edit_prompts: dict[int, str] = {
 
 LEVEL = 2 / 255  # one step of an 8-bit pixel, in the [-1, 1] range of the tensors
 MOST_TEXT = 10_000_000  # bytes of a text that is read whole
-USUAL_BUDGET = 0.3  # above it somebody has probably given 8-bit levels
+USUAL_BUDGET = 0.3  # a larger one was probably meant in 8-bit levels
 
 
 class UserError(Exception):
-    """An error that the user can fix; shown as one line, without a traceback.
+    """Reports an error that the user can fix; shown as one line, without a traceback.
 
     An error with several parts lists them in `lines`.
     """
@@ -68,7 +68,7 @@ class UserError(Exception):
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps a script's docstring as written, and shows every default that says something."""
+    """Keeps a script's docstring as written, and shows all defaults but None, False and []."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
         is_nothing = action.default in (None, []) or action.default is False
@@ -76,7 +76,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefau
 
 
 def defaults_help(text: str, own: Mapping[str, Any], everyone: Collection[str] = ()) -> str:
-    """Writes a flag's help where each of several methods, editors or model sets has its own default.
+    """Writes the help of a flag for which several methods, editors or model sets have their own defaults.
 
     own: the default of each that reads the flag, the usual one first; everyone: all that might read it.
     """
@@ -141,14 +141,14 @@ def number_list(text: str) -> list[int]:
 
 
 def path(text: str) -> Path:
-    """argparse type: a path; an empty one, which a shell makes of an unset variable, is refused."""
+    """argparse type: a path; refuses an empty one, which a shell makes of an unset variable."""
     if not text:
         raise argparse.ArgumentTypeError("an empty path")
     return Path(text)
 
 
 def prompt(text: str) -> str:
-    """argparse type: an instruction; bytes that are no text are refused."""
+    """argparse type: an instruction; refuses bytes that are not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -163,13 +163,13 @@ def budget_size(text: str) -> float:
         raise argparse.ArgumentTypeError(f"{text} is above 2, the whole range. {in_levels(value)}")
     if allowed_levels(value) < 1:
         raise argparse.ArgumentTypeError(
-            f"{text} is below 2/255, one level of an 8-bit pixel: no pixel could change; at least 0.00785"
+            f"{text} is below 2/255, one level of an 8-bit pixel: no pixel could change; give 0.00785 or more"
         )
     return value
 
 
 def given(kind: Callable[[str], Any], name: str, value: Any) -> Any:
-    """Reads a value that Python code or the page gives as argparse reads a flag's. Raises UserError."""
+    """Reads a value from Python code or the page as argparse reads a flag's. Raises UserError."""
     try:
         return kind(str(value))
     except argparse.ArgumentTypeError as error:
@@ -189,10 +189,10 @@ def allowed_levels(budget: float) -> int:
 def run_command(run: Callable[[argparse.Namespace], int], args: argparse.Namespace) -> int:
     """Runs a script's work -> exit status. An error becomes one line and status 1; --debug raises it.
 
-    An OSError that names its file is a user's, too: what only reads needn't turn it into a UserError.
+    An OSError that names its file is treated as a UserError, so code that only reads needn't convert it.
     """
-    with contextlib.suppress(AttributeError, ValueError, OSError):  # a notebook's, or one that is closed
-        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have bytes that are no text
+    with contextlib.suppress(AttributeError, ValueError, OSError):  # in a notebook, or closed
+        sys.stdout.reconfigure(errors="backslashreplace")  # file names may have bytes that are not UTF-8
     try:
         return run(args)
     except (Exception, KeyboardInterrupt) as error:
@@ -233,11 +233,11 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
-FORMULA = re.compile(r"'*[=+\-@\t\r]")  # after quotes of its own, too, so that one more can be undone
+FORMULA = re.compile(r"'*[=+\-@\t\r]")  # also after quotes, so that an added one can be removed again
 
 
 def csv_name(name: str) -> str:
-    """Puts a quote before a name that a spreadsheet would take for a formula; `name_of_csv` undoes it."""
+    """Adds a quote before a name that a spreadsheet would take for a formula; `name_of_csv` undoes it."""
     return f"'{name}" if FORMULA.match(name) else name
 
 
@@ -247,9 +247,9 @@ def name_of_csv(text: str) -> str:
 
 
 def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int, str]:
-    """Gives the instructions by number: the paper's, or the lines of a text file, numbered from 0.
+    """Returns the instructions by number: the paper's, or the lines of a text file, numbered from 0.
 
-    numbers: which to take; None: all. Blank lines are skipped but counted. Raises UserError for unknown ones.
+    numbers: which to use; None: all. Blank lines are skipped but counted. Raises UserError for unknown ones.
     """
     prompts = edit_prompts
     if file is not None:
@@ -263,7 +263,7 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     if unknown := [str(number) for number in numbers or () if number not in prompts]:
         is_gapless = len(prompts) > max(prompts)
         known = f"0 to {max(prompts)}" if is_gapless else ", ".join(map(str, prompts))
-        raise UserError(f"--prompts {','.join(unknown)}: only {known} are there")
+        raise UserError(f"--prompts {','.join(unknown)}: choose from {known}")
     return {number: prompts[number] for number in (prompts if numbers is None else sorted(set(numbers)))}
 
 
@@ -272,7 +272,7 @@ def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
     text = "numbers of the instructions (default: all, or all that were edited)"
     parser.add_argument("--prompts", type=number_list, metavar="I,J,...", help=text)
     text = "your own instructions, a text file with one per line, numbered from 0 (default: those in the "
-    text += "run.json of edits that are there, else the paper's)"
+    text += "run.json of existing edits, else the paper's)"
     parser.add_argument("--prompt_file", type=path, help=text)
 
 
@@ -289,7 +289,7 @@ def read_plain(path: Path, most: float) -> bytes:
 
 
 def parse_json(data: bytes | str) -> Any:
-    """Reads JSON. Raises ValueError with a message that a user understands."""
+    """Reads JSON. Raises ValueError with a message for users."""
     try:
         return json.loads(data)
     except RecursionError:
@@ -301,7 +301,7 @@ def parse_json(data: bytes | str) -> Any:
 
 
 def draw_seed(seed: int) -> int:
-    """Gives the seed itself, or, for -1, one drawn at random and printed, so that the run can be repeated."""
+    """Returns the seed; for -1, draws one at random and prints it, so that the run can be repeated."""
     if seed >= 0:
         return seed
     seed = random.SystemRandom().randrange(2**31)
@@ -310,7 +310,7 @@ def draw_seed(seed: int) -> int:
 
 
 def start_seed(seed: int, stem: str) -> int:
-    """Gives the seed of one image's random start, which depends on the run's seed and the stem alone."""
+    """Returns the seed of one image's random start, which depends only on the run's seed and the stem."""
     digest = hashlib.sha256(f"{seed}:{stem}".encode(errors="surrogateescape")).digest()
     return int.from_bytes(digest[:8], "big") % 2**63
 
@@ -318,11 +318,11 @@ def start_seed(seed: int, stem: str) -> int:
 # Device and dtype, from here to `on_cuda`: no other file names one
 DEVICE_HELP = "auto (a GPU if there is one), cpu, cuda, cuda:1, mps..."
 DTYPE_NAMES = ("auto", "fp32", "fp16", "bf16")
-DTYPE_HELP = "of the networks (auto: 16 bits on CUDA, else fp32); the optimised image is always fp32"
+DTYPE_HELP = "dtype of the networks (auto: 16 bits on CUDA, else fp32); the optimised image is always fp32"
 
 
 def pick_device(name: str) -> torch.device:
-    """Turns `auto` or a torch device name into a device that is really there. Raises UserError."""
+    """Turns `auto` or a torch device name into a device that is available. Raises UserError."""
     import torch
 
     local = os.environ.get("LOCAL_RANK")  # a launcher numbers the processes of a machine
@@ -350,19 +350,19 @@ def pick_dtype(name: str, device: torch.device, half: str = "fp16") -> torch.dty
 
 
 def memory_format(device: torch.device) -> torch.memory_format:
-    """Gives the memory format of weights: channels last where convolutions are faster with it."""
+    """Returns the memory format of weights: channels last where convolutions are faster with it."""
     import torch
 
     return torch.channels_last if device.type in ("cuda", "cpu") else torch.preserve_format
 
 
 def on_cuda(device: torch.device) -> bool:
-    """Tells whether torch.cuda measures the device's memory and waits for its queue."""
+    """Returns whether torch.cuda measures the device's memory and waits for its queue."""
     return device.type == "cuda"
 
 
 def temporary_name(path: Path) -> Path:
-    """Gives the name under which `write_file` writes; no longer than any file name may be."""
+    """Returns the name under which `write_file` writes; it is never too long for a file name."""
     digest = hashlib.sha256(os.fsencode(path.name)).hexdigest()[:12]
     return path.with_name(f".facelock-{digest}-{os.getpid()}.tmp")
 
@@ -372,7 +372,7 @@ def write_file(path: Path, data: bytes) -> None:
     aside = temporary_name(path)
     try:
         if path.exists() and not path.is_file():
-            with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:  # of a pipe, don't wait
+            with open(os.open(path, os.O_WRONLY | os.O_NONBLOCK), "wb") as file:  # don't wait for a pipe
                 os.set_blocking(file.fileno(), True)
                 file.write(data)
             return
@@ -395,7 +395,7 @@ def write_file(path: Path, data: bytes) -> None:
             aside.unlink()
 
 
-# Lists the files that this project wrote into a directory, so that nobody else's are ever replaced
+# Lists the files that this project wrote into a directory, so that it never replaces anybody else's
 INDEX = ".facelock.jsonl"
 NOT_OURS = "exists and was not made by this script; move it, or choose another name"
 
@@ -408,7 +408,7 @@ def write_own(path: Path, data: bytes) -> None:
     if index.is_symlink() or is_special(index):
         raise UserError(f"{index}: is not a plain file")
     check_directory(path.absolute().parent)
-    try:  # before the file itself: a killed run leaves none that the next one refuses
+    try:  # before the file itself: a killed run leaves no file that the next one refuses
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(index, "a+") as file:
             file.seek(0)
@@ -420,7 +420,7 @@ def write_own(path: Path, data: bytes) -> None:
 
 
 def check_own(path: Path) -> None:
-    """Raises UserError for a file with content that `write_own` didn't write just so."""
+    """Raises UserError for a file whose content is not what `write_own` wrote; empty ones are fine."""
     index = path.parent / INDEX
     content = path.read_bytes() if path.exists() else b""
     lines = index.read_text(errors="replace").splitlines() if content and index.is_file() else []
@@ -433,12 +433,12 @@ def _index_line(path: Path, data: bytes) -> str:
 
 
 def is_special(path: Path) -> bool:
-    """Tells whether this is a device or a pipe, such as /dev/null: written through, no files beside it."""
+    """Returns whether this is a device or a pipe, such as /dev/null: written through, no files beside it."""
     return path.exists() and not path.is_file() and not path.is_dir()
 
 
 def check_directory(path: Path) -> None:
-    """Refuses a directory that is not there and can't be made, or can't be written into. Raises UserError."""
+    """Raises UserError for a directory that can't be written into, or is missing and can't be made."""
     path = path.absolute()
     existing = next(place for place in (path, *path.parents) if place.exists() or place.is_symlink())
     if not existing.is_dir():

@@ -1,6 +1,6 @@
-"""What a protection does to faces, by judges: who takes one for the same person, without it and with it.
+"""Asks the judges about a protection: do they take a face for the same person, without it and with it?
 
-defend.py says it of the round trip through the attacked autoencoder, edit.py and the page of their edits.
+defend.py asks about the round trip through the attacked autoencoder, edit.py and the page about edits.
 """
 
 from __future__ import annotations
@@ -30,26 +30,26 @@ HEADLINES = {  # by outcome; {}: edit or round trip
     "unmoved": "With protection, the face in this {} is not clearly less like the source's",
 }
 UNKNOWN = (
-    "That is which way the similarity moved. No verification threshold is known for these recognisers, so "
-    "whether the face still passes for the same person is not known."
+    "This only says which way the similarity moved. No verification threshold is known for these "
+    "recognisers, so whether the face still passes for the same person is not known."
 )
 HIDDEN = {
-    "edit": "This edit hides the person even without protection: try another, or another seed.",
-    "round trip": "Even without protection no judge takes the face after it for the same person.",
+    "edit": "This edit hides the person even without protection: try another instruction or seed.",
+    "round trip": "Even without protection, no judge sees the same person after the round trip.",
 }
 ALL_ATTACKED = (
     "No verdict on this {}: the protection attacked every recogniser that is named ({}). "
-    "Name a judge of another family by --judge (docs/models.md)."
+    "Name a judge of another family with --judge (docs/models.md)."
 )
 ADVICE = "Try a larger budget, more iterations or another method."
 
 
 class Verdict(NamedTuple):
-    """What the judges say of one face."""
+    """Holds what the judges say about one face."""
 
     outcome: str  # of HEADLINES
     headline: str
-    reasons: list[str]  # of each judge, and what to do about it
+    reasons: list[str]  # one per judge, and what to do about it
 
     def __str__(self) -> str:
         return "\n  ".join([self.headline, *self.reasons])
@@ -57,22 +57,22 @@ class Verdict(NamedTuple):
 
 @dataclass
 class Face:
-    """How much of one face is left in two pictures: what was made of the source, and of the protected one."""
+    """Holds how much of one face is left in two pictures: the edits of the source and of its protection."""
 
-    found: list[bool] = field(default_factory=list)  # whether the detector finds it there; empty: not asked
+    found: list[bool] = field(default_factory=list)  # whether the detector finds it in each; empty: not asked
     values: dict[str, list[float]] = field(default_factory=dict)  # FR, by judges and attacked recognisers
     thresholds: dict[str, float | None] = field(default_factory=dict)  # above: taken for the same person
     left: dict[str, list[float]] = field(default_factory=dict)  # FR on the scale that recognisers share
-    attacked: tuple[str, ...] = ()  # those of them that the protection has seen, which are no judges
+    attacked: tuple[str, ...] = ()  # those that the protection has seen: no judges
     trained_here: tuple[str, ...] = ()  # judges that were trained like the attacked recogniser
 
     @property
     def has_judges(self) -> bool:
-        """Tells whether somebody with a threshold can be asked, whom the protection has not seen."""
+        """Returns whether any judge, unseen by the protection, has a threshold."""
         return any(self.thresholds[name] is not None for name in self.values if name not in self.attacked)
 
     def verdict(self, made: str = "edit", advice: str = ADVICE) -> Verdict:
-        """Says what this means by the judges. made: what both pictures are, of HIDDEN."""
+        """Returns the judges' verdict. made: what both pictures are, a key of HIDDEN."""
         judges = [name for name in self.values if name not in self.attacked]
         known = [name for name in judges if self.thresholds[name] is not None]
         if not known:
@@ -87,10 +87,10 @@ class Face:
         for name in known:
             (before, after), threshold = self.values[name], self.thresholds[name]
             if before <= threshold:
-                told.append(f"{name} can't judge this face.")
+                told.append(f"{name} can't judge this face: no match even without protection.")
                 continue
             held.append(after <= threshold)
-            says = "held: not the same person any more" if held[-1] else "did not hold: still the same person"
+            says = "held: no longer the same person" if held[-1] else "did not hold: still the same person"
             told.append(f"{name}: {says} ({before:.2f} → {after:.2f}, the same above {threshold:.2f}).")
         outcome = ("held" if all(held) else "partly" if any(held) else "failed") if held else "nothing"
         more = {"nothing": HIDDEN[made], "partly": advice, "failed": advice}.get(outcome)
@@ -100,9 +100,9 @@ class Face:
 def face_of(
     config: ModelConfig, panel: Mapping[str, Recognizer], images: Tensor, boxes: Sequence[Box]
 ) -> Face:
-    """Measures one face in (3, 3, H, W): the source, and what was made of it and of the protected picture.
+    """Measures one face in (3, 3, H, W): the source, the edit of it, and the edit of its protected version.
 
-    panel: by the names of `config.panel()`; boxes: where the face is in each.
+    panel: recognisers by their names in `config.panel()`; boxes: the face's box in each image.
     """
     import torch
 
@@ -120,7 +120,7 @@ def face_of(
 
 
 def all_attacked(config: ModelConfig, made: str) -> Verdict | None:
-    """Says that nobody is left to judge, where the protection attacked all recognisers that are named."""
+    """Returns a verdict if the protection attacked every recogniser, so that none can judge; else None."""
     if config.judges:
         return None
     return Verdict("nothing", ALL_ATTACKED.format(made, ", ".join(config.panel())), [])
@@ -134,10 +134,10 @@ def compare(
     boxes: Sequence[Box],
     judges_alone: bool = False,
 ) -> list[Face]:
-    """Measures each face of a source in the edits of it and of its protection, (H, W, 3) uint8 each.
+    """Measures each face of a source in the edits of it and of its protected version, (H, W, 3) uint8 each.
 
-    As in evaluation/, the detector looks at the edits, too; where it finds none, the source's box counts.
-    Warns of recognisers that can't be had. Raises UserError if there are judges, and none can.
+    As in evaluation/, faces are detected in the edits, too; where none is found, the source's box is used.
+    Warns of recognisers that can't be loaded. Raises UserError if there are judges but none can be loaded.
     """
     import numpy as np
     import torch
@@ -149,10 +149,10 @@ def compare(
         try:
             panel[name] = config.load_recognizer(member, torch.float32)
         except UserError as error:
-            warn(f"{name} not asked: {error}")
+            warn(f"{name} left out: {error}")
     attacked = {name for name, member in config.panel().items() if member in config.recognizers}
     if config.judges and not set(panel) - attacked:
-        raise UserError("no judge can be asked")
+        raise UserError("no judge can be loaded; name another with --judge")
     images = to_tensor(np.stack([source, *edits])).to(config.device)
     detected = [detector(edit) for edit in edits]
     faces = []
@@ -173,5 +173,5 @@ def shared(box: Box, other: Box) -> int:
 
 
 def numbered(verdicts: Sequence[Verdict]) -> list[str]:
-    """Names the faces that verdicts are of, where there are several."""
+    """Returns a prefix for each verdict: `Face 1: ` and so on, empty if there is only one."""
     return [f"Face {number}: " if len(verdicts) > 1 else "" for number in range(1, len(verdicts) + 1)]

@@ -1,7 +1,7 @@
-"""Keeps what visitors of the page of app.py have: one folder per visit, deleted when the visit ends.
+"""Keeps the files of visitors to the page of app.py: one folder per visit, deleted when the visit ends.
 
-A server's folder has a lock in it, which the system releases when the process ends, however it ends. So the
-next server can tell what a killed one has left, and deletes it.
+A server's folder contains a lock, which the system releases when the process ends, however it ends. So the
+next server recognises what a killed one has left, and deletes it.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ if TYPE_CHECKING:
 
 try:
     import fcntl
-except ImportError:  # Windows: no lock, and what killed servers left stays
+except ImportError:  # Windows has no such lock: folders of killed servers stay
     fcntl = None
 
 PREFIX, MARK = "facelock-", ".facelock-page"  # of a server's folder, and its lock
 MINUTE, HOUR = 60, 3600  # s: between sweeps, and until an idle visit ends
 MOST_VISITS = 50
 MOST_WAITING = 8  # uploads
-UPLOAD = "upload/"  # how the name of an upload begins
+UPLOAD = "upload/"  # prefix of an upload's token
 
 
 class Cancelled(Exception):
-    """What is being made is not wanted any more."""
+    """Signals that what is being made is no longer wanted."""
 
 
 @dataclass(eq=False)
 class Picture:
-    """A portrait with its faces, and what was made of it."""
+    """Holds a portrait with its faces, and its protected version."""
 
     source: Path | None = None
     boxes: list[Box] = field(default_factory=list)  # of faces, in the source's pixels
@@ -52,20 +52,20 @@ class Picture:
 
 @dataclass(eq=False)
 class Job:
-    """A protection that was asked for: of this picture and no other."""
+    """Describes a requested protection of one picture."""
 
     picture: Picture
-    settings: dict[str, Any]  # instead of the page's own
+    settings: dict[str, Any]  # replace the page's own
     faces: list[Box]
 
 
 @dataclass(eq=False)
 class Visit:
-    """What one open page has: files of its own, a picture, and a job, which ends when the picture goes."""
+    """Holds what belongs to one open page: its files, a picture, and a job, which ends with the picture."""
 
     folder: Path
     files: dict[str, Path] = field(default_factory=dict)  # by kind
-    coming: Picture | None = None  # what is looked at
+    coming: Picture | None = None  # the one being examined
     picture: Picture | None = None
     job: Job | None = None
     corner: tuple[int, int] | None = None  # the first of two clicks
@@ -74,7 +74,7 @@ class Visit:
     lock: Any = field(default_factory=threading.RLock)
 
     def place(self, kind: str, name: str) -> Path:
-        """Deletes the last file of a kind -> where the next goes; browsers keep what an address showed."""
+        """Deletes the last file of a kind -> a new path for the next, as browsers cache by address."""
         with self.lock:
             if self.is_over:
                 raise Cancelled
@@ -89,7 +89,7 @@ class Visit:
             shutil.rmtree(last.parent, ignore_errors=True)
 
     def write(self, path: Path, data: bytes) -> None:
-        """Writes a file that has its place, and makes no folder. Raises Cancelled where there is none."""
+        """Writes to a path that `place` gave, and makes no folder. Raises Cancelled if it was dropped."""
         with self.lock:
             if path not in self.files.values():
                 raise Cancelled
@@ -97,7 +97,7 @@ class Visit:
                 path.write_bytes(data)
 
     def expect(self, picture: Picture | None) -> None:
-        """Gives up the picture, its job and its files for another picture; a source that both have stays."""
+        """Drops the picture, its job and its files for another picture; a source that both share stays."""
         with self.lock:
             for kind, path in list(self.files.items()):
                 if picture is None or path != picture.source:
@@ -105,7 +105,7 @@ class Visit:
             self.coming, self.picture, self.job, self.corner = picture, None, None, None
 
     def show(self, picture: Picture) -> None:
-        """Takes the picture that was expected. Raises Cancelled if another one is."""
+        """Makes the expected picture the current one. Raises Cancelled if another is expected by now."""
         with self.lock:
             if self.coming is not picture:
                 raise Cancelled
@@ -113,7 +113,7 @@ class Visit:
 
     @contextlib.contextmanager
     def making(self, is_wanted: Callable[[], bool]) -> Iterator[None]:
-        """Raises Cancelled instead of what a block gives, error or not, if that is not wanted any more."""
+        """Raises Cancelled in place of a block's result or error, if it is no longer wanted."""
         try:
             yield
         except Exception:
@@ -124,7 +124,7 @@ class Visit:
 
     @contextlib.contextmanager
     def doing(self, job: Job) -> Iterator[None]:
-        """Ends a job at the block's end. Raises Cancelled if the visitor has ended it before."""
+        """Ends a job at the block's end. Raises Cancelled if the visitor has already ended it."""
         try:
             with self.making(lambda: self.job is job):
                 yield
@@ -133,7 +133,7 @@ class Visit:
                 self.job = None
 
     def end(self) -> None:
-        """Deletes everything; a writer either is done before, by the lock, or writes nothing."""
+        """Deletes everything; thanks to the lock, a writer has either finished or writes nothing."""
         with self.lock:
             self.expect(None)
             self.is_over = True
@@ -142,7 +142,7 @@ class Visit:
 
 
 class Visits:
-    """Keeps a server's visits, by Gradio's names of their sessions, and the uploads that wait for one."""
+    """Keeps a server's visits, by Gradio's session names, and the uploads that wait for a visit."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -156,7 +156,7 @@ class Visits:
         with self.lock:
             self.close(self.visits.get(session))
             if self.is_over or len(self.visits) >= MOST_VISITS:
-                raise UserError("too many people have this page open")
+                raise UserError("too many people have this page open: try again later")
             visit = self.visits[session] = Visit(Path(tempfile.mkdtemp(dir=self.folder)))
             return visit
 
@@ -169,26 +169,26 @@ class Visits:
             visit.end()
 
     def find(self, session: str | None) -> Visit:
-        """Finds a session's visit and starts its hour anew. Raises UserError if the visit has ended."""
+        """Finds a session's visit and restarts its hour. Raises UserError if the visit has ended."""
         if visit := self.visits.get(session):
             visit.used = time.monotonic()
             return visit
-        raise UserError("this page was idle for an hour, its pictures are deleted: load it again")
+        raise UserError("this page was idle for an hour, so its pictures were deleted: reload it")
 
     def has(self, path: str) -> bool:
-        """Tells whether a path is exactly that of a file of some visit."""
+        """Returns whether a path is exactly that of a file of some visit."""
         visits = list(self.visits.values())
         return any(path == str(file) for visit in visits for file in list(visit.files.values()))
 
     def wait(self, name: str, file: BinaryIO) -> str:
-        """Keeps an upload, an open file without a name, until a visit takes it -> what to ask for."""
+        """Keeps an upload, an open file without a name, until a visit takes it -> its token."""
         token = UPLOAD + secrets.token_urlsafe()
         with self.lock:
             self.waiting[token] = name, file, time.monotonic()
         return token
 
     def take(self, visit: Visit, token: str) -> Path:
-        """Moves an upload to a visit, once. Raises UserError if this server has none of that name."""
+        """Moves an upload to a visit, once. Raises UserError if no upload waits under this token."""
         with self.lock:
             if token not in self.waiting:
                 raise UserError("this upload is gone: choose the file again")
@@ -199,7 +199,7 @@ class Visits:
         return path
 
     def sweep(self) -> None:
-        """Ends idle visits and deletes what belongs to no visit, here and of servers that were killed."""
+        """Ends idle visits; deletes files that belong to no visit, and the folders of killed servers."""
         now = time.monotonic()
         with self.lock:
             self.waiting = {key: one for key, one in self.waiting.items() if now - one[2] < MINUTE}
@@ -210,7 +210,7 @@ class Visits:
         clear_dead(self.folder.parent)
 
     def end(self) -> None:
-        """Ends all visits, and begins no more."""
+        """Ends all visits and opens no more."""
         with self.lock:
             self.is_over = True
             for visit in list(self.visits.values()):
@@ -234,7 +234,7 @@ def server_folder() -> Iterator[Path]:
     with (folder / "lock").open("w") as file:
         if fcntl:
             fcntl.flock(file, fcntl.LOCK_EX)
-            os.rename(file.name, folder / MARK)  # others see it when it is locked
+            os.rename(file.name, folder / MARK)  # visible to others only once it is locked
         try:
             yield folder
         finally:
@@ -242,9 +242,9 @@ def server_folder() -> Iterator[Path]:
 
 
 def clear_dead(directory: Path) -> None:
-    """Deletes the servers' folders in there that are this user's and whose lock nobody holds."""
+    """Deletes this user's server folders in a directory, if nobody holds their lock."""
     for mark in directory.glob(f"{PREFIX}*/{MARK}") if fcntl else ():
-        with contextlib.suppress(OSError):  # BlockingIOError: its server lives
+        with contextlib.suppress(OSError):  # BlockingIOError: its server is alive
             folder = mark.parent.lstat()
             if stat.S_ISDIR(folder.st_mode) and folder.st_uid == os.getuid():
                 with os.fdopen(os.open(mark, os.O_RDWR | os.O_NOFOLLOW), "w") as file:
@@ -253,7 +253,7 @@ def clear_dead(directory: Path) -> None:
 
 
 def delete(folder: Path) -> None:
-    """Deletes a server's folder, its mark last: if this is interrupted, the next server goes on."""
+    """Deletes a server's folder, its mark last: if this is interrupted, the next server finishes it."""
     clear(folder, set())
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,1 +1,1 @@
-"""Metrics of edits, their tables and pictures. Most modules here are scripts, too."""
+"""Metrics of edits, with tables and pictures. Most modules here are scripts, too."""

@@ -45,7 +45,7 @@ from evaluation.scoring import Scores, Tensor, directories, edits_of, make_parse
 from runs import listed, read_record
 from utils import UserError
 
-METRICS = [  # without those of faces
+METRICS = [  # except those of faces
     eval_clip_s.METRIC,
     eval_psnr.METRIC,
     eval_ssim.METRIC,
@@ -63,7 +63,7 @@ def linf(images: Tensor, references: Tensor) -> Tensor:
     return levels.round() * utils.LEVEL
 
 
-# Of a protected image against its source, where a defender wants the opposite
+# Of protected images against their sources, where a defender wants the opposite
 VISIBILITY = [
     dataclasses.replace(eval_psnr.METRIC, title="PSNR ↑"),
     dataclasses.replace(eval_ssim.METRIC, title="SSIM ↑"),
@@ -74,7 +74,7 @@ VISIBILITY = [
 
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = make_parser(__doc__, "all", [*METRICS, eval_facial.METRIC])
-    text = "protected images, to see how visible each protection is: each holds them, or budget_{B}/"
+    text = "directories of protected images, or of budget_{B}/, to measure how visible protection is"
     parser.add_argument("--protected_dirs", type=utils.path, nargs="+", default=[], help=text)
     return parser.parse_args(argv)
 
@@ -105,7 +105,7 @@ def evaluate(
 ) -> int:
     """Scores edits by every metric, writes the tables and prints them -> exit status.
 
-    overwrite: replace a table that was measured by other networks. Raises UserError before anything is
+    overwrite: replace a table that other networks measured. Raises UserError before anything is
     written: for bad outputs, and for pictures that don't belong together.
     """
     of_baseline, of_protected, text = check_outputs(output, per_image, latex)
@@ -115,7 +115,7 @@ def evaluate(
     by = networks_of(config, by_words)
     measured = by | people_of(edits.gallery, edits.references)
     if not overwrite:
-        tables.check_networks(output, measured, "give another --output")
+        tables.check_networks(output, measured, "choose another --output")
     rows = rows_of(edits, metrics)
     against = find_row(rows, baseline).method if baseline else None
     check_edits(edits)
@@ -174,7 +174,7 @@ def about(edits: Edits, scores: Scores, by_words: bool) -> str:
 
 
 def networks_of(config: models.config.ModelConfig, by_words: bool) -> dict[str, str]:
-    """Names the networks that measure for the tables, with hashes."""
+    """Names the networks that measure the tables' values, with hashes."""
     headline, of_faces = metrics_of(config, by_words)
     return networks([*headline, *itertools.chain(*of_faces.values())], config)
 
@@ -182,13 +182,13 @@ def networks_of(config: models.config.ModelConfig, by_words: bool) -> dict[str, 
 def metrics_of(
     config: models.config.ModelConfig, by_words: bool
 ) -> tuple[list[Metric], dict[str, list[Metric]]]:
-    """Lists the metrics of the first table, and of those for each recogniser, by title."""
+    """Lists the metrics of the first table, and those of each recogniser's table, by title."""
     of_faces = eval_facial.groups(config)
     return [*of_faces.pop(""), *(METRICS if by_words else WITHOUT_CLIP)], of_faces
 
 
 def check_outputs(output: Path, per_image: Path | None, latex: bool) -> list[Path | None]:
-    """Refuses bad outputs -> those beside the table; none beside a device. Raises UserError."""
+    """Refuses bad outputs -> the files beside the table; None beside a device. Raises UserError."""
     if utils.is_special(output):
         tables.check_outputs([per_image])
         return [None] * 3

@@ -37,7 +37,7 @@ from utils import UserError
 def facial_similarity(embeddings: Tensor, people: Tensor) -> Tensor:
     """Measures the cosine similarity of faces to people, (B, D) of unit length and (B, D) -> (B,).
 
-    A person of several photos is the mean of their embeddings, so that the mean cosine comes out.
+    A person with several photos is the mean of their embeddings, which gives the mean cosine.
     """
     return (embeddings * people).sum(dim=1)
 
@@ -52,7 +52,7 @@ def left(embeddings: Tensor, people: Tensor, strangers: float | None) -> Tensor:
 
 
 def recognised(embeddings: Tensor, people: Tensor, threshold: float | None, undetected: Tensor) -> Tensor:
-    """Tells whether a face is found and taken for the person's: its similarity is above the recogniser's
+    """Returns whether a face is found and taken for the person's: its similarity is above the recogniser's
     verification threshold. Embeddings (B, D), undetected (B,) -> (B,); NaN for a recogniser without one.
     """
     similarity = facial_similarity(embeddings, people)
@@ -61,7 +61,7 @@ def recognised(embeddings: Tensor, people: Tensor, threshold: float | None, unde
 
 
 def identified(embeddings: Tensor, people: Tensor, gallery: Tensor, own: Tensor) -> Tensor:
-    """Tells whether the most similar person of a gallery is the edit's own (rank 1).
+    """Returns whether the most similar person of a gallery is the edit's own (rank 1).
 
     Embeddings (B, D), gallery (G, D), own (B, G) -> (B,); NaN where the person has no face.
     """
@@ -70,9 +70,9 @@ def identified(embeddings: Tensor, people: Tensor, gallery: Tensor, own: Tensor)
 
 
 def by_any(measure: Callable[..., Tensor], n_judges: int, width: int) -> Callable[..., Tensor]:
-    """Makes a function that gives the highest of what judges say; NaN where none can say anything.
+    """Makes a function that returns the highest of the judges' values; NaN where no judge has one.
 
-    Its arguments: `width` of each judge's own, then those that all share.
+    Its arguments: `width` for each judge, then those that all judges share.
     """
 
     def highest(*given: Tensor) -> Tensor:
@@ -100,7 +100,7 @@ NO_FACE = Metric(
 
 
 def metric_of(what: str, recognizer: str, suffix: str) -> Metric:
-    """Makes one of `WHATS` by a recogniser, whose name is what its column and title end with."""
+    """Makes one of `WHATS` by a recogniser; the column's name and title end in `suffix`."""
     function, own, shared, column = WHATS[what]
     needs = (*(face_need(recognizer, need) for need in own), *shared)
     name = f"{column}_{suffix}" if suffix else column
@@ -108,12 +108,12 @@ def metric_of(what: str, recognizer: str, suffix: str) -> Metric:
 
 
 def is_of_faces(name: str) -> bool:
-    """Tells whether a column is one of `WHATS`."""
+    """Returns whether a column is one of `WHATS`."""
     return name.partition("_")[0] in {column for *_, column in WHATS.values()}
 
 
 def title_of(name: str) -> str:
-    """Writes the title of a column of faces, as `facial_dlib`."""
+    """Writes the title of a column of faces, such as `facial_dlib`."""
     column, _, by = name.partition("_")
     if name == "left":
         by = "hardest judge"
@@ -130,23 +130,23 @@ def metric_of_panel(what: str, judges: Sequence[str]) -> Metric:
 
 
 def names_of(config: ModelConfig) -> tuple[list[str], list[str]]:
-    """Gives the names of the attacked recognisers and of the judges."""
+    """Returns the names of the attacked recognisers and of the judges."""
     names = list(config.panel())
     return names[: len(config.recognizers)], names[len(config.recognizers) :]
 
 
 def counted(config: ModelConfig) -> list[str]:
-    """Names the judges that the headline counts: not those trained here, if there is another.
+    """Names the judges that the headline counts: not those trained here, unless there is no other.
 
-    Such a judge is deceived where its sibling was attacked, and finds more in other edits than judges do that
-    have never seen this world: its order of the methods is not theirs (docs/results.md).
+    A judge trained here is deceived where its sibling was attacked, and finds more in other edits than judges
+    that never saw such portraits: it ranks the methods differently (docs/results.md).
     """
     pairs = zip(names_of(config)[1], config.judges, strict=True)
     return [name for name, member in pairs if identity(member) not in TRAINED_HERE] or names_of(config)[1]
 
 
 def of_attacked(what: str, names: Sequence[str]) -> list[Metric]:
-    """Makes a metric by each attacked recogniser; the first has no name in its column but in `left_NAME`."""
+    """Makes a metric by each attacked recogniser; columns lack the first one's name, except `left_NAME`."""
     named = [name if place or what == "left" else "" for place, name in enumerate(names)]
     return [metric_of(what, *pair) for pair in zip(names, named, strict=True)]
 
@@ -180,7 +180,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Adds --by and --what."""
     text = "whose embeddings are compared (default: recognizer, but judge if --judge names some)"
     parser.add_argument("--by", choices=("recognizer", "judge"), help=text)
-    text = "what is measured of them"
+    text = "what is measured with them"
     parser.add_argument("--what", choices=tuple(WHATS), default="similarity", help=text)
 
 

@@ -1,4 +1,4 @@
-"""What a metric is, and the features that it is given: each image goes through each network once."""
+"""Defines metrics and computes the features that they need: each image goes through each network once."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def face_need(recognizer: str, what: str) -> str:
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric: a function of batches, what it is given, and how its values are shown.
+    """Describes a metric: a function of batches, what it needs, and how its values are shown.
 
     needs: `edits` and `clean`, the edits of the unprotected images, (B, 3, H, W) in [-1, 1]; or what
     `load_features` lists.
@@ -52,22 +52,22 @@ class Metric:
 
     @property
     def kind(self) -> str:
-        """The name without the judge's, as tables with a column for the judge have it."""
+        """Returns the name without the judge's, for tables with a column for the judge."""
         return self.name.partition("_")[0] if self.judge else self.name
 
     @property
     def way(self) -> int:
-        """-1 if a defender wants it low, 1 if high, 0 if nobody says."""
+        """Returns -1 if a defender wants it low, 1 if high, 0 if unknown."""
         return {"↓": -1, "↑": 1}.get(self.title[-1:], 0)
 
     @property
     def is_of_source(self) -> bool:
-        """Whether it compares an edit with its source, so that the clean edits are a row, too."""
+        """Returns whether it compares an edit with its source, so that the clean edits are a row, too."""
         return "clean" not in self.needs
 
 
 class Features:
-    """Computes features of edits and of their sources, which are kept; this one gives what it was given."""
+    """Computes features of edits and of their sources, which it keeps; the base class returns what it got."""
 
     problems: Sequence[str] = ()  # why some edits can't be measured
 
@@ -83,7 +83,7 @@ class Features:
 
 
 def panel_of(needs: Iterable[str], config: ModelConfig | None) -> dict[str, str]:
-    """Gives the recognisers that metrics need, by their names in tables."""
+    """Returns the recognisers that metrics need, by their names in tables."""
     wanted = {need.split(":")[1] for need in needs if need.startswith(FACE)}
     return {name: member for name, member in config.panel().items() if name in wanted} if wanted else {}
 
@@ -103,7 +103,7 @@ def networks(metrics: Iterable[Metric], config: ModelConfig | None) -> dict[str,
 
 
 def people_of(gallery: dict[str, Path], references: dict[str, list[Path]]) -> dict[str, str]:
-    """Tells by which pictures people are known, with a hash of those beside the sources."""
+    """Names the pictures by which people are known, with a hash of those other than the sources."""
     given = {"gallery": [*gallery.values()], "other photos": [*itertools.chain(*references.values())]}
     hashes = {name: "".join(sorted(map(digest, paths))) for name, paths in given.items() if paths}
     found = [f"{name} {hashlib.sha256(all_.encode()).hexdigest()[:8]}" for name, all_ in hashes.items()]
@@ -135,7 +135,7 @@ def load_features(
 
 
 class ClipFeatures(Features):
-    """Gives CLIP's embeddings of edits, sources and instructions, (B, D), not normalised."""
+    """Computes CLIP's embeddings of edits, sources and instructions, (B, D), not normalised."""
 
     def __init__(self, clip: Clip, texts: dict[int, str]) -> None:
         self.clip = clip
@@ -158,13 +158,13 @@ class ClipFeatures(Features):
 
 
 class FaceFeatures(Features):
-    """Gives embeddings of the largest face of edits, (B, D) of unit length, and of the people in them.
+    """Computes embeddings of the largest face of edits, (B, D) of unit length, and of the people in them.
 
     A person is the source or, with `references`, the other photos: the mean of their embeddings, so that its
     product with an edit's embedding is the mean cosine. Faces are detected once for all recognisers. Where an
     edit shows none, its source's box is used, and `undetected` is 1 instead of 0. If no face of a person is
-    found, `problems` names the person, and everything about the edits is NaN. The people and `gallery` are
-    those among whom a face is looked for; `own` tells which of them have an edit's stem.
+    found, `problems` names the person, and everything about the edits is NaN. A face is looked for among the
+    people and `gallery`; `own` says which of them have an edit's stem.
     """
 
     def __init__(

@@ -41,10 +41,10 @@ if TYPE_CHECKING:
 
 MOST_LINES = 60  # of a grid; nobody looks at more
 MOST_TICKS = 8  # one at each point of a curve; matplotlib chooses if there are more points
-AMPLIFY = 10  # the factor of the difference, which is shown around grey
+AMPLIFY = 10  # factor of the difference, which is shown around grey
 CELL = 1.6  # inches
 DPI = 100
-PLAIN = {"parse_math": False}  # names and prompts with two $ are no formulas
+PLAIN = {"parse_math": False}  # names and prompts with two $ are not formulas
 FORMATS = (".png", ".pdf")
 VISIBLE = {"psnr": "PSNR, dB", "ssim": "SSIM", "lpips": "LPIPS", "linf": "L-infinity"}
 GRID = """A grid with one line per portrait and instruction: the source, its edit and, for each method, the
@@ -67,11 +67,11 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     grid.add_argument("--clean_edit_dir", help="edits of the sources", **path)
     grid.add_argument("--protected_dirs", nargs="+", help="the protected images of each method", **path)
     grid.add_argument("--defend_edit_dirs", nargs="+", help="edits of them, each holding seed{S}/", **path)
-    grid.add_argument("--titles", nargs="+", help="of the methods (default: their directories, if several)")
+    grid.add_argument("--titles", nargs="+", help="titles of the methods (default: directories, if several)")
     grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
     utils.add_prompt_arguments(grid)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
-    grid.add_argument("--difference", action="store_true", help=f"a column of what was added, x{AMPLIFY}")
+    grid.add_argument("--difference", action="store_true", help=f"add a column of what was added, x{AMPLIFY}")
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)
     plot.set_defaults(run=run_plot)
     plot.add_argument("--tables", nargs="+", required=True, metavar="[LABEL=]FILE", help="CSV files")
@@ -111,7 +111,7 @@ def make_grid(
     titles: Sequence[str] | None = None,
     with_difference: bool = False,
 ) -> None:
-    """Draws portraits, their protected forms (in the rows' order) and edits of a seed. Raises UserError."""
+    """Draws portraits, protected versions (in the rows' order) and one seed's edits. Raises UserError."""
     protected = protected_rows(protected_dirs)
     titles = titles or ([row.method for row in edits.rows] if len(edits.rows) > 1 else [""])
     if not len(edits.rows) == len(protected) == len(titles):
@@ -138,7 +138,7 @@ def make_grid(
         for row, found in zip(edits.rows, files, strict=True):
             image = load_image(found[key.name]).pixels
             if image.shape != source.shape:
-                raise UserError(f"{found[key.name]}: has another size than its source")
+                raise UserError(f"{found[key.name]}: differs in size from its source")
             line += [image, *([difference(image, source)] if with_difference else [])]
             line.append(load_image(edits.path(row, key)).pixels)
         cells.append(line)
@@ -195,8 +195,8 @@ def make_plot(
     xlabel: str | None = None,
     against: str | None = None,
 ) -> None:
-    """Draws a metric of tables against their labels, or of one without a label against its budgets, or
-    against how visible its protected pictures are by another metric. Raises UserError."""
+    """Draws a metric of labelled tables against the labels, or of one without a label against its budgets or,
+    with `against`, against how visible its protected pictures are. Raises UserError."""
     import pandas as pd
 
     if len(files) > 1 and "" in files:
@@ -233,8 +233,8 @@ def make_plot(
 def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     """Reads a table's rows: method (the last part of its directory that is no budget), place, value, ends.
 
-    place: on the axis; empty for a row that belongs to none, such as the clean edits' among budgets. Raises
-    UserError if it is no table or has no such metric.
+    place: on the x axis; empty for a row without one, such as the clean edits among budgets. Raises UserError
+    if the file is no table or lacks the metric.
     """
     table = tables.read_csv(file)
     column, ends = metric or "mean", (f"{metric}_low", f"{metric}_high") if metric else ("ci_low", "ci_high")
@@ -250,7 +250,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
     points = points.dropna(subset="value").reset_index(drop=True).assign(place=label)
     tables.check_numbers(file, points[["value", "low", "high"]])
     if ((points["low"] > points["value"]) | (points["high"] < points["value"])).any():
-        raise UserError(f"{file}: an interval of {column} is not around its value")
+        raise UserError(f"{file}: an interval of {column} doesn't contain its value")
     for at, name in points["method"].items():
         method, budget = parse_row(name)
         points.loc[at, "method"] = f"{method}, {budget}" if label and budget else method
@@ -259,7 +259,7 @@ def read_points(file: Path, metric: str | None, label: str) -> pd.DataFrame:
 
 
 def draw_plot(points: pd.DataFrame, ylabel: str, xlabel: str) -> Figure:
-    """Draws one line per method over numbers, to scale, or points over names; dashed without a place."""
+    """Draws one line per method over numbers, to scale, or points over names; rows without a place dashed."""
     from matplotlib.figure import Figure
 
     places = [place for place in points["place"].unique() if place]

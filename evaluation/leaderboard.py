@@ -1,4 +1,4 @@
-"""A leaderboard: a Markdown table to which each experiment adds the rows of its methods."""
+"""Keeps a leaderboard: a Markdown table to which each experiment adds the rows of its methods."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def share(value: float) -> str:
 def read_board(board: Path) -> tuple[list[str], dict[tuple[str, ...], str], list[str]]:
     """Reads a leaderboard -> the lines up to its rows, the rows by method and budget, the lines after them.
 
-    One that isn't there, or is empty, has no rows. Raises UserError for a file without this table.
+    A missing or empty one has no rows. Raises UserError for a file without this table.
     """
     utils.check_directory(board.absolute().parent)
     head = [line_of(COLUMNS), line_of(["---"] * len(COLUMNS))]
@@ -66,7 +66,7 @@ def read_board(board: Path) -> tuple[list[str], dict[tuple[str, ...], str], list
         raise UserError(f"{board}: not a readable text file ({utils.first_line(error)})") from None
     lines = lines if "".join(lines).strip() else head
     if (place := next((i for i in range(len(lines)) if lines[i : i + 2] == head), None)) is None:
-        raise UserError(f"{board}: has no leaderboard, which begins with the line {head[0]}")
+        raise UserError(f"{board}: has no leaderboard; one begins with the line {head[0]}")
     begin = place + 2
     end = next((i for i in range(begin, len(lines)) if not lines[i].startswith("|")), len(lines))
     rows = {tuple(line.split(" | ")[:2]): line for line in lines[begin:end]}
@@ -74,9 +74,9 @@ def read_board(board: Path) -> tuple[list[str], dict[tuple[str, ...], str], list
 
 
 def add(board: Path, rows: pd.DataFrame) -> None:
-    """Puts rows into a leaderboard, in the place of earlier ones of the same method and budget.
+    """Puts rows into a leaderboard, in place of earlier ones of the same method and budget.
 
-    What else is in the file stays as it is. Raises UserError.
+    The rest of the file stays as it is. Raises UserError.
     """
     before, known, after = read_board(board)
     lines = [line_of(map(tables.harmless, row)) for row in rows.itertuples(index=False)]

@@ -1,4 +1,4 @@
-"""Finding edits, pairing them by file stem, and checking that they belong together.
+"""Finds edits, pairs them by file stem, and checks that they belong together.
 
 A *row* of a table is a directory that holds `seed{S}/prompt{i}/NAME.png`, as main_edit.py makes it. A given
 directory may be a row, lie one or two folders above rows, or be a row's `seed{S}`.
@@ -33,7 +33,7 @@ MOST_STEPS = 9  # back from an edit, so that directories made from each other do
 
 
 class Row(NamedTuple):
-    """One row of a table: the edits of one method at one budget."""
+    """Names one row of a table: the edits of one method at one budget."""
 
     method: str
     directory: Path  # holds seed{S}
@@ -50,7 +50,7 @@ class Key(NamedTuple):
 def parse_row(name: str) -> tuple[str, str]:
     """Splits the name of a row into method and budget: edits/facelock/budget_0.03 -> facelock, 0.03.
 
-    The method is the last part that is no budget and no seed; the budget is "" if there is none.
+    The method is the last part that is neither budget nor seed; the budget is "" if there is none.
     """
     parts = [part for part in Path(name).parts if part != "/"]
     methods = [part for part in parts if not re.fullmatch(f"(budget_|seed){NUMBER}", part)]
@@ -66,7 +66,7 @@ class Manifests:
         self._entries, self._records, self._files = map(cache, readers)
 
     def entry(self, directory: Path, output: str) -> dict[str, Any] | None:
-        """Gives the manifest's line about a file, by its path in the directory; None if there is none."""
+        """Returns the manifest's line about a file, by its path in the directory; None if there is none."""
         return self._entries(directory).get(output)
 
     def source(self, directory: Path, output: str) -> Path | None:
@@ -80,7 +80,7 @@ class Manifests:
         return None
 
     def origins(self, directory: Path, output: str) -> list[str]:
-        """Lists the hashes of what a file was made from, of what that was made from, and so on."""
+        """Lists the hashes of a file's source, of the source's source, and so on."""
         found: list[str] = []
         while (entry := self.entry(directory, output)) and len(found) < MOST_STEPS:
             if found and entry.get("sha256") != found[-1]:  # replaced by another file since
@@ -94,7 +94,7 @@ class Manifests:
 
 @dataclass(frozen=True)
 class Edits:
-    """All edits to be scored, paired by stem."""
+    """Holds all edits to be scored, paired by stem."""
 
     rows: list[Row]  # without the clean edits, unless they were given as a row
     clean: Row | None  # the edits of the unprotected images, if they are given
@@ -109,29 +109,29 @@ class Edits:
 
     @property
     def every_row(self) -> list[Row]:
-        """The rows with the clean edits first."""
+        """Lists the rows, with the clean edits first."""
         return [self.clean, *self.rows] if self.clean else self.rows
 
     @property
     def prompts(self) -> list[int]:
-        """The numbers of the instructions."""
+        """Lists the numbers of the instructions."""
         return sorted({key.prompt for key in self.keys})
 
     @property
     def names(self) -> list[str]:
-        """The images' stems."""
+        """Lists the images' stems."""
         return sorted({key.name for key in self.keys})
 
     def path(self, row: Row, key: Key) -> Path:
-        """Gives the file of an edit."""
+        """Returns the file of an edit."""
         return self.files[row, key.seed, key.prompt][key.name]
 
     def about(self, rows: Sequence[Row]) -> "pd.DataFrame":
-        """Tells what is known of rows, as `about_rows` does."""
+        """Describes rows as `about_rows` does."""
         return about_rows(rows, self.keys[0].seed)
 
     def place(self, row: Row, key: Key) -> tuple[Path, str]:
-        """Gives the directory whose manifest lists an edit, and the edit's path in it."""
+        """Returns the directory whose manifest lists an edit, and the edit's path in it."""
         directory = row.directory / f"seed{key.seed}"
         return directory, self.path(row, key).relative_to(directory).as_posix()
 
@@ -153,9 +153,9 @@ class Edits:
 
 
 def made_by(row: Row, seed: int) -> dict[str, str]:
-    """Tells method, budget, editor and purifier of a row, by the run.json of each step; "" if not known.
+    """Finds method, budget, editor and purifier of a row in the run.json of each step; "" if not known.
 
-    Where none tells method and budget, the row's name does. What is done to an edit is no purifier.
+    If none has method and budget, the row's name does. What is done after an edit is no purifier.
     """
     method, budget = parse_row(row.method)
     found = {"method": method, "budget": budget, "editor": "", "purifier": ""}
@@ -186,10 +186,10 @@ def made_by(row: Row, seed: int) -> dict[str, str]:
 
 
 def about_rows(rows: Sequence[Row], seed: int = 0) -> "pd.DataFrame":
-    """Tells what is known of rows, by their names: method, budget, editor and purifier, all texts.
+    """Describes rows, by their names: method, budget, editor and purifier, all texts.
 
-    No two rows have the same method and budget: a method is called as run.json says; like the row's directory
-    if two would be the same; and else by the row's whole name.
+    No two rows have the same method and budget: the method is named as in run.json; if two rows would be the
+    same, after the row's directory; and if they still are, by the row's whole name.
     """
     import pandas as pd
 
@@ -217,10 +217,10 @@ def find_rows(directories: Sequence[Path], seeds: Sequence[int], common: bool = 
         name = given.resolve().name
         is_seed = re.fullmatch(r"seed\d+", name)
         if is_seed and [name] != [f"seed{seed}" for seed in seeds]:
-            raise UserError(f"{given}: holds other edits than --seed {' '.join(map(str, seeds))}")
+            raise UserError(f"{given}: doesn't hold the edits of --seed {' '.join(map(str, seeds))}")
         found = {given.resolve().parent: given} if is_seed else {row: row for row in _rows_below(given, 2)}
         if not found:
-            text = f"no seed{seeds[0]} in it or in its sub-directories; main_edit.py makes them of pictures"
+            text = f"no seed{seeds[0]} in it or in its sub-directories; main_edit.py makes them from pictures"
             raise UserError(f"{given}: {text}")
         for row, named in found.items():
             if missing := [f"seed{seed}" for seed in seeds if not (row / f"seed{seed}").is_dir()]:
@@ -242,7 +242,7 @@ def _rows_below(directory: Path, depth: int) -> list[Path]:
 
 
 def _seeds_in(directory: Path) -> list[str]:
-    """Lists the names of its seed folders, also seed00, which is not that of seed 0."""
+    """Lists the names of its seed folders, including seed00, which is not seed 0's."""
     return [child.name for child in folders(directory) if re.fullmatch(r"seed\d+", child.name)]
 
 
@@ -254,7 +254,7 @@ def folders(directory: Path) -> list[Path]:
 
 
 def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
-    """Gives the row `clean`: the edits of the unprotected images. Raises UserError unless it is one row."""
+    """Makes the row `clean`: the edits of the unprotected images. Raises UserError unless it is one row."""
     rows = find_rows([directory], seeds)
     if len(rows) > 1:
         found = ", ".join(row.method for row in rows)
@@ -263,13 +263,13 @@ def clean_row(directory: Path, seeds: Sequence[int]) -> Row:
 
 
 def find_row(rows: Sequence[Row], name: str) -> Row:
-    """Gives the row of this name, or with it in its path. Raises UserError unless there is exactly one."""
+    """Finds the row of this name, or with it in its path. Raises UserError unless there is exactly one."""
     exact = [row for row in rows if name in (row.method, str(row.directory))]
     matching = exact or [row for row in rows if f"/{name.strip('/')}/" in f"/{row.method}/"]
     if len(matching) != 1:
         known = ", ".join(row.method for row in rows)
-        called = f"{len(matching)} rows are" if matching else "no row is"
-        raise UserError(f"--baseline {name}: {called} called that (there are {known})")
+        called = f"{len(matching)} rows have" if matching else "no row has"
+        raise UserError(f"--baseline {name}: {called} this name (there are {known})")
     return matching[0]
 
 
@@ -390,9 +390,9 @@ def find_sizes(
 
 
 def find_texts(directories: Sequence[Path], prompts: Sequence[int], file: Path | None) -> dict[int, str]:
-    """Gives the instructions by number: the file's, else what main_edit.py recorded, else the paper's.
+    """Returns the instructions by number: the file's, else what main_edit.py recorded, else the paper's.
 
-    Warns of other settings that differ. Raises UserError if a number has two texts: these are other edits.
+    Warns of other settings that differ. Raises UserError if a number has two texts: the edits differ.
     """
     texts = utils.choose_prompts(None, file) if file else {}
     origin = dict.fromkeys(texts, file)
@@ -434,7 +434,7 @@ def check_edits(edits: Edits) -> None:
                 changed.setdefault(key.name, source)
         if changed:
             where = next(iter(changed.values())).parent
-            other = f"other pictures than those that {where} holds now ({listed(changed, str)})"
+            other = f"other pictures than those now in {where} ({listed(changed, str)})"
             raise UserError(f"{row.directory} holds edits of {other}")
     if edits.clean and edits.sources:
         check_pair(edits, edits.clean, edits.sources)
@@ -451,7 +451,7 @@ def check_pair(edits: Edits, row: Row, files: dict[str, Path], hint: str = "") -
 
 
 def find_protected(given: Sequence[Path], edits: Edits) -> Edits:
-    """Pairs protected images with their sources, as edits and clean edits. Raises UserError if it can't."""
+    """Pairs protected images with their sources, as if these were edits and clean edits. Raises UserError."""
     rows = [Row(str(directory), directory) for directory in protected_rows(given)]
     sources = Row("source", next(iter(edits.sources.values())).parent)
     files = {(row, 0, 0): images_by_stem(row.directory) for row in rows} | {(sources, 0, 0): edits.sources}

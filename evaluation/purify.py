@@ -68,7 +68,7 @@ BICUBIC = Image.Resampling.BICUBIC
 
 
 def jpeg(pixels: np.ndarray, generator: torch.Generator, quality: int) -> np.ndarray:
-    """Compresses with a quality and Pillow's other settings."""
+    """Compresses as JPEG at a quality, else with Pillow's defaults."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, format="JPEG", quality=quality)
     return np.array(Image.open(buffer, formats=["JPEG"]))
@@ -140,7 +140,7 @@ def palette(pixels: np.ndarray, generator: torch.Generator, colours: int) -> np.
 
 
 def through_vae(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
-    """Makes the round trip through the editor's VAE, at its working size. Raises UserError."""
+    """Makes the purifier that goes through the editor's VAE, at its working size. Raises UserError."""
     vae = config.load_vae()
 
     def vae_trip(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -169,7 +169,7 @@ def denoised(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
 
 
 def restored(config: models.config.ModelConfig) -> Callable[..., np.ndarray]:
-    """Makes the purifier that only restores, with the editor's own steps and guidance. Raises UserError."""
+    """Makes the purifier that asks the editor to restore, by its own steps and guidance. Raises UserError."""
     editor = config.load_editor()
 
     def restore(pixels: np.ndarray, generator: torch.Generator) -> np.ndarray:
@@ -243,7 +243,7 @@ def purify(
     stem: str,
     made: Mapping[str, Callable[..., np.ndarray]] = MappingProxyType({}),
 ) -> np.ndarray:
-    """(H, W, 3) uint8 -> the same size, after all steps. Random ones depend on seed, stem and their place.
+    """Applies all steps to (H, W, 3) uint8 -> the same size. Random ones depend on seed, stem and place.
 
     made: the functions of steps that need the editor.
     """
@@ -259,9 +259,9 @@ def purify(
 def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=utils.HelpFormatter)
     parser.add_argument("--input_dir", type=utils.path, required=True, help="images, or a row of edits")
-    parser.add_argument("--output_dir", type=utils.path, required=True, help="where they go")
+    parser.add_argument("--output_dir", type=utils.path, required=True, help="where results go")
     parser.add_argument("--method", required=True, type=chain, help="one or several of the above")
-    parser.add_argument("--seed", type=utils.known_seed, default=0, help="of angles and noise")
+    parser.add_argument("--seed", type=utils.known_seed, default=0, help="seeds angles and noise")
     runs.add_run_arguments(parser, batches=False)
     models.config.add_model_arguments(parser, "editor")
     return parser.parse_args(argv)
@@ -293,9 +293,9 @@ def purify_directory(
     config: models.config.ModelConfig | None = None,
     options: runs.Options = runs.USUAL,
 ) -> int:
-    """Purifies the images or edits of a directory into another -> exit status.
+    """Purifies the images or edits of one directory into another -> exit status.
 
-    config: of the editor, for the steps that need it. Raises UserError.
+    config: the editor's, for the steps that need it. Raises UserError.
     """
     if output_dir.resolve() == input_dir.resolve():
         raise UserError(f"{output_dir}: would overwrite the inputs")

@@ -92,7 +92,7 @@ def make_report(root: Path, output: Path) -> int:
 
 
 def readable(frame: pd.DataFrame) -> pd.DataFrame:
-    """Escapes bytes in names that are no text, which pandas and HTML refuse."""
+    """Escapes bytes in names that are not UTF-8, which pandas and HTML refuse."""
     for column in {"method", "name"} & {*frame.columns}:
         frame[column] = frame[column].map(lambda name: name.encode(errors="backslashreplace").decode())
     return frame
@@ -106,14 +106,14 @@ def read_values(path: Path) -> pd.DataFrame:
     nothing = pd.DataFrame({key: [] for key in (*EDIT, "metric", "value")})
     frame = readable(tables.read_values(path)) if path.exists() else nothing
     if frame.duplicated([*EDIT, "metric"]).any():
-        raise UserError(f"{path}: two values of one edit and metric")
+        raise UserError(f"{path}: an edit has two values of one metric")
     finite = frame.loc[np.isfinite(frame["value"]), ["value"]]  # PSNR of the same picture is infinite
     tables.check_numbers(path, finite)
     return frame.dropna(subset="value").astype(dict.fromkeys(("method", "name", "metric"), "category"))
 
 
 def read_means(path: Path, values: pd.DataFrame | None = None) -> Means:
-    """Reads a table of means, and makes of the values what it lacks. Raises UserError if they disagree."""
+    """Reads a table of means, adds missing ones from the values. Raises UserError if they disagree."""
     import numpy as np
     import pandas as pd
 
@@ -143,7 +143,7 @@ def as_means(frame: pd.DataFrame) -> Means:
 
 
 def read_records(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
-    """Reads every run.json -> by its directory, and what is wrong with others."""
+    """Reads every run.json -> records by directory, and the errors of damaged ones."""
     found, damaged = {}, []
     for path in sorted(root.rglob("run.json")):
         try:
@@ -158,7 +158,7 @@ def read_records(root: Path) -> tuple[dict[str, dict[str, Any]], list[str]]:
 
 
 class Row(NamedTuple):
-    """A row of the tables: its name there, and what the page calls it. tone: its colour and shape."""
+    """Holds a row of the tables: its name there and on the page. tone: its colour and shape."""
 
     method: str
     name: str
@@ -172,7 +172,7 @@ class Row(NamedTuple):
 
 
 class Column(NamedTuple):
-    """A metric as it is shown. way: -1 if a defender wants it low, 1 if high, 0 if nobody says."""
+    """Holds a metric as it is shown. way: -1 if a defender wants it low, 1 if high, 0 if unknown."""
 
     name: str
     title: str
@@ -182,7 +182,7 @@ class Column(NamedTuple):
 
     @property
     def kind(self) -> str:
-        """The same for what several recognisers measure."""
+        """Returns the name without that of a recogniser."""
         return self.name.partition("_")[0] if is_of_faces(self.name) else self.name
 
     def show(self, value: float, sign: str = "") -> str:
@@ -197,7 +197,7 @@ class Column(NamedTuple):
 
 
 def name_rows(found: Means, directories: dict[str, Any]) -> list[Row]:
-    """Names rows by method and budget; by the whole of the name if two are the same."""
+    """Names rows by method and budget; by the whole name if two are the same."""
     rows: list[Row] = []
     for method in dict.fromkeys(method for method, _ in found):
         is_cheat = Path(str(directories.get(method, method))).parent.name == "cheats"
@@ -243,7 +243,7 @@ def recogniser_of(name: str) -> str:
 
 
 class Report:
-    """Gives the template what it shows of an experiment; the prose is there. Raises UserError."""
+    """Holds what the template shows of an experiment; the prose is in the template. Raises UserError."""
 
     def __init__(self, root: Path) -> None:
         self.root, self.title = root, root.resolve().name
@@ -300,7 +300,7 @@ class Report:
         self.sources = Path(str(sources[0])) if sources else root / "portraits"
 
     def of_people(self, column: Column) -> dict[str, dict[str, float]]:
-        """Gives each person's mean, by method and name."""
+        """Computes each person's mean, by method and name."""
         means = tables.image_means(self.values[self.values["metric"] == column.name], ["method"])
         groups = means.groupby("method", observed=True)
         return {method: of.droplevel("method").to_dict() for method, of in groups}
@@ -316,7 +316,7 @@ class Report:
         return next(row for row in self.methods if row.method == second), told_apart(size, pairs)
 
     def knowing(self) -> float | None:
-        """Gives what the best method leaves to an attacker who picks a purification for each picture."""
+        """Computes what the best method leaves to an attacker who picks a purification for each picture."""
         roots = {name: self.root / "purified" / name for name in self.purified} | {"none": self.root}
         if self.lead.name != "left" or not all((root / "per_image.csv").exists() for root in roots.values()):
             return None
@@ -330,7 +330,7 @@ class Report:
         return groups
 
     def is_best(self, row: Row, column: Column) -> bool:
-        """Tells whether a method's interval is better than, and apart from, all others' of its budget."""
+        """Returns whether a method's interval is better than, and apart from, all others' of its budget."""
         rivals = [other for other in self.methods if other.budget == row.budget and other != row]
         own, *others = (self.found.get((one.method, column.name)) for one in (row, *rivals, *self.clean))
         if not (own and column.way and rivals and row in self.methods):
@@ -340,7 +340,7 @@ class Report:
     # plots: panels of lines, which have a label, marks and dots
 
     def marks(self, column: Column, rows: Iterable[Row], means: Means | None = None) -> list[dict[str, Any]]:
-        """Gives means as points, each with what it is in words."""
+        """Lists means as points, each with a description in words."""
         found = self.found if means is None else means
         return [
             {"row": row, "value": line.mean, "low": line.low, "high": line.high, "n": line.n}
@@ -377,7 +377,7 @@ class Report:
             yield self.texts[prompt], self.marks(column, self.shown, means), []
 
     def panels(self, key: str) -> tuple[list[Any], list[float]]:
-        """Makes a plot's panels, and round ticks of their one axis, whose ends are the first and the last."""
+        """Makes a plot's panels, and round ticks for their shared axis, which ends at the first and last."""
         from matplotlib.ticker import MaxNLocator
 
         panels = [(column, lines) for column in self.main if (lines := list(getattr(self, key)(column)))]
@@ -392,7 +392,7 @@ class Report:
     # pictures: "" for one that isn't there
 
     def folder(self, kind: str, row: Row) -> Path:
-        """Looks for a row's pictures by the end of its name below the experiment's, then where it says."""
+        """Looks for a row's pictures in the experiment, by the end of the row's path, then at that path."""
         if kind == "protected" and row.kind == "clean":
             return self.sources
         named = Path(str(self.directories.get(row.method, row.method)))
@@ -410,7 +410,7 @@ class Report:
         return None
 
     def pictures(self, row: Row, name: str, prompts: Sequence[int]) -> list[str]:
-        """Packs what is edited of a person, and its edits, small."""
+        """Packs a person's picture, as it was edited, and its edits, all small."""
         edits = self.folder("edits", row) / f"seed{self.seeds[0]}"
         folders = [self.folder("protected", row), *(edits / f"prompt{prompt}" for prompt in prompts)]
         return [packed(self.pixels(folder, name), "JPEG") for folder in folders]
@@ -438,7 +438,7 @@ class Report:
 
 
 def packed(pixels: np.ndarray | None, form: str) -> str:
-    """Writes a picture into an address: shrunk as JPEG, or its middle as PNG."""
+    """Encodes a picture as a data URL: shrunk as JPEG, or its middle as PNG."""
     from PIL import Image
 
     if pixels is None:
@@ -453,7 +453,7 @@ def packed(pixels: np.ndarray | None, form: str) -> str:
 
 
 def spread(items: Sequence[Any], most: int) -> list[Any]:
-    """Takes at most so many items, evenly, the first and the last among them."""
+    """Picks at most `most` items, evenly spaced, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[round(place * (len(items) - 1) / (most - 1))] for place in range(most)]

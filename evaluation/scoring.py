@@ -1,4 +1,4 @@
-"""Scoring: each file is read once and given to all metrics; and the command line of a metric."""
+"""Scores edits, reading each file once for all metrics, and makes the command line of a metric."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ else:
 
 @dataclass
 class Scores:
-    """The values, and what could not be measured."""
+    """Holds the values, and what could not be measured."""
 
     metrics: Sequence[Metric]
     values: pd.DataFrame  # method, seed, prompt, name, metric, value; without NaN
@@ -42,7 +42,7 @@ class Scores:
     n_left_out: int  # of them, since they or their source can't be read in some row
 
     def report(self, what: str = "edits") -> int:
-        """Prints what could not be measured -> exit status: 1 if there is anything. what: was scored."""
+        """Prints what could not be measured -> exit status, 1 if there was any. what: what was scored."""
         for metric in (metric for metric in self.metrics if metric.counts):
             of_metric = self.values[self.values["metric"] == metric.name]
             for row, found in of_metric.groupby("method", observed=True)["value"]:
@@ -194,8 +194,8 @@ def script(
 ) -> tuple[Callable[..., argparse.Namespace], Callable[..., int]]:
     """Makes the command line of a metric: its parse_args and its main.
 
-    choose: selects by flags, which `add_arguments` adds, the metrics to measure in place of `metric`; they
-    need the same networks. also: measured with them, for the screen only.
+    choose: selects the metrics to measure in place of `metric`, by flags that `add_arguments` adds; they
+    need the same networks. also: further metrics, for the screen only.
     """
 
     def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -218,7 +218,7 @@ def script(
         edits = edits_of(args)
         people = people_of(edits.gallery, edits.references)
         for one in wanted:
-            tables.check_networks(files[one.name], by[one.name] | people, "give another --output")
+            tables.check_networks(files[one.name], by[one.name] | people, "choose another --output")
         baseline = find_row(rows_of(edits, wanted), args.baseline).method if args.baseline else None
         check_edits(edits)
         scores = score(edits, [*wanted, *also], config, args.batch_size)
@@ -255,17 +255,17 @@ def said(networks: dict[str, str]) -> list[str]:
 
 
 def directories(rows: Sequence[Row], about: pd.DataFrame) -> dict[str, Path]:
-    """Gives the directory of each row, by the names that a table's reader makes of method and budget."""
+    """Returns the directory of each row, by the row's name as `tables.row_names` makes it."""
     return dict(zip(tables.row_names(about), (row.directory for row in rows), strict=True))
 
 
 def is_plain(metrics: Sequence[Metric]) -> bool:
-    """Tells whether metrics need no network."""
+    """Returns whether metrics need no network."""
     return all(set(metric.needs) <= PIXELS for metric in metrics)
 
 
 def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.ArgumentParser:
-    """Makes the flags of a script that measures these metrics. name: of its CSV file."""
+    """Makes the parser of a script that measures these metrics. name: of its CSV file."""
     needs = {need for metric in metrics for need in metric.needs}
     sources, clean = any(metric.is_of_source for metric in metrics), "clean" in needs
     parser = argparse.ArgumentParser(description=doc, formatter_class=utils.HelpFormatter)
@@ -279,7 +279,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     add("--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more")
     utils.add_prompt_arguments(parser)
     add("--common", action="store_true", help="score the images that all directories have and name the rest")
-    add("--baseline", metavar="ROW", help="a row that the others are compared with, in pairs")
+    add("--baseline", metavar="ROW", help="a row to compare the others with, in pairs")
     add("--output", type=utils.path, help=f"a .csv (default: {name}_metric.csv in the working directory)")
     text = "also write a CSV with one line per value: method, budget, editor, purifier (as far as run.json "
     text += "tells), judge (of faces: a recogniser's name; attacked: the first of those that an attack sees; "
@@ -299,7 +299,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     if is_plain(metrics):
         add("--debug", action="store_true", help="show the traceback of an error")
     else:
-        models.config.add_model_arguments(parser, *wanted, dtype="fp32")  # a metric is no place to save
+        models.config.add_model_arguments(parser, *wanted, dtype="fp32")  # precision counts in a metric
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Comparisons beside an experiment's tables: editors, purifiers, and the result in words."""
+"""Compares an experiment's tables: by editor, by purifier, and in words."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import pandas as pd
 
 
-NOTE = "`left`: what the judge who finds most still finds, 1 the same picture, 0 a stranger; low is better."
-LEAST = 0.05  # of `left`, taken from the clean edits; for less, no share is given
+NOTE = "`left`: what the judge who finds most still finds; 1: the same picture, 0: a stranger; low is better."
+LEAST = 0.05  # drop of `left` from the clean edits; for a smaller one, no share is given
 PURIFIED = (
     "none: not purified; average: over the purifications; worst: the purification with the highest mean; "
-    "knowing attacker: picks for each picture what brings the person back most, a purification or none; "
+    "knowing attacker: picks, for each picture, the purification (or none) that brings the person back most; "
     "kept: the smallest share of the protection's drop that survives a purification."
 )
 
@@ -55,7 +55,7 @@ def transfer(roots: dict[str, Path], attacked: dict[str, str], output: Path, lat
 
 
 def purified(roots: dict[str, Path], output: Path, latex: bool = False) -> str:
-    """Writes `left` by purifier, `none` first, and what attackers get who choose -> the table as text.
+    """Writes `left` by purifier, `none` first, and what a choosing attacker gets -> the table as text.
 
     Raises UserError.
     """
@@ -70,7 +70,7 @@ def purified(roots: dict[str, Path], output: Path, latex: bool = False) -> str:
 
 
 def knowing_attacker(roots: dict[str, Path]) -> pd.Series:
-    """Averages over pictures the highest `left` that any table has of it, by row.
+    """Averages the highest `left` that any table has of each picture, by row.
 
     A picture's `left` is the mean over its edits. Pictures that a table lacks are left out. Raises UserError.
     """
@@ -86,7 +86,7 @@ def knowing_attacker(roots: dict[str, Path]) -> pd.Series:
 
 
 def side_by_side(table: pd.DataFrame, output: Path, note: str, latex: bool) -> str:
-    """Writes a table by method as CSV, as Markdown and as LaTeX -> its text. Raises UserError."""
+    """Writes a table by method as CSV, Markdown and, on demand, LaTeX -> its text. Raises UserError."""
     import pandas as pd
 
     page, typeset = output.with_suffix(".md"), output.with_suffix(".tex")
@@ -110,8 +110,8 @@ def side_by_side(table: pd.DataFrame, output: Path, note: str, latex: bool) -> s
 
 
 def by_person(values: pd.DataFrame) -> pd.DataFrame:
-    """Measures the people of each row: `known`, the share whom some judge recognises in most of their edits,
-    and `worst`, the mean `left` of the tenth with the highest.
+    """Measures each row by its people: `known`, the share recognised by some judge in most of their edits,
+    and `worst`, the mean `left` of the tenth of the people with the highest.
     """
     import pandas as pd
 
@@ -124,9 +124,9 @@ def by_person(values: pd.DataFrame) -> pd.DataFrame:
 
 
 def headlines(values: pd.DataFrame) -> list[str]:
-    """Says which protection leaves least, and whether the second can be told apart from it.
+    """Names the protection that leaves least, and says whether the second can be told apart from it.
 
-    Where a method has several budgets, once for each budget that several methods have.
+    If a method has several budgets, once for each budget that several methods share.
     """
     rows = [row for row in values["method"].unique() if row != "clean"]
     methods, budgets = zip(*map(parse_row, rows), strict=True) if rows else ((), ())
@@ -146,7 +146,7 @@ def headlines(values: pd.DataFrame) -> list[str]:
 
 
 def told_apart(size: str, pairs: Any) -> str:
-    """Says in words whether a paired difference, a line of `tables.means`, is more than chance."""
+    """Writes in words whether a paired difference, a line of `tables.means`, is more than chance."""
     if math.isnan(pairs.low):
         return f"{size} in pairs; with so few portraits they can't be told apart"
     if pairs.low <= 0 <= pairs.high:
@@ -178,12 +178,12 @@ def verdict(root: Path, models: str, minutes: float) -> str:
         worth = "The mini models are a stand-in: this tells nothing about how well a real photo is protected."
     return f"""
 How much of the person is left in the edits, by judges that no attack sees. left: 1 is the same picture, 0 a
-stranger's, by the judge who finds most; FR: the cosine similarity by each; recognised: above the threshold
-for one person; identified: nearest to its own source among all sources. Lower is better for all of it:
+stranger, by the judge who finds most; FR: each judge's cosine similarity; recognised: above the threshold
+for one person; identified: nearest to its own source among all sources. Lower is better for all of these:
 {chr(10).join([*lines, *headlines(values)])}
 Look at {root / "figure.png"}: a protected portrait should look like its source, and its edits
-should not show the person whom the edits of the source (clean) show. Don't expect that each
-face is gone; what a judge still finds, others may find, too.
+should not show the person whom the edits of the source (clean) show. Don't expect every face
+to be gone: what one judge still finds, others may find, too.
 {worth}
 It took {minutes:.1f} minutes; all metrics are in {root / "all_metric.md"}.
 Next: python defend.py --input_path=PHOTO, or every method in one table: make table IMAGES=DIR"""

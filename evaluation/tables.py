@@ -1,7 +1,7 @@
-"""From values to tables: means over images, intervals, paired differences; as CSV, Markdown and LaTeX.
+"""Turns values into tables: means over images, intervals, paired differences; as CSV, Markdown and LaTeX.
 
-Values are a long DataFrame: method, seed, prompt, name, metric, value. Here `method` is the name of a row. In
-files there are method, budget, editor and purifier instead, as `pairing.about_rows` gives them.
+Values are a long DataFrame: method, seed, prompt, name, metric, value. Here `method` is the name of a row.
+Files have method, budget, editor and purifier instead, as `pairing.about_rows` returns them.
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ def best_two(values: pd.DataFrame, metric: str, rows: Sequence[str], way: int = 
 
 
 def interval(samples: Sequence[float]) -> tuple[float, float]:
-    """Gives the ends of a mean's interval; NaN for fewer than 5 samples, or equal ones up to rounding."""
+    """Computes the ends of a mean's interval; NaN for fewer than 5 samples, or equal ones up to rounding."""
     from scipy import stats
 
     if len(samples) < FEWEST or max(samples) - min(samples) <= 1e-6 * max(map(abs, samples)):
@@ -112,7 +112,7 @@ def interval(samples: Sequence[float]) -> tuple[float, float]:
 
 
 class Part(NamedTuple):
-    """A table as texts: its title, its cells, and which of them are the best of their budget."""
+    """Holds a table as texts: its title, its cells, and which of them are the best of their budget."""
 
     title: str
     cells: pd.DataFrame
@@ -120,7 +120,7 @@ class Part(NamedTuple):
 
 
 def named(table: pd.DataFrame, about: pd.DataFrame) -> pd.DataFrame:
-    """Replaces the column `method`, names of rows, by what is known of them."""
+    """Replaces the column `method`, names of rows, with what is known of them."""
     own = {column: table["method"].map(about[column]).astype("category") for column in about}
     return table[[]].assign(**own).join(table.drop(columns="method"))
 
@@ -184,7 +184,7 @@ def all_metrics(
 
 
 def best_of_budgets(values: pd.Series, way: int, budgets: pd.Series) -> np.ndarray:
-    """Tells which rows are the best of their budget, if it has several; never the unprotected one.
+    """Marks the rows that are the best of their budget, if it has several; never the unprotected one.
 
     way: -1 if low is good, 1 if high; 0: nothing is best.
     """
@@ -209,7 +209,7 @@ def per_image(values: pd.DataFrame, metrics: Sequence[Metric], about: pd.DataFra
 
 
 def about_intervals(counts: Iterable[int]) -> str:
-    """Warns of the intervals of few images; empty if there are many."""
+    """Writes a warning about intervals of few images; empty if there are many."""
     counts = list(counts)
     if not counts or min(counts) >= FEW_IMAGES:
         return ""
@@ -265,7 +265,7 @@ def as_latex(parts: Sequence[Part]) -> str:
 
 
 def small_print(cell: str) -> str:
-    """Sets what follows a value in a cell of LaTeX small; a bracket at a row's beginning is no option."""
+    """Sets what follows a value in a LaTeX cell small; keeps a leading bracket from being an option."""
     value, space, more = cell.partition(" [")
     return f"{value} {{\\scriptsize [{more}}}" if space else f"{{}}{cell}" if cell[:1] in ("[", "*") else cell
 
@@ -294,7 +294,7 @@ def read_csv(path: Path) -> pd.DataFrame:
     """Reads a table that `write_csv` wrote. Raises UserError.
 
     The column `method` is METHOD/budget_{B}, or METHOD, and stands for all of `ABOUT`; in a table without a
-    column for the budget it is as it stands. Names are texts.
+    column for the budget it stays as it is. Names are texts.
     """
     import pandas as pd
 
@@ -326,7 +326,7 @@ def row_names(about: pd.DataFrame) -> pd.Series:
 def read_values(path: Path) -> pd.DataFrame:
     """Reads per_image.csv -> method, seed, prompt, name, metric, value, with a judge's name in the metric's.
 
-    One with a column per metric is read, too. Raises UserError.
+    Also reads a file with one column per metric. Raises UserError.
     """
     import pandas as pd
 
@@ -342,7 +342,7 @@ def read_values(path: Path) -> pd.DataFrame:
     try:
         return frame[[*EDIT, "metric", "value"]].astype({"seed": int, "prompt": int, "value": float})
     except (ValueError, TypeError) as error:
-        text = f"a seed, a prompt or a value is no number ({utils.first_line(error)})"
+        text = f"a seed, a prompt or a value is not a number ({utils.first_line(error)})"
         raise UserError(f"{path}: {text}") from None
 
 
@@ -353,16 +353,16 @@ def column_of(metric: str, judge: str) -> str:
 
 
 def beside(table: Path, suffix: str) -> Path | None:
-    """Names the file beside a table that has another ending; None for a device, such as /dev/null."""
+    """Returns a table's path with another ending; None for a device, such as /dev/null."""
     return None if utils.is_special(table) else table.with_suffix(suffix)
 
 
 def write_beside(
     table: Path, parts: Sequence[Part], networks: dict[str, str], rows: dict[str, Path], latex: bool
 ) -> None:
-    """Writes beside a table, as JSON, its networks and the directory of each row; and the table as LaTeX.
+    """Writes, beside a table, its networks and the directory of each row as JSON, and the table as LaTeX.
 
-    Without `latex` that of an earlier run is removed. Raises UserError.
+    Without `latex`, the .tex of an earlier run is removed. Raises UserError.
     """
     if utils.is_special(table):
         return
@@ -392,11 +392,11 @@ def check_networks(table: Path, networks: dict[str, str], way_out: str) -> None:
     known = read_about(page).get("networks", {}) if page and table.exists() else {}
     parts = [part for part, names in networks.items() if known.get(part, names) != names]
     if said := "; ".join(f"{part}: {known[part]} there, {networks[part]} now" for part in parts):
-        raise UserError(f"{table}: measured otherwise ({said}); {way_out}")
+        raise UserError(f"{table}: measured by other networks or photos ({said}); {way_out}")
 
 
 def check_numbers(path: Path, numbers: pd.DataFrame) -> None:
-    """Refuses what no axis could show: infinity, and values that no metric has. Raises UserError."""
+    """Refuses numbers that no axis could show: infinity, and values that no metric has. Raises UserError."""
     if (numbers.abs() > LARGEST).any(axis=None):
         raise UserError(f"{path}: a number in it is infinite or over {LARGEST:g}")
 
@@ -418,7 +418,7 @@ def check_outputs(
         if path.is_dir():
             raise UserError(f"{path}: is a directory")
         if path.suffix.lower() not in suffixes:
-            raise UserError(f"{path}: is written as {' or '.join(suffixes)}; ask for that")
+            raise UserError(f"{path}: must end in {' or '.join(suffixes)}")
         utils.check_directory(path.absolute().parent)
         if path.exists() and any(path.samefile(other) for other in read):
             raise UserError(f"{path}: would overwrite what this run reads")

@@ -70,7 +70,7 @@ def test_the_verdict_goes_by_the_judges_thresholds(judge, dlib, outcome, made):
     assert f"In the {made} of the unprotected picture the face is found" in found.reasons[0]
     for name, (before, after) in (("judge", judge), ("dlib", dlib)):
         (said,) = [line for line in found.reasons if line.startswith(name)]
-        assert (said == f"{name} can't judge this face.") == (before < 0.5)
+        assert said.startswith(f"{name} can't judge this face") == (before < 0.5)
         assert ("did not hold" in said) == (before > 0.5 and after > 0.5)
     assert ("larger budget" in str(found)) == (outcome in ("partly", "failed"))
     assert "larger budget" not in str(face.verdict(made, advice=""))
@@ -169,7 +169,7 @@ def test_what_belongs_to_no_visit_is_swept(visits, monkeypatch):
     visits.sweep()
     assert list(visits.folder.iterdir()) == [first.folder] and list(visits.waiting) == [token]
     assert visits.find("first") is first
-    with pytest.raises(UserError, match="load it again"):
+    with pytest.raises(UserError, match="reload it"):
         visits.find("second")
     visits.end()
     with pytest.raises(UserError, match="too many people"):
@@ -257,7 +257,7 @@ def test_a_page_through_an_autoencoder_asks_for_no_words(defend_flags, visits, t
     page = Page(backend, visits).blocks
     assert isinstance(page, gradio.Blocks) and not labels_of(page) & {"Instruction", "Or your own", "Seed"}
     said = notes_of(backend)
-    assert "own. It stands for flux2-klein" in said and "editor itself is not asked" in said
+    assert "own. It stands in for flux2-klein" in said and "editor itself is not used" in said
     visit = visits.open("a session")
     visit.expect(picture := Picture(MINI[0], [(20, 20, 110, 110)]))
     visit.show(picture)
@@ -710,7 +710,7 @@ def test_from_upload_to_verdict_and_to_another(open_page, tmp_path):
     assert page.get_by_text("nothing about how well a real photo is protected").count() == 2
     rows = page.locator("#table tbody tr").all_inner_texts()
     assert [row.split()[0] for row in rows] == ["recognizer", "judge", "dlib"]
-    for alt in ("The source", "The protected picture", "What has changed, around grey"):
+    for alt in ("The source", "The protected picture", "What has changed, shown around grey"):
         assert page.locator(f"img[alt='{alt}']").first.evaluate("image => image.naturalWidth") == 128
 
     page.get_by_label("Budget").fill("0.01")

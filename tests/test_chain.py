@@ -110,7 +110,7 @@ OTHERS = "holds edits of other pictures than those in {0}/others (anna, ben, cle
 @pytest.mark.parametrize(
     ("happens", "scripts", "more", "says"),
     [
-        (replace_protected, [eval_psnr, eval_all, figure], "", f"{PROTECTED}3 holds now (ben)"),
+        (replace_protected, [eval_psnr, eval_all, figure], "", f"now in {PROTECTED}3 (ben)"),
         (write_others, [eval_all, figure], "--src_dir {0}/others", f"edits/clean {OTHERS}"),
         (write_others, [eval_all], "--protected_dirs {0}/others", OTHERS),
         (replace_source, [eval_all], "", "made from other pictures than those in {0}/portraits (ben)"),
@@ -182,7 +182,7 @@ def test_seed00_is_not_seed_0(world, call):
     (rows[1] / "seed0/prompt00").mkdir()
     assert call(eval_psnr, "--seed 0").status == 0
     found = call(eval_psnr, f"--seed 0 --defend_edit_dirs {rows[1]}/seed00")
-    assert found.status == 1 and "seed00: holds other edits than --seed 0" in found.error
+    assert found.status == 1 and "seed00: doesn't hold the edits of --seed 0" in found.error
     (rows[1] / "seed0").rename(world / "away")
     found = call(eval_psnr, "--seed 0")
     assert found.status == 1 and "budget_0.02: no seed0 (there are seed00)" in found.error

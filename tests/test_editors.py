@@ -489,12 +489,12 @@ def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_m
     assert "edited by flux-kontext" in (root / "transfer.md").read_text()
     capsys.readouterr()
     assert experiment.main([*line[:-2], "me/ed", "me/ed"]) == 1
-    assert "--edit_models: one of them twice" in capsys.readouterr().err
+    assert "--edit_models: an editor is named twice" in capsys.readouterr().err
     other = [f"--judge={tiny_models.recognizer}", f"--recognizer={tiny_models.judge}"]
     assert experiment.main([*line, *other]) == 1
-    assert "all_metric.csv: measured otherwise (attacked recog" in capsys.readouterr().err
+    assert "all_metric.csv: measured by other networks or photos (attacked recog" in capsys.readouterr().err
     assert experiment.main([*line, "--baseline=vae"]) == 1
-    assert "--baseline vae: no row is called that (there are clean encoder@0.03" in capsys.readouterr().err
+    assert "--baseline vae: no row has this name (there are clean encoder@0.03" in capsys.readouterr().err
     line[1] = f"--output_dir={tmp_path / 'new'}"
     assert experiment.main([*line[:-1], "/no/such"]) == 1  # before anything is protected
     assert "'/no/such' can't be loaded" in capsys.readouterr().err and not (tmp_path / "new").exists()

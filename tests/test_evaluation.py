@@ -415,10 +415,10 @@ def test_eval_all_tells_how_visible_a_protection_is(world, call):
     ("flags", "says"),
     [
         ("--output folder", "is a directory"),
-        ("--output t.md", "is written as .csv"),
+        ("--output t.md", "must end in .csv"),
         ("--per_image folder", "is a directory"),
         ("--per_image t.csv", "overwrite the other"),
-        ("--per_image t.md", "is written as .csv"),
+        ("--per_image t.md", "must end in .csv"),
         ("--output {0}/portraits/ben.png/t.csv", "is not a directory"),
     ],
 )
@@ -470,7 +470,7 @@ def test_another_judge_or_gallery_does_not_replace_a_table(world, call, tiny_mod
     assert re.search(r"(recognizer|judge) [0-9a-f]{8}", Path(table).with_suffix(".json").read_text())
     other = f"{line} --recognizer {tiny_models.judge} --judge {tiny_models.recognizer}"
     found = call(script, other, keep=True)
-    assert found.status == 1 and "measured otherwise" in found.err
+    assert found.status == 1 and "measured by other networks" in found.err
     found = call(script, f"{line} --gallery_dir {world}/portraits", keep=True)
     assert found.status == 1 and "people known by: the sources there, gallery" in found.err
     assert Path(table).read_bytes() == before and call(script, line, keep=True).status == 0

@@ -216,7 +216,7 @@ def test_numbers_that_no_axis_shows_are_refused(tmp_path, capsys, number):
 def test_values_that_belong_to_no_edit_are_one_line(tmp_path):
     path = tmp_path / "per_image.csv"
     path.write_text("method,seed,prompt,name,psnr\na,O,0,x,20\n")  # a letter for a seed
-    with pytest.raises(UserError, match="a seed, a prompt or a value is no number"):
+    with pytest.raises(UserError, match="a seed, a prompt or a value is not a number"):
         tables.read_values(path)
     path.write_text("method,seed,prompt,name,psnr\na,0,0,x,20\nb,0,1,y,20\n")
     with pytest.raises(UserError, match="a and b have no edit in common"):
@@ -242,7 +242,7 @@ def test_an_interval_beside_its_value_is_refused(tmp_path, capsys):
     path.write_text("method,psnr,psnr_low,psnr_high,psnr_n\na/budget_0.1,1,1.5,2,5\n")
     flags = ["--tables", str(path), "--metric", "psnr", "--output", str(tmp_path / "p.png")]
     assert figure.main(["plot", *flags]) == 1
-    only_error(capsys, "an interval of psnr is not around its value")
+    only_error(capsys, "an interval of psnr doesn't contain its value")
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="devices and pipes of Linux")

@@ -135,7 +135,7 @@ def test_another_autoencoders_network_is_warned_of(protector, tiny_models, capsy
     _ = protector("--defend_method instant").network
     assert capsys.readouterr().err == ""
     _ = protector(f"--defend_method instant --model_id {tiny_models.img2img}").network
-    assert "was trained for another autoencoder" in capsys.readouterr().err
+    assert "was not trained for the autoencoder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -301,7 +301,7 @@ def test_a_table_with_a_column_per_metric_is_read_too(experiment, page):
 
 @pytest.mark.parametrize(
     "what, said",
-    [("empty", "no values in"), ("columns", "no column prompt"), ("twice", "two values of one edit")],
+    [("empty", "no values in"), ("columns", "no column prompt"), ("twice", "an edit has two values")],
 )
 def test_what_is_no_experiment_is_an_error_of_one_line(experiment, capsys, what, said):
     frame = pd.read_csv(experiment / "per_image.csv")
@@ -322,7 +322,7 @@ def test_no_file_of_another_kind_is_overwritten(experiment, capsys):
     make(experiment, other, status=1)
     assert other.read_text() == "<p>mine</p>" and "was not made by this script" in capsys.readouterr().err
     make(experiment, experiment.parent / "report.txt", status=1)
-    assert "is written as .html" in capsys.readouterr().err
+    assert "must end in .html" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

@@ -270,7 +270,7 @@ def test_an_experiment_is_not_judged_by_whom_a_network_was_trained_against(folde
     line = [f"--image_dir={tmp_path / 'in'}", f"--output_dir={tmp_path / 'out'}", "--model=round-trip"]
     line += [f"--vae={folders['TAEF2']}", "--judge", "dlib", "--methods", "instant", "--device=cpu"]
     assert experiment.main(line) == 1
-    assert "instant/budget_0.2: the training of its network saw dlib" in capsys.readouterr().err
+    assert "instant/budget_0.2: its network was trained against dlib" in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------

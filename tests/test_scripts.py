@@ -102,7 +102,7 @@ def tree(directory: Path) -> dict[str, bytes | None]:
 
 
 def test_help_says_which_method_to_take(call):
-    text = " ".join(call(defend, "--help").out.split("which defense to take:")[1].split())
+    text = " ".join(call(defend, "--help").out.split("which defense to use:")[1].split())
     first, others = text.split("for comparison: ")
     assert first.index("facelock-wide at 0.2: ") < first.index("facelock-wash at 0.2: ")
     assert "facelock, photoguard" in others and "facelock-wide," not in others.split("--defend_method")[0]
@@ -219,7 +219,7 @@ def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_pat
     assert again.status == 0 and np.array_equal(shown[:, 144:208], pixels(tmp_path / "clean.png"))
     (other,) = tiny.write_portraits(tmp_path / "other", 1, (64, 48))
     done = call(edit, f"{tmp_path}/p.png --source {other} --prompt hat")
-    assert done.status == 1 and "another size" in done.errors[0]
+    assert done.status == 1 and "differs in size" in done.errors[0]
 
 
 def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
@@ -241,8 +241,8 @@ def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
 def test_an_edit_is_made_without_the_weights_of_a_judge_too(call, face):
     out = face.with_name("e.png")
     done = call(edit, f"{face} --source {face} --prompt hat --seed 0 --judge /none --output_path {out}")
-    assert done.status == 0 and out.exists() and "No verdict on this edit: no judge can be asked." in done.out
-    assert any("none not asked: " in text for text in done.warnings)
+    assert done.status == 0 and out.exists() and "No verdict on this edit: no judge can be loaded" in done.out
+    assert any("none left out: " in text for text in done.warnings)
 
 
 def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
@@ -251,7 +251,7 @@ def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
             return [(0, 0, 40, 40), (40, 40, 64, 64)]
 
     monkeypatch.setattr(protection, "FaceDetector", Two)
-    assert "2 faces found, 1 protected: --faces all" in call(defend, f"{face}").out
+    assert "2 faces found, 1 protected; for all: --faces all" in call(defend, f"{face}").out
     assert "faces found" not in call(defend, f"{face} --faces all").out
     assert "2 faces found, 1 measured" in call(defend, f"{face} --defend_method vae --check").out
 
@@ -532,9 +532,9 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("recognizer", defend, f"{ONE} --recognizer {{bad}}/none", 1, "face recogniser"),
     ("lpips", defend, f"{ONE} --lpips {{bad}}/none", 1, "LPIPS"),
     ("jpg", defend, f"{ONE} --output_path {{bad}}/out.jpg",
-        1, "out.jpg: JPEG and its like would destroy the perturbation; ask for a .png"),
+        1, "out.jpg: JPEG and other lossy formats would destroy the perturbation; ask for a .png"),
     ("jpg", edit, f"{EDIT} --output_path {{bad}}/out.jpg",
-        1, "out.jpg: an edit is measured pixel by pixel, which JPEG and its like would change"),
+        1, "out.jpg: an edit is measured pixel by pixel, and JPEG and other lossy formats change"),
     ("device", defend, f"{ONE} --output_path /dev/null", 1, "/dev/null"),
     ("budgets", main_edit, "--src_dir {bad}/protected --edit_dir {bad}/out", 1, "it holds budget_{B}"),
     ("over-itself", main_defend, "--image_dir {bad}/budget_0.03 --output_dir {bad}", 1, "overwrite the"),
@@ -549,14 +549,14 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("suffix", defend, f"{ONE} --output_path {{bad}}/out", 1, "ask for a .png"),
     ("long-output", defend, f"{ONE} --output_path {{bad}}/{{long}}.png", 1, "File name too long"),
     ("both", defend, f"{ONE} --compile --checkpointing", 1, "--checkpointing don't go together"),
-    ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae looks at no face"),
+    ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae ignores faces"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "--face_box"),
     ("box-outside", defend, f"{ONE} --face_box 64,0,80,20",
         1, "face0.png: the face box (64, 0, 80, 20) is outside"),
     ("box-empty", defend, f"{ONE} --face_box 9,9,5,5", 2, "not a box"),
     ("tiny", defend, "--input_path {bad}/good/face0.png --resolution 31", 1, "face0.png"),
     ("steps", edit, f"{EDIT} --model stable-diffusion --strength 0.1", 1, "2 steps at strength 0.1 are less"),
-    ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: only 0 to 24"),
+    ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: choose from 0 to 24"),
     ("prompt-file", main_edit, f"{EDITS} --prompt_file {{bad}}/none.txt",
         1, "bad/none.txt: not a readable text"),
 ]  # fmt: skip

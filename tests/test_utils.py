@@ -89,14 +89,14 @@ def test_choose_prompts(tmp_path):
         file.write_text("  make it blue \n\nLaß es schneien\r\n", encoding=encoding)
         assert utils.choose_prompts(None, file) == {0: "make it blue", 2: "Laß es schneien"}
     assert utils.choose_prompts([2], file) == {2: "Laß es schneien"}
-    with pytest.raises(UserError, match="--prompts 1: only 0, 2 are there"):
+    with pytest.raises(UserError, match="--prompts 1: choose from 0, 2"):
         utils.choose_prompts([1], file)  # the blank line
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"one\ntwo\n", "--prompts 2,5: only 0 to 1"),
+        (b"one\ntwo\n", "--prompts 2,5: choose from 0 to 1"),
         (b"", "no instructions"),
         (b" \n\n", "no instructions"),
         (b"\x89PNG\r\n\x1a\n\xff\xfe", "not a readable text file"),
