@@ -1,9 +1,8 @@
 """Fixtures that every test file may use: tiny models on disk, made once, and no way to the network."""
 
-from __future__ import annotations
-
 import os
 import re
+import shutil
 import socket
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,6 +29,16 @@ def no_network():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(socket.socket, "connect", refuse)
         patch.setattr(socket, "getaddrinfo", refuse_name)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def few_resamples():
+    """Is content with rough intervals: they only have to be the same everywhere."""
+    from evaluation import tables
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tables, "RESAMPLES", 199)
         yield
 
 
@@ -110,11 +119,11 @@ def edit_flags(tiny_models) -> list[str]:
 
 @pytest.fixture(scope="session")
 def defend_flags(tiny_models) -> list[str]:
-    """Gives what makes the defend scripts run on the tiny models, three iterations."""
+    """Gives what makes the defend scripts run on the tiny models, two iterations."""
     return (
         f"--models mini --model_id {tiny_models.editor} --recognizer {tiny_models.recognizer} "
         f"--judge {tiny_models.judge} --lpips {tiny_models.perceptual} --protector {tiny_models.protector} "
-        "--resolution 64 --device cpu --num_iters 3"
+        "--resolution 64 --device cpu --num_iters 2"
     ).split()
 
 
@@ -189,3 +198,17 @@ def call(world, tiny_models, capsys):
         return found
 
     return run
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Starts Chromium, with a camera of its own."""
+    playwright = pytest.importorskip("playwright.sync_api", reason="Playwright is not installed")
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.skip("no chromium: apt-get install chromium")
+    camera = ["--use-fake-device-for-media-stream", "--use-fake-ui-for-media-stream"]
+    with playwright.sync_playwright() as started:
+        browser = started.chromium.launch(executable_path=chromium, args=["--no-sandbox", *camera])
+        yield browser
+        browser.close()

@@ -1,38 +1,23 @@
 """Tiny random models in the real libraries' formats: machinery for the tests, no claim about protection."""
 
-from __future__ import annotations
-
 import json
+import struct
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import diffusers
 import lpips
 import numpy as np
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderTiny,
-    DDIMScheduler,
-    EulerAncestralDiscreteScheduler,
-    StableDiffusionImg2ImgPipeline,
-    StableDiffusionInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from facenet_pytorch import InceptionResnetV1
 from PIL import Image
 from safetensors.torch import save_file
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTokenizer,
-    ConvNextConfig,
-    ConvNextModel,
-    ResNetConfig,
-    ResNetModel,
-)
 
+CPU, F32 = torch.device("cpu"), torch.float32
 WIDTH = 8  # channels
 TOKENS = 32  # of a prompt
 SCHEDULE = {
@@ -64,10 +49,10 @@ LEVELS = {  # of an autoencoder
 }
 
 
-def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> AutoencoderKL:
+def tiny_vae(dtype: torch.dtype = torch.float32, seed: int = 0) -> diffusers.AutoencoderKL:
     """Makes an AutoencoderKL of four levels (f=8) and 4 latent channels, frozen."""
     torch.manual_seed(seed)
-    vae = AutoencoderKL(**LEVELS, latent_channels=4)
+    vae = diffusers.AutoencoderKL(**LEVELS, latent_channels=4)
     return vae.to(dtype).eval().requires_grad_(False)
 
 
@@ -75,7 +60,7 @@ def write_autoencoder(directory: Path, seed: int = 0) -> Path:
     """Writes an AutoencoderTiny in the layout of TAESD, 8 channels wide."""
     torch.manual_seed(seed)
     widths = dict.fromkeys(("encoder_block_out_channels", "decoder_block_out_channels"), (WIDTH,) * 4)
-    AutoencoderTiny(**widths).save_pretrained(directory)
+    diffusers.AutoencoderTiny(**widths).save_pretrained(directory)
     return directory
 
 
@@ -96,23 +81,23 @@ def write_taef2(directory: Path, halves: bool = False, seed: int = 0) -> Path:
     return directory
 
 
-def _unet(in_channels: int, seed: int) -> UNet2DConditionModel:
+def _unet(in_channels: int, seed: int) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(seed)
-    return UNet2DConditionModel(**UNET, in_channels=in_channels, cross_attention_dim=WIDTH).eval()
+    return diffusers.UNet2DConditionModel(**UNET, in_channels=in_channels, cross_attention_dim=WIDTH).eval()
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer() -> transformers.CLIPTokenizer:
     """Makes a CLIPTokenizer that spells: one token a letter, one a letter at a word's end."""
     letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
     vocab = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
+    return transformers.CLIPTokenizer(vocab=vocab, merges=[], model_max_length=TOKENS)
 
 
-def text_config(layers: int) -> CLIPTextConfig:
+def text_config(layers: int) -> transformers.CLIPTextConfig:
     """Makes the configuration of a text encoder for `tiny_tokenizer`."""
     tokenizer = tiny_tokenizer()
-    return CLIPTextConfig(
+    return transformers.CLIPTextConfig(
         vocab_size=len(tokenizer),
         hidden_size=WIDTH,
         intermediate_size=2 * WIDTH,
@@ -126,9 +111,9 @@ def text_config(layers: int) -> CLIPTextConfig:
     )
 
 
-def _text_encoder(seed: int) -> CLIPTextModel:
+def _text_encoder(seed: int) -> transformers.CLIPTextModel:
     torch.manual_seed(seed)
-    return CLIPTextModel(text_config(layers=1)).eval()
+    return transformers.CLIPTextModel(text_config(layers=1)).eval()
 
 
 def tiny_editor(
@@ -140,23 +125,23 @@ def tiny_editor(
     parts["text_encoder"] = _text_encoder(seed)
     for part in parts.values():
         part.to(dtype).requires_grad_(False)
-    scheduler = DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE | {"prediction_type": prediction_type})
     kind = type("Img2Img", (SimpleNamespace,), {"knobs": {} if shown else {"strength": 0.5}})
     return kind(pipeline=SimpleNamespace(tokenizer=tokenizer, scheduler=scheduler, **parts))
 
 
-def write_editor(
-    directory: Path, seed: int = 0, kind: type = StableDiffusionInstructPix2PixPipeline, channels: int = 8
-) -> Path:
-    """Writes a complete pipeline, by default an InstructPix2Pix; its VAE is `tiny_vae(seed=seed)`."""
-    scheduler = EulerAncestralDiscreteScheduler(**SCHEDULE)
-    if kind is StableDiffusionImg2ImgPipeline:
-        scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+def write_editor(directory: Path, seed: int = 0, shown: bool = True) -> Path:
+    """Writes a complete InstructPix2Pix, or an img2img pipeline; its VAE is `tiny_vae(seed=seed)`."""
+    kind = diffusers.StableDiffusionImg2ImgPipeline
+    scheduler = diffusers.DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    if shown:
+        kind = diffusers.StableDiffusionInstructPix2PixPipeline
+        scheduler = diffusers.EulerAncestralDiscreteScheduler(**SCHEDULE)
     kind(
         vae=tiny_vae(seed=seed),
         text_encoder=_text_encoder(seed),
         tokenizer=tiny_tokenizer(),
-        unet=_unet(channels, seed),
+        unet=_unet(8 if shown else 4, seed),
         scheduler=scheduler,
         safety_checker=None,
         feature_extractor=None,
@@ -167,16 +152,17 @@ def write_editor(
 
 def write_img2img(directory: Path, seed: int = 0) -> Path:
     """Writes a complete StableDiffusionImg2ImgPipeline, with a DDIM scheduler."""
-    return write_editor(directory, seed, StableDiffusionImg2ImgPipeline, channels=4)
+    return write_editor(directory, seed, shown=False)
 
 
 def write_recognizer(
     directory: Path, size: int = 32, mean: float = 0.5, std: float = 0.5, seed: int = 0, network: Any = None
 ) -> Path:
-    """Writes a transformers ResNetModel with its preprocessor_config.json."""
+    """Writes a ResNetModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
     shape = {"hidden_sizes": [WIDTH, 2 * WIDTH], "depths": [1, 1]}
-    network = network or ResNetModel(ResNetConfig(embedding_size=WIDTH, layer_type="basic", **shape))
+    config = transformers.ResNetConfig(embedding_size=WIDTH, layer_type="basic", **shape)
+    network = network or transformers.ResNetModel(config)
     network.eval().save_pretrained(directory)
     settings = {"size": {"height": size, "width": size}, "image_mean": [mean] * 3, "image_std": [std] * 3}
     settings["strangers_mean"] = 0.25
@@ -185,10 +171,10 @@ def write_recognizer(
 
 
 def write_convnext(directory: Path, seed: int = 1, **how: Any) -> Path:
-    """Writes a transformers ConvNextModel with its preprocessor_config.json."""
+    """Writes a ConvNextModel with its preprocessor_config.json."""
     torch.manual_seed(seed)
-    network = ConvNextModel(ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2))
-    return write_recognizer(directory, network=network, **how)
+    config = transformers.ConvNextConfig(hidden_sizes=[WIDTH, 2 * WIDTH], depths=[1, 1], num_stages=2)
+    return write_recognizer(directory, network=transformers.ConvNextModel(config), **how)
 
 
 def facenet_state(seed: int = 0) -> dict[str, torch.Tensor]:
@@ -340,3 +326,11 @@ def write_protected(world: Path, weak: int, strong: int) -> None:
     for row, level in ((WEAK, weak), (STRONG, strong)):
         for number, name in enumerate(NAMES):
             write(world / "protected" / row / f"{name}.png", changed(portrait(32, seed=number), level))
+
+
+def bomb(width: int, height: int) -> bytes:
+    """Makes a PNG of 70 bytes that says it has so many pixels."""
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [b"IHDR" + header, b"IDAT" + zlib.compress(b""), b"IEND"]
+    parts = [struct.pack(">I", len(it) - 4) + it + struct.pack(">I", zlib.crc32(it)) for it in chunks]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)

@@ -1,41 +1,11 @@
 """Tiny random editors beyond the first two, each complete in the layout that `from_pretrained` reads."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
+import diffusers
 import torch
-from diffusers import (
-    AutoencoderKL,
-    AutoencoderKLFlux2,
-    AutoencoderKLQwenImage,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-    Flux2KleinPipeline,
-    Flux2Transformer2DModel,
-    FluxKontextPipeline,
-    FluxTransformer2DModel,
-    QwenImageEditPlusPipeline,
-    QwenImageTransformer2DModel,
-    StableDiffusionXLInstructPix2PixPipeline,
-    UNet2DConditionModel,
-)
+import transformers
 from tiny import LEVELS, SCHEDULE, UNET, WIDTH, text_config, tiny_tokenizer, write_editor, write_img2img
-from transformers import (
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2Tokenizer,
-    Qwen2VLImageProcessor,
-    Qwen2VLProcessor,
-    Qwen2VLVideoProcessor,
-    Qwen3Config,
-    Qwen3ForCausalLM,
-    T5Config,
-    T5EncoderModel,
-    T5Tokenizer,
-)
 
 DEEP = 27  # layers of the text encoder of FLUX.2, whose pipeline reads the 27th's states
 BLOCKS = {"num_layers": 1, "attention_head_dim": 8, "num_attention_heads": 2}  # of a transformer
@@ -45,14 +15,14 @@ def _frozen(network: torch.nn.Module) -> torch.nn.Module:
     return network.eval().requires_grad_(False)
 
 
-def _bytes_tokenizer() -> Qwen2Tokenizer:
+def _bytes_tokenizer() -> transformers.Qwen2Tokenizer:
     """A Qwen2Tokenizer that spells: a token a byte, and those that its templates name."""
     from tokenizers.pre_tokenizers import ByteLevel
 
     special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
     special += ["<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>"]
     vocab = {token: number for number, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:])
+    tokenizer = transformers.Qwen2Tokenizer(vocab=vocab, merges=[], additional_special_tokens=special[1:])
     turn = "<|im_start|>{{ message.content }}<|im_end|>"
     tokenizer.chat_template = f"{{% for message in messages %}}{turn}{{% endfor %}}"
     return tokenizer
@@ -61,7 +31,7 @@ def _bytes_tokenizer() -> Qwen2Tokenizer:
 def write_sdxl(directory: Path) -> Path:
     """Writes a StableDiffusionXLInstructPix2PixPipeline."""
     torch.manual_seed(0)
-    unet = UNet2DConditionModel(
+    unet = diffusers.UNet2DConditionModel(
         **UNET,
         in_channels=8,
         cross_attention_dim=2 * WIDTH,
@@ -69,14 +39,14 @@ def write_sdxl(directory: Path) -> Path:
         addition_time_embed_dim=WIDTH,
         projection_class_embeddings_input_dim=7 * WIDTH,  # six numbers and the pooled text
     )
-    StableDiffusionXLInstructPix2PixPipeline(
-        vae=AutoencoderKL(**LEVELS, latent_channels=4, scaling_factor=0.13025),
-        text_encoder=CLIPTextModel(text_config(layers=2)),
-        text_encoder_2=CLIPTextModelWithProjection(text_config(layers=2)),
+    diffusers.StableDiffusionXLInstructPix2PixPipeline(
+        vae=diffusers.AutoencoderKL(**LEVELS, latent_channels=4, scaling_factor=0.13025),
+        text_encoder=transformers.CLIPTextModel(text_config(layers=2)),
+        text_encoder_2=transformers.CLIPTextModelWithProjection(text_config(layers=2)),
         tokenizer=tiny_tokenizer(),
         tokenizer_2=tiny_tokenizer(),
         unet=unet,
-        scheduler=EulerDiscreteScheduler(**SCHEDULE),
+        scheduler=diffusers.EulerDiscreteScheduler(**SCHEDULE),
         add_watermarker=False,
     ).save_pretrained(directory)
     return directory
@@ -87,9 +57,11 @@ def write_kontext(directory: Path) -> Path:
     torch.manual_seed(0)
     letters = [(chr(code), -1.0) for code in range(ord("!"), ord("~") + 1)]
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    t5 = T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=64)  # FLUX: 512
-    FluxKontextPipeline(
-        vae=AutoencoderKL(
+    t5 = transformers.T5Tokenizer(vocab=[*special, *letters], extra_ids=0, model_max_length=64)  # FLUX: 512
+    sizes = {"d_model": WIDTH, "d_kv": 4, "d_ff": WIDTH, "num_layers": 1, "num_heads": 2}
+    config = transformers.T5Config(vocab_size=len(t5), **sizes)
+    diffusers.FluxKontextPipeline(
+        vae=diffusers.AutoencoderKL(
             **LEVELS,
             latent_channels=16,
             shift_factor=0.1159,
@@ -97,13 +69,11 @@ def write_kontext(directory: Path) -> Path:
             use_quant_conv=False,
             use_post_quant_conv=False,
         ),
-        text_encoder=CLIPTextModel(text_config(layers=2)),
-        text_encoder_2=T5EncoderModel(
-            T5Config(vocab_size=len(t5), d_model=WIDTH, d_kv=4, d_ff=WIDTH, num_layers=1, num_heads=2)
-        ),
+        text_encoder=transformers.CLIPTextModel(text_config(layers=2)),
+        text_encoder_2=transformers.T5EncoderModel(config),
         tokenizer=tiny_tokenizer(),
         tokenizer_2=t5,
-        transformer=FluxTransformer2DModel(
+        transformer=diffusers.FluxTransformer2DModel(
             in_channels=64,
             **BLOCKS | {"num_layers": 2},
             num_single_layers=3,
@@ -112,15 +82,15 @@ def write_kontext(directory: Path) -> Path:
             axes_dims_rope=(2, 2, 4),
             guidance_embeds=True,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     ).save_pretrained(directory)
     return directory
 
 
-def tiny_flux2_vae() -> AutoencoderKLFlux2:
+def tiny_flux2_vae() -> diffusers.AutoencoderKLFlux2:
     """Makes a VAE of 32 latent channels whose batch norm has seen something."""
     torch.manual_seed(0)
-    vae = AutoencoderKLFlux2(**LEVELS)
+    vae = diffusers.AutoencoderKLFlux2(**LEVELS)
     vae.bn.running_mean.uniform_(-0.5, 0.5)
     vae.bn.running_var.uniform_(0.2, 2)
     return _frozen(vae)
@@ -129,10 +99,10 @@ def tiny_flux2_vae() -> AutoencoderKLFlux2:
 def write_klein(directory: Path) -> Path:
     """Writes a Flux2KleinPipeline, distilled, of two double and three single blocks."""
     vae, tokenizer = tiny_flux2_vae(), _bytes_tokenizer()
-    Flux2KleinPipeline(
+    diffusers.Flux2KleinPipeline(
         vae=vae,
-        text_encoder=Qwen3ForCausalLM(
-            Qwen3Config(
+        text_encoder=transformers.Qwen3ForCausalLM(
+            transformers.Qwen3Config(
                 vocab_size=len(tokenizer),
                 hidden_size=WIDTH,
                 intermediate_size=WIDTH,
@@ -143,7 +113,7 @@ def write_klein(directory: Path) -> Path:
             )
         ),
         tokenizer=tokenizer,
-        transformer=Flux2Transformer2DModel(
+        transformer=diffusers.Flux2Transformer2DModel(
             in_channels=128,
             **BLOCKS | {"num_layers": 2},
             num_single_layers=3,
@@ -152,16 +122,16 @@ def write_klein(directory: Path) -> Path:
             axes_dims_rope=(2, 2, 2, 2),
             guidance_embeds=False,
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
         is_distilled=True,
     ).save_pretrained(directory)
     return directory
 
 
-def tiny_qwen_vae() -> AutoencoderKLQwenImage:
+def tiny_qwen_vae() -> diffusers.AutoencoderKLQwenImage:
     """Makes a VAE of 16 latent channels with Qwen-Image's statistics."""
     torch.manual_seed(0)
-    return _frozen(AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1))
+    return _frozen(diffusers.AutoencoderKLQwenImage(base_dim=4, num_res_blocks=1))
 
 
 def write_qwen(directory: Path) -> Path:
@@ -176,7 +146,7 @@ def write_qwen(directory: Path) -> Path:
             ("vision_end", "vision_end"),
         )
     }
-    config = Qwen2_5_VLConfig(
+    config = transformers.Qwen2_5_VLConfig(
         text_config={
             "vocab_size": len(tokenizer),
             "hidden_size": 16,
@@ -197,23 +167,23 @@ def write_qwen(directory: Path) -> Path:
         **numbers,
     )
     sizes = {"min_pixels": 56 * 56, "max_pixels": 56 * 56}
-    QwenImageEditPlusPipeline(
+    diffusers.QwenImageEditPlusPipeline(
         vae=vae,
-        text_encoder=Qwen2_5_VLForConditionalGeneration(config),
+        text_encoder=transformers.Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(
-            image_processor=Qwen2VLImageProcessor(**sizes),
+        processor=transformers.Qwen2VLProcessor(
+            image_processor=transformers.Qwen2VLImageProcessor(**sizes),
             tokenizer=tokenizer,
-            video_processor=Qwen2VLVideoProcessor(),
+            video_processor=transformers.Qwen2VLVideoProcessor(),
         ),
-        transformer=QwenImageTransformer2DModel(
+        transformer=diffusers.QwenImageTransformer2DModel(
             in_channels=64,
             out_channels=16,
             **BLOCKS,
             joint_attention_dim=16,
             axes_dims_rope=(2, 2, 4),
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+        scheduler=diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
     ).save_pretrained(directory)
     return directory
 
