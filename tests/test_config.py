@@ -1,7 +1,5 @@
 """models/config.py: the sets, and what the flags of a script come to."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest
@@ -77,13 +75,6 @@ def test_mini_has_no_stable_diffusion(flag, script):
     assert config(f"{given} --model_id me/sd", script).model_id == "me/sd"
 
 
-@pytest.mark.parametrize("flag", ["--model_id", "--recognizer", "--judge", "--lpips"])
-def test_an_empty_name_is_refused(flag):
-    """A shell makes one of an unset variable."""
-    with pytest.raises(UserError, match=f"{flag}: an empty name"):
-        config(f"{flag}=", defend)
-
-
 @pytest.mark.parametrize(
     ("kind", "flag"),
     [
@@ -120,19 +111,6 @@ def test_edit_settings_are_what_decides_about_an_edit():
         "resolution": 128,
         "scheduler": None,
     }
-
-
-def test_help_shows_the_default_of_each_editor_and_set(capsys):
-    with pytest.raises(SystemExit):
-        edit.parse_args(["--help"])
-    text = " ".join(capsys.readouterr().out.split()).replace("- ", "-")  # argparse breaks lines there
-    for part in (
-        "denoising steps (default: 100; flux-kontext: 28; flux2-klein: 4; qwen-image-edit: 50;",
-        "img2img runs (stable-diffusion only; default: 0.5)",
-        "qwen-image-edit: 1024; mini: 128)",
-        "flux-kontext of mini: assets/mini/kontext)",
-    ):
-        assert part in text
 
 
 def test_warning_for_what_a_set_was_not_made_for(capsys):

@@ -1,7 +1,5 @@
 """edit.py, defend.py and their batch forms as a person meets them: flags, files, messages, exit status."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -30,11 +28,11 @@ import utils
 from images import linf, load_image
 from methods import METHODS
 from models.editors import InstructPix2Pix
+from models.loading import ROOT
 from protection import Protector, methods_for
 
 pytestmark = pytest.mark.usefixtures("whole_images")
 
-ROOT = Path(defend.__file__).resolve().parent
 SCRIPTS = sorted(
     path.relative_to(ROOT).as_posix()
     for path in (*ROOT.glob("*.py"), *ROOT.glob("evaluation/*.py"))
@@ -67,13 +65,6 @@ def call(capsys, defend_flags, edit_flags):
 
 
 @pytest.fixture
-def face(tmp_path) -> Path:
-    """One portrait."""
-    (path,) = tiny.write_portraits(tmp_path, 1)
-    return path
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """Three portraits."""
     tiny.write_portraits(tmp_path / "in", 3)
@@ -95,17 +86,6 @@ def tree(directory: Path) -> dict[str, bytes | None]:
         str(path.relative_to(directory)): path.read_bytes() if path.is_file() else None
         for path in directory.rglob("*")
     }
-
-
-# ---------------------------------------------------------------------------------------------------------
-# --help
-
-
-def test_help_says_which_method_to_take(call):
-    text = " ".join(call(defend, "--help").out.split("which defense to use:")[1].split())
-    first, others = text.split("for comparison: ")
-    assert first.index("facelock-wide at 0.2: ") < first.index("facelock-wash at 0.2: ")
-    assert "facelock, photoguard" in others and "facelock-wide," not in others.split("--defend_method")[0]
 
 
 HELP = """
@@ -150,13 +130,13 @@ def test_defaults_are_the_releases():
         *((method, 0.03, 3) for method in methods_for(InstructPix2Pix)),
     ],
 )
-def test_a_protected_file_differs_and_stays_in_the_budget(call, face, method, budget, allowed):
-    done = call(defend, f"--input_path {face} --defend_method {method} --attack_budget {budget}")
-    protected = face.with_name("protected_mini_face0.png")
+def test_a_protected_file_differs_and_stays_in_the_budget(call, portrait, method, budget, allowed):
+    done = call(defend, f"--input_path {portrait} --defend_method {method} --attack_budget {budget}")
+    protected = portrait.with_name("protected_mini_face0.png")
     assert done.status == 0 and done.errors == []
-    assert 1 <= levels(face, protected) <= allowed
+    assert 1 <= levels(portrait, protected) <= allowed
     found = re.search(r"L-infinity ([\d.]+) \(budget ([\d.]+)\), PSNR ([\d.]+) dB", done.out)
-    assert float(found[1]) == pytest.approx(levels(face, protected) * 2 / 255, abs=1e-4)
+    assert float(found[1]) == pytest.approx(levels(portrait, protected) * 2 / 255, abs=1e-4)
     assert float(found[2]) == budget and float(found[3]) > 30
     reported = re.search(r"recognizer (-?[\d.]+) -> (-?[\d.]+), judge (-?[\d.]+) -> (-?[\d.]+)", done.out)
     assert (reported is not None) == method.startswith("facelock")
@@ -173,49 +153,33 @@ def test_faces_are_found_or_given_in_the_inputs_pixels(tmp_path, protector, face
         tool.load(path, [(0, 0, 1, 1)])
 
 
-def test_a_check_without_weights_says_so_and_keeps_the_file(call, face):
-    line = f"--input_path {face} --defend_method noise --check --model_id /none --judge /some/judge"
-    done = call(defend, line)
-    assert done.status == 0 and "judge not measured" in done.out
-    assert sum("not measured: " in warning for warning in done.warnings) == 1  # the VAE, and so the rest
-    assert (face.parent / f"protected_mini_{face.name}").exists()
-
-
-def test_default_outputs_are_beside_the_input(call, folder):
-    call(defend, f"--input_path {folder}/face0.png --defend_method noise")
-    done = call(edit, f"--input_path {folder}/face1.png --prompt hat --seed 3")
-    names = ["edit_face1.png", "face0.png", "face1.png", "face2.png", "protected_mini_face0.png"]
-    assert sorted(path.name for path in folder.iterdir()) == names
-    assert done.out.startswith(f"{folder}/edit_face1.png: 'hat', seed 3\n")
-
-
 @pytest.mark.parametrize(("script", "more"), [(defend, "--defend_method noise"), (edit, "--prompt hat")])
-def test_a_file_may_be_named_by_a_word_alone(call, face, script, more):
-    for line in (f"{face} {more}", f"{more} {face}", f"{more} --input_path {face}"):
-        assert call(script, f"{line} --seed 0 --output_path {face.with_name('out.png')}").status == 0
-    for line in (f"{face} --input_path {face} {more}", more):
+def test_a_file_may_be_named_by_a_word_alone(call, portrait, script, more):
+    for line in (f"{portrait} {more}", f"{more} {portrait}", f"{more} --input_path {portrait}"):
+        assert call(script, f"{line} --seed 0 --output_path {portrait.with_name('out.png')}").status == 0
+    for line in (f"{portrait} --input_path {portrait} {more}", more):
         done = call(script, line)
         assert done.status == 2 and "--input_path" in done.errors[0]
 
 
-def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_path):
+def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, portrait, tmp_path):
     """By each judge, with the numbers of the report above it; the stand-ins say last what they are."""
     flags = f"--judge {ROOT}/assets/mini/judge dlib"
-    done = call(defend, f"{face} {flags} --output_path {tmp_path}/p.png")
+    done = call(defend, f"{portrait} {flags} --output_path {tmp_path}/p.png")
     lines = done.out.splitlines()
     assert done.status == 0 and "stand-ins" in lines[-1] and "larger budget" not in done.out
     for name in ("judge", "dlib"):
         (said,) = [line for line in lines if line.startswith(f"  {name}")]
         assert re.search(r"can't judge this face|held: .* the same above", said)
     assert "in this round trip" in done.out
-    line = f"{tmp_path}/p.png --source {face} --prompt hat --seed 0 {flags} --output_path {tmp_path}/e.png"
+    line = f"{tmp_path}/p.png --source {portrait} --prompt x --seed 0 {flags} --output_path {tmp_path}/e.png"
     done = call(edit, f"{line} --comparison {tmp_path}/c.png")
     assert done.status == 0 and "in this edit" in done.out and "stand-ins" in done.out.splitlines()[-1]
-    sources = [pixels(path) for path in (face, tmp_path / "p.png")]
+    sources = [pixels(path) for path in (portrait, tmp_path / "p.png")]
     shown = pixels(tmp_path / "c.png")
     assert np.array_equal(shown[:, :64], sources[0]) and np.array_equal(shown[:, 72:136], sources[1])
     assert np.array_equal(shown[:, -64:], pixels(tmp_path / "e.png"))
-    again = call(edit, f"{face} --prompt hat --seed 0 --output_path {tmp_path}/clean.png")
+    again = call(edit, f"{portrait} --prompt x --seed 0 --output_path {tmp_path}/clean.png")
     assert again.status == 0 and np.array_equal(shown[:, 144:208], pixels(tmp_path / "clean.png"))
     (other,) = tiny.write_portraits(tmp_path / "other", 1, (64, 48))
     done = call(edit, f"{tmp_path}/p.png --source {other} --prompt hat")
@@ -223,37 +187,37 @@ def test_a_protection_ends_in_a_verdict_and_so_does_its_edit(call, face, tmp_pat
 
 
 def test_when_all_were_attacked_the_edit_is_made_and_nobody_judges(
-    face, tiny_models, defend_flags, edit_flags, whole_images, tmp_path, capsys
+    portrait, tiny_models, defend_flags, edit_flags, whole_images, tmp_path, capsys
 ):
     """One line says so, and how to name a judge."""
     place = defend_flags.index("--judge")
     of_defense = defend_flags[:place] + defend_flags[place + 2 :]
     named = ["--recognizer", str(tiny_models.recognizer), f"{ROOT}/assets/mini/judge", "dlib"]
     protected, edited = tmp_path / "p.png", tmp_path / "e.png"
-    edits = [*edit_flags, f"{protected}", f"--source={face}", "--prompt=hat", "--seed=0"]
-    for script, line, made in ((defend, [*of_defense, f"{face}"], protected), (edit, edits, edited)):
+    edits = [*edit_flags, f"{protected}", f"--source={portrait}", "--prompt=hat", "--seed=0"]
+    for script, line, made in ((defend, [*of_defense, f"{portrait}"], protected), (edit, edits, edited)):
         assert script.main([*line, *named, f"--output_path={made}"]) == 0 and made.exists()
         (told,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("No verdict")]
         assert "attacked every recogniser that is named (recognizer, judge, dlib)" in told
         assert "--judge" in told
 
 
-def test_an_edit_is_made_without_the_weights_of_a_judge_too(call, face):
-    out = face.with_name("e.png")
-    done = call(edit, f"{face} --source {face} --prompt hat --seed 0 --judge /none --output_path {out}")
+def test_an_edit_is_made_without_the_weights_of_a_judge_too(call, portrait):
+    out = portrait.with_name("e.png")
+    done = call(edit, f"{portrait} --source {portrait} --prompt x --seed 0 --judge /none --output_path {out}")
     assert done.status == 0 and out.exists() and "No verdict on this edit: no judge can be loaded" in done.out
     assert any("none left out: " in text for text in done.warnings)
 
 
-def test_faces_that_are_left_out_are_counted(call, face, monkeypatch):
+def test_faces_that_are_left_out_are_counted(call, portrait, monkeypatch):
     class Two(tiny.WholeImage):
         def __call__(self, pixels):
             return [(0, 0, 40, 40), (40, 40, 64, 64)]
 
     monkeypatch.setattr(protection, "FaceDetector", Two)
-    assert "2 faces found, 1 protected; for all: --faces all" in call(defend, f"{face}").out
-    assert "faces found" not in call(defend, f"{face} --faces all").out
-    assert "2 faces found, 1 measured" in call(defend, f"{face} --defend_method vae --check").out
+    assert "2 faces found, 1 protected; for all: --faces all" in call(defend, f"{portrait}").out
+    assert "faces found" not in call(defend, f"{portrait} --faces all").out
+    assert "2 faces found, 1 measured" in call(defend, f"{portrait} --defend_method vae --check").out
 
 
 @pytest.mark.parametrize("size", [64, 128])
@@ -301,30 +265,26 @@ def test_an_image_keeps_its_size_orientation_and_alpha(call, tmp_path, name, wri
     assert 1 <= round(linf(load_image(output).pixels, clean.pixels) * 255 / 2) <= 3
 
 
-# ---------------------------------------------------------------------------------------------------------
-# seeds
-
-
 DRAWN = [(defend, f"--defend_method {name}") for name in ("noise", "encoder", "cw")]
 DRAWN += [(edit, "--prompt hat")]
 
 
 @pytest.mark.parametrize(("script", "line"), DRAWN)
-def test_a_result_is_the_same_for_a_seed_and_another_for_another(call, face, script, line):
-    outputs = [face.with_name(f"out{number}.png") for number in range(3)]
+def test_a_result_is_the_same_for_a_seed_and_another_for_another(call, portrait, script, line):
+    outputs = [portrait.with_name(f"out{number}.png") for number in range(3)]
     for output, seed in zip(outputs, (0, 0, 1), strict=True):
-        assert call(script, f"--input_path {face} {line} --seed {seed} --output_path {output}").status == 0
+        assert call(script, f"{portrait} {line} --seed {seed} --output_path {output}").status == 0
     first, again, other = (path.read_bytes() for path in outputs)
     assert first == again != other
 
 
-def test_a_drawn_seed_is_printed_and_repeats_the_edit(call, face):
-    drawn = call(edit, f"--input_path {face} --prompt hat")  # -1 is the default
+def test_a_drawn_seed_is_printed_and_repeats_the_edit(call, portrait):
+    drawn = call(edit, f"--input_path {portrait} --prompt hat")  # -1 is the default
     seed = re.search(r"^seed: (\d+)$", drawn.out, re.MULTILINE)[1]
-    written = face.with_name("edit_face0.png")
+    written = portrait.with_name("edit_face0.png")
     first = written.read_bytes()
     written.unlink()
-    call(edit, f"--input_path {face} --prompt hat --seed {seed}")
+    call(edit, f"--input_path {portrait} --prompt hat --seed {seed}")
     assert written.read_bytes() == first
     assert f"edit_face0.png: 'hat', seed {seed}" in drawn.out
 
@@ -381,9 +341,6 @@ def test_own_instructions(call, folder, tmp_path):
     made = tmp_path / "out/seed5"
     assert sorted(path.name for path in made.glob("prompt*")) == ["prompt0", "prompt2"]
     assert json.loads((made / "run.json").read_text())["prompts"] == {"0": "wear a hat", "2": "be blue"}
-    line = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 5 --prompts 0"
-    done = call(main_edit, line)  # another text
-    assert done.status == 1 and "wear a hat" in done.errors[0] and len(done.errors) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -462,19 +419,6 @@ def test_main_defend_draws_a_seed_only_for_a_new_directory_and_main_edit_a_new_o
     assert {path.name for path in (tmp_path / "edits").iterdir()} == {f"seed{seed}" for seed in seeds}
 
 
-def test_a_bad_file_among_good_ones(call, folder, tmp_path):
-    (folder / "face1.png").write_text("no image")
-    Image.new("RGB", (64, 8)).save(folder / "thin.png")
-    edits = f"--src_dir {folder} --edit_dir {tmp_path}/out --seed 1 --prompts 2"
-    done = call(main_edit, f"{edits} --batch_size 4")
-    assert done.status == 1 and "2 written, 0 there already, 2 failed" in done.out
-    listed = re.findall(r"^  failed: (.*)$", done.err, re.MULTILINE)
-    assert [Path(line.split(":")[0]).name for line in listed] == ["face1.png", "thin.png"]
-    assert "too small" in listed[1] and "Traceback" not in done.err
-    made = (tmp_path / "out/seed1/prompt2").glob("*.png")
-    assert {path.name for path in made} == {"face0.png", "face2.png"}
-
-
 # ---------------------------------------------------------------------------------------------------------
 # bad input: one line, exit status, nothing written
 
@@ -487,7 +431,7 @@ def bad(tmp_path) -> Path:
     Image.new("RGB", (64, 64), "grey").save(root / "grey.png")
     Image.fromarray(tiny.portrait()).save(root / "whole.jpg")
     (root / "text.png").write_text("no image")
-    (root / "empty").mkdir()
+    (root / "empty.txt").write_text(" \n\n")
     (root / "texts").mkdir()
     (root / "texts" / "notes.txt").write_text("hello")
     (root / "file").write_text("not a directory")
@@ -511,43 +455,36 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("missing", defend, "--input_path {bad}/none.png", 1, "bad/none.png: no such file"),
     ("directory", defend, "--input_path {bad}/good", 1, "bad/good: not a file"),
     ("text", defend, "--input_path {bad}/text.png", 1, "bad/text.png: not a readable image"),
-    ("empty", main_defend, "--image_dir {bad}/empty --output_dir {bad}/out", 1, "bad/empty: no image files"),
     ("no-images", main_defend, "--image_dir {bad}/texts --output_dir {bad}/out",
         1, "bad/texts: no image files"),
-    ("no-directory", main_defend, "--image_dir {bad}/none --output_dir {bad}/out",
-        1, "none: no such directory"),
     ("no-directory", main_edit, "--src_dir {bad}/file --edit_dir {bad}/out", 1, "bad/file: not a directory"),
     ("twins", main_defend, "--image_dir {bad}/twins --output_dir {bad}/out", 1, "face0.jpg=face0.png"),
     ("method", defend, f"{ONE} --defend_method magic", 2, "invalid choice: 'magic'"),
     ("above", defend, f"{ONE} --attack_budget 8", 2, "8 in [-1, 1] is 1020/255; for 8/255 give 0.0627"),
     ("no-number", defend, f"{ONE} --step_size 0", 2, "--step_size: '0' is not a number above 0"),
     ("empty-path", defend, "--input_path=", 2, "--input_path: an empty path"),
-    ("no-device", defend, f"{ONE} --device mps", 1, "--device mps can't be used"),
+    ("no-device", defend, f"{ONE} --device cuda:99", 1, "--device cuda:99 can't be used"),
+    ("no-device", defend, f"{ONE} --device meta:x", 1, "--device meta:x can't be used"),
     ("no-id", defend, f"{ONE} --model_id=", 1, "--model_id: an empty name"),
+    ("no-id", defend, f"{ONE} --judge=", 1, "--judge: an empty name"),
     ("unwritable", defend, f"{ONE} --output_path {{bad}}/file/out.png", 1, "bad/file: is not a directory"),
     ("unwritable", main_defend, "--image_dir {bad}/good --output_dir {bad}/file",
         1, "bad/file: is not a directory"),
     ("model", defend, f"{ONE} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
-    ("model", edit, f"{EDIT} --model_id {{bad}}/none", 1, "bad/none' can't be loaded (no such directory)"),
-    ("recognizer", defend, f"{ONE} --recognizer {{bad}}/none", 1, "face recogniser"),
-    ("lpips", defend, f"{ONE} --lpips {{bad}}/none", 1, "LPIPS"),
     ("jpg", defend, f"{ONE} --output_path {{bad}}/out.jpg",
         1, "out.jpg: JPEG and other lossy formats would destroy the perturbation; ask for a .png"),
     ("jpg", edit, f"{EDIT} --output_path {{bad}}/out.jpg",
         1, "out.jpg: an edit is measured pixel by pixel, and JPEG and other lossy formats change"),
-    ("device", defend, f"{ONE} --output_path /dev/null", 1, "/dev/null"),
     ("budgets", main_edit, "--src_dir {bad}/protected --edit_dir {bad}/out", 1, "it holds budget_{B}"),
     ("over-itself", main_defend, "--image_dir {bad}/budget_0.03 --output_dir {bad}", 1, "overwrite the"),
     ("release", main_defend, "--image_dir {bad}/good --output_dir {bad}/release", 1, "but no run.json that"),
     ("release", main_edit, f"{EDITS} --edit_dir {{bad}}/release", 1, "but no run.json that says"),
-    ("long-name", defend, "--input_path {bad}/{long}.png", 1, "File name too long"),
     ("itself", defend, f"{ONE} --output_path {{bad}}/good/face0.png", 1, "would overwrite the input"),
     ("link", defend, f"{ONE} --output_path {{bad}}/link.png", 1, "would overwrite the input"),
     ("link", edit, f"{EDIT} --output_path {{bad}}/null.png", 1, "null.png: is not a regular file"),
     ("folder", defend, f"{ONE} --output_path {{bad}}/folder.png", 1, "folder.png: is a directory"),
     ("pipe", edit, f"{EDIT} --output_path {{bad}}/pipe.png", 1, "pipe.png: is not a regular file"),
     ("suffix", defend, f"{ONE} --output_path {{bad}}/out", 1, "ask for a .png"),
-    ("long-output", defend, f"{ONE} --output_path {{bad}}/{{long}}.png", 1, "File name too long"),
     ("both", defend, f"{ONE} --compile --checkpointing", 1, "--checkpointing don't go together"),
     ("box-unread", defend, f"{ONE} --defend_method vae --face_box 1,1,9,9", 1, "vae ignores faces"),
     ("no-face", defend, "--input_path {bad}/grey.png --models full", 1, "--face_box"),
@@ -559,33 +496,27 @@ BAD_INPUTS = [  # what, script, command, exit status, what the line says
     ("prompts", main_edit, f"{EDITS} --prompts 3,99", 1, "--prompts 99: choose from 0 to 24"),
     ("prompt-file", main_edit, f"{EDITS} --prompt_file {{bad}}/none.txt",
         1, "bad/none.txt: not a readable text"),
+    ("prompt-file", main_edit, f"{EDITS} --prompt_file {{bad}}/grey.png", 1, "not a readable text file"),
+    ("prompt-file", main_edit, f"{EDITS} --prompt_file {{bad}}/empty.txt", 1, "no instructions in it"),
+    ("no-prompt", edit, ONE, 2, "required: --prompt"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("what", "script", "line", "status", "says"), BAD_INPUTS)
 def test_bad_input_is_one_line_and_nothing_is_written(call, bad, what, script, line, status, says):
     before = tree(bad)
-    done = call(script, line, bad=bad, long="x" * 300)
-    assert done.status == status and "invalid " not in done.err.replace("invalid choice", "")
+    done = call(script, line, bad=bad)
+    assert done.status == status and not re.search("invalid (?!choice|start byte)", done.err)
     assert len(done.errors) == 1 and says in done.errors[0], done.err
     assert "Traceback" not in done.err and "Error at " not in done.err
     assert tree(bad) == before
 
 
-def test_a_face_box_makes_up_for_a_face_that_is_not_found(call, bad):
-    done = call(defend, "--input_path {bad}/grey.png --models full --face_box 10,10,50,60", bad=bad)
-    assert done.status == 0 and (bad / "protected_grey.png").exists()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# as commands
-
-
-def test_defend_as_a_command_from_another_directory(face, defend_flags, tmp_path):
-    command = [sys.executable, ROOT / "defend.py", *defend_flags, face.name, "--defend_method=noise"]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120, check=False)
+def test_defend_as_a_command_from_another_directory(portrait, defend_flags):
+    command = [sys.executable, ROOT / "defend.py", *defend_flags, portrait.name, "--defend_method=noise"]
+    done = subprocess.run(command, cwd=portrait.parent, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    assert 1 <= levels(face, face.with_name("protected_mini_face0.png")) <= 3
+    assert 1 <= levels(portrait, portrait.with_name("protected_mini_face0.png")) <= 3
     assert "Traceback" not in done.stderr and "Warning" not in done.stderr  # of the libraries'
 
 
@@ -613,10 +544,6 @@ def test_compile_compiles_the_networks(tmp_path, defend_flags, fresh_loaders, mo
         assert len(seen) == count and seen[:2] == ["Encoder", "Decoder"]
 
 
-# ---------------------------------------------------------------------------------------------------------
-# old command lines, and what is ignored with a warning
-
-
 IGNORED = [
     (defend, f"{ONE} --defend_method cw --num_iters 2 --clamp_min=0", "change nothing"),
     (defend, f"{ONE} --defend_method vae --clamp_min=-1 --clamp_max=1", "change nothing"),
@@ -634,10 +561,6 @@ def test_a_flag_that_is_not_read_is_ignored_with_a_warning(call, bad, script, li
     for path in bad.rglob("run.json"):
         record = json.loads(path.read_text())["arguments"]
         assert not {"strength", "lr", "c", "targeted", "clamp_min", "clamp_max"} & record.keys()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# reports and messages
 
 
 def test_the_report_is_a_table(call, folder, tmp_path):
@@ -679,7 +602,7 @@ def test_each_images_line_is_out_before_the_next_is_begun(folder, tmp_path, defe
 def test_control_characters_of_names_do_not_reach_the_terminal(call, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
-    name = "a\x1b[2J\nb.png"
+    name = "a\x1b[2J\nb\u202e.png"
     Image.fromarray(tiny.portrait()).save(folder / name)
     (folder / "bad\x1b]0;x\x07.png").write_text("x")
     (folder / "notes\x1b[31m.txt").write_text("x")
@@ -688,18 +611,14 @@ def test_control_characters_of_names_do_not_reach_the_terminal(call, tmp_path):
         (main_edit, f"--src_dir {folder} --edit_dir {tmp_path}/edits --seed 0 --prompts 0"),
     ):
         done = call(script, line)
-        assert done.status == 1
+        assert done.status == 1 and "1 written, 0 there already, 1 failed" in done.out
         for text in (done.out, done.err):
-            assert not re.search("\x1b(?!\\[A)|\x07", text), text  # tqdm moves the cursor up with \x1b[A
+            assert not re.search("\x1b(?!\\[A)|[\x07\u202e]", text), text  # tqdm moves the cursor with \x1b[A
     prompt = ["--prompt", "a\x1bb", "--seed", "0"]
     for script, more in ((defend, ["--defend_method", "noise"]), (edit, prompt)):
         done = call(script, "--input_path", folder / name, *more)
-        assert done.status == 0 and "a\\x1b[2J\\nb" in done.out
+        assert done.status == 0 and "a\\x1b[2J\\nb\\u202e" in done.out
         assert not re.search("\x1b(?!\\[A)", done.out + done.err)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# models as people have them
 
 
 def as_variant(path: Path) -> None:
@@ -723,9 +642,9 @@ def name_what_is_not_there(path: Path) -> None:
 
 @pytest.mark.parametrize("change", [as_variant, as_pickle, name_what_is_not_there])
 def test_an_editor_is_loaded_in_any_of_its_forms_and_quietly(
-    call, face, tiny_models, tmp_path, caplog, change
+    call, portrait, tiny_models, tmp_path, caplog, change
 ):
-    line = f"--input_path {face} --prompt hat --seed 0 --output_path {tmp_path}"
+    line = f"--input_path {portrait} --prompt hat --seed 0 --output_path {tmp_path}"
     assert call(edit, f"{line}/expected.png").status == 0
     for path in shutil.copytree(tiny_models.editor, tmp_path / "editor").glob("*/*.safetensors"):
         change(path)
