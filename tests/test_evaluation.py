@@ -1,7 +1,5 @@
 """Evaluation: finding and pairing edits, the metrics, the tables, the figure."""
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -16,7 +14,7 @@ import tiny
 import torch
 from PIL import Image
 from scipy import stats
-from tiny import STRONG, WEAK, changed, write, write_edits, write_protected
+from tiny import CPU, STRONG, WEAK, changed, write, write_edits, write_protected
 
 import utils
 from evaluation import (
@@ -36,20 +34,14 @@ from evaluation import (
 from images import load_image, to_tensor
 from models.clip import load_clip
 from models.config import resolve
+from models.loading import ROOT
 from models.perceptual import load_perceptual
 from models.recognizers import load_recognizer
-
-ROOT = Path(__file__).resolve().parent.parent
-CPU = torch.device("cpu")
 
 
 def level_psnr(levels: float) -> float:
     """PSNR of two 8-bit images that differ by `levels` everywhere."""
     return 20 * math.log10(255 / levels)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# PSNR and its table
 
 
 def test_psnr_table(call):
@@ -92,28 +84,15 @@ def test_a_directory_may_be_given_in_several_ways(world, call, given, rows):
     assert found.table["prompt0"].iloc[-1] == pytest.approx(level_psnr(8), abs=1e-3)
 
 
-def test_the_clean_edits_may_be_a_row_too(world, call):
+def test_the_clean_edits_may_be_a_row_too_but_not_by_their_name_alone(world, call, monkeypatch):
     """If they are asked for: they are compared with themselves. They are not the row `clean` then."""
     row = call(eval_psnr, f"--defend_edit_dirs {world}/edits/clean").table.loc["clean"]
     assert math.isnan(row["mean"]) and (row["n"], row["n_inf"]) == (0, 6)
-
-
-def test_a_directory_called_clean_is_no_clean_row(world, call, monkeypatch):
     (world / "edits" / STRONG).rename(world / "edits/facelock/clean")
     monkeypatch.chdir(world / "edits/facelock")
     table = call(eval_all, "--defend_edit_dirs clean").table
     assert list(table.index) == ["clean", "./clean"]
     assert math.isnan(table.loc["clean", "psnr"]) and table.loc["./clean", "psnr"] < 40
-
-
-def test_pairing_is_by_stem(world, call):
-    """Where sorting would put a file elsewhere, too, and whatever its suffix."""
-    for row in ("clean", WEAK, STRONG):
-        folder = world / "edits" / row / "seed5/prompt0"
-        Image.open(folder / "anna.png").save(folder / f"zoe{'.png' if row == 'clean' else '.bmp'}")
-        (folder / "anna.png").unlink()
-    each = call(eval_psnr, "--prompts 0").each
-    assert each["psnr"][WEAK, 0, "zoe"] == pytest.approx(level_psnr(1), abs=1e-3)
 
 
 def twin(world: Path) -> None:
@@ -325,10 +304,6 @@ def test_sources_of_another_size_are_brought_to_the_edits(world, call):
     assert after.tolist() == pytest.approx(before.tolist(), abs=0.02) and not after.equals(before)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# all at once
-
-
 def test_eval_all_says_what_the_single_scripts_say(call):
     found = call(eval_all)
     text = Path("t.md").read_text()
@@ -429,10 +404,6 @@ def test_outputs_that_cannot_be_are_refused_before_any_work(world, call, monkeyp
     assert found.status == 1 and says in found.err
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what made a table, and who measured
-
-
 def write_run(directory: Path, sources: Path, **arguments: object) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "run.json").write_text(json.dumps({"arguments": arguments, "sources": str(sources)}))
@@ -519,8 +490,9 @@ def test_differences_are_of_the_pairs_that_are_finite_in_both(row, base, mean):
     assert (line.Index, line.mean, line.n, line.n_inf) == (("x", "psnr"), mean, 1, 0)
 
 
-def test_the_interval_is_bca_of_all_resamples_at_once():
+def test_the_interval_is_bca_of_all_resamples_at_once(monkeypatch):
     """It leans the way the tail does, more than the percentile interval; batches only save memory."""
+    monkeypatch.setattr(tables, "RESAMPLES", 9999)
     sample = np.random.default_rng(3).lognormal(sigma=1.2, size=30)
     plain, bca = (
         stats.bootstrap((sample,), np.mean, n_resamples=9999, method=method, rng=np.random.default_rng(0))
@@ -652,7 +624,6 @@ def test_by_any_leaves_out_who_cannot_say():
     one, two = torch.tensor([0.1, torch.nan, torch.nan]), torch.tensor([0.2, 0.5, torch.nan])
     found = highest(one, two, torch.tensor([1.0, 1.0, 1.0]))
     assert found.nan_to_num(-1).tolist() == pytest.approx([1.2, 1.5, -1])
-    assert eval_facial.left(torch.ones(2, 3), torch.ones(2, 3), None).isnan().all()
 
 
 def test_a_judge_that_was_trained_here_counts_only_if_it_is_alone():
@@ -696,21 +667,46 @@ def test_people_are_compared_with_their_other_photos(world, call, tiny_models):
 
 
 @pytest.fixture
-def grid(world, call, monkeypatch):
+def seen(monkeypatch) -> SimpleNamespace:
+    """What the last figure was drawn of, and itself."""
+    found = SimpleNamespace()
+
+    def watch(name, *parts):
+        draw = getattr(figure, name)
+
+        def record(*given):
+            vars(found).update(zip(parts, given, strict=True), figure=draw(*given))
+            return found.figure
+
+        monkeypatch.setattr(figure, name, record)
+
+    watch("draw", "cells", "labels", "columns")
+    watch("draw_plot", "points", "ylabel", "xlabel")
+    return found
+
+
+@pytest.fixture
+def grid(world, call, seen):
     """Draws a grid -> status, and what it shows; the protected images are 2 and 3 levels away."""
     write_protected(world, weak=2, strong=3)
     flags = f"--src_dir {world}/portraits --protected_dirs {world}/protected/{WEAK} --output f.png"
     flags += f" --defend_edit_dirs {world}/edits/{STRONG}"
-    seen, draw = SimpleNamespace(), figure.draw
-
-    def record(cells, labels, columns):
-        seen.cells, seen.labels, seen.columns = cells, labels, columns
-        return draw(cells, labels, columns)
-
-    monkeypatch.setattr(figure, "draw", record)
 
     def run(*more: str) -> SimpleNamespace:
         seen.status = call(figure, flags, *more).status
+        return seen
+
+    return run
+
+
+@pytest.fixture
+def plot(capsys, seen):
+    """Draws a plot -> status, error, and what it shows."""
+
+    def run(line: str) -> SimpleNamespace:
+        capsys.readouterr()
+        seen.status = figure.main(["plot", *line.split()])
+        seen.err = capsys.readouterr().err
         return seen
 
     return run
@@ -751,39 +747,6 @@ def test_two_dollars_are_no_formula_and_no_bytes_break_a_figure(world, grid):
     assert Path("plot.png").stat().st_size > 1000
 
 
-@pytest.fixture
-def plot(monkeypatch, capsys):
-    """Draws a plot -> status, error, and what it shows."""
-    seen = SimpleNamespace()
-    draw = figure.draw_plot
-
-    def record(points, ylabel, xlabel):
-        seen.points, seen.xlabel, seen.figure = points, xlabel, draw(points, ylabel, xlabel)
-        return seen.figure
-
-    monkeypatch.setattr(figure, "draw_plot", record)
-
-    def run(line: str) -> SimpleNamespace:
-        capsys.readouterr()
-        seen.status = figure.main(["plot", *line.split()])
-        seen.err = capsys.readouterr().err
-        return seen
-
-    return run
-
-
-def test_the_plot_shows_a_metric_against_budget(call, plot):
-    table = call(eval_psnr).table
-    seen = plot("--tables t.csv --output p.pdf")
-    assert seen.status == 0 and Path("p.pdf").read_bytes().startswith(b"%PDF")
-    assert seen.points["method"].tolist() == ["facelock"] * 2
-    assert seen.points["place"].tolist() == ["0.02", "0.03"]
-    (axis,) = seen.figure.axes
-    assert axis.collections[0].get_segments()[0][:, 1] == pytest.approx(table.iloc[0][["ci_low", "ci_high"]])
-    assert axis.lines[0].get_xdata() == pytest.approx([0.02, 0.03])
-    assert axis.lines[0].get_ydata() == pytest.approx(table["mean"])
-
-
 def test_the_plot_shows_a_metric_against_visibility(world, call, plot):
     write_protected(world, weak=2, strong=3)
     assert call(eval_all, f"--protected_dirs {world}/protected/facelock").status == 0
@@ -801,16 +764,23 @@ def test_the_plot_shows_a_metric_against_visibility(world, call, plot):
     assert "t_protected.csv" in plot(line).err
 
 
-def test_the_plot_shows_a_metric_against_purification_and_the_clean_edits_as_a_line(call, plot):
-    assert call(eval_all).status == 0
+def test_the_plot_shows_a_metric_against_budget_or_purification_and_the_clean_edits_as_a_line(call, plot):
+    of_psnr, table = call(eval_psnr, output="p.csv").table, call(eval_all).table.iloc[1:]
+    assert plot("--tables p.csv").points["value"].tolist() == pytest.approx(of_psnr["mean"].tolist())
     points = plot("--tables none=t.csv jpeg:75=t.csv --metric facial").points
     assert points.loc[:1, ["method", "place"]].to_numpy().tolist() == [
         ["clean", "none"], ["facelock, 0.02", "none"]
     ]  # fmt: skip
     assert points["place"][3] == "jpeg:75" and points["value"][0] == pytest.approx(1)
-    (axis,) = plot("--tables t.csv --metric facial").figure.axes
-    assert [line.get_label() for line in axis.lines if line.get_linestyle() == "--"] == ["clean"]
-    assert axis.lines[0].get_ydata() == pytest.approx([1, 1])
+    (axis,) = plot("--tables t.csv --metric facial --output p.pdf").figure.axes
+    assert Path("p.pdf").read_bytes().startswith(b"%PDF")
+    (clean,) = [line for line in axis.lines if line.get_linestyle() == "--"]
+    assert clean.get_label() == "clean" and clean.get_ydata() == pytest.approx([1, 1])
+    line, _, (bars,) = axis.containers[0]
+    assert line.get_xdata() == pytest.approx([0.02, 0.03])
+    assert line.get_ydata() == pytest.approx(table["facial"].tolist())
+    ends = table[["facial_low", "facial_high"]].to_numpy()
+    np.testing.assert_allclose([bar[:, 1] for bar in bars.get_segments()], ends)
     text = Path("t.csv").read_text()
     Path("text.csv").write_text(text.replace("0.9", "zero"))
     more = "".join(line + "\n" for line in text.replace("facelock", "b/facelock").splitlines()[2:])

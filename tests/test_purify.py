@@ -1,7 +1,5 @@
 """evaluation/purify.py: what attackers do before an edit, and the same done to edits."""
 
-from __future__ import annotations
-
 import argparse
 import io
 import json
@@ -40,10 +38,6 @@ def pixels_of(folder: Path) -> dict[str, np.ndarray]:
 
 def apply(method: str, pixels: np.ndarray, stem: str = "x", seed: int = 0) -> np.ndarray:
     return purify.purify(pixels, purify.chain(method), seed, stem)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# purification
 
 
 @pytest.mark.parametrize("method", CHAINS)
@@ -125,14 +119,12 @@ def test_a_chain_is_its_steps_in_order():
         ("", "'' is none of jpeg, blur"),
         ("jpg:75", "'jpg' is none of"),
         ("jpeg", "'jpeg' is not of the form jpeg:Q"),
-        ("vae:1", "'vae:1' is not of the form vae"),
         ("crop:0.9:1", "'crop:0.9:1' is not of the form crop:F"),
         ("jpeg:75+b", "'b' is none of"),
         ("jpeg:7.5", "a whole number from 1 to 95"),
         ("jpeg:0", "jpeg:Q: '0' is not a whole number from 1 to 95"),
         ("blur:4:1", "blur:K:S: '4' is not an odd number from 1 to 999"),
         ("blur:5:1e-308", "blur:K:S: '1e-308' is not a number from 0.1 to 100"),
-        ("blur:5:nan", "a number from 0.1 to 100"),
         ("resize:1e-9", "a number from 0.001 to 0.999"),
         ("rotate:1e308", "a number from 0.01 to 180"),
         ("noise:256", "a number from 0.01 to 255"),
@@ -180,39 +172,24 @@ def test_the_seed_decides_about_noise_and_a_bad_file_stops_nothing(folder, capsy
     assert np.array_equal(found["face0"], apply("noise:8", sources["face0"], "face0", seed=3))
 
 
-# ---------------------------------------------------------------------------------------------------------
-# edits
-
-
-@pytest.fixture
-def edited(folder, edit_flags) -> Path:
+def test_purified_edits_keep_their_layout_and_instructions_and_belong_to_their_edits(
+    folder, edit_flags, capsys
+):
     flags = f"--src_dir {folder}/in --edit_dir {folder}/clean --seed 4 --prompts 0,13".split()
     assert main_edit.main([*edit_flags, *flags]) == 0
     shutil.copytree(folder / "clean/seed4", folder / "clean/seed5")
-    return folder
-
-
-def purify_edits(folder: Path, method: str = "shift:3", *more: str, output: str = "out") -> int:
-    flags = f"--input_dir {folder}/clean --output_dir {folder}/{output} --method {method}".split()
-    return purify.main([*flags, *more])
-
-
-def test_purified_edits_keep_their_layout_and_instructions(edited):
-    assert purify_edits(edited) == 0
-    places = {path.relative_to(edited / "clean") for path in (edited / "clean").rglob("*.png")}
-    assert {path.relative_to(edited / "out") for path in (edited / "out").rglob("*.png")} == places
+    line = f"--input_dir {folder}/clean --output_dir {folder}/out --method shift:3".split()
+    assert purify.main(line) == 0
+    places = {path.relative_to(folder / "clean") for path in (folder / "clean").rglob("*.png")}
+    assert {path.relative_to(folder / "out") for path in (folder / "out").rglob("*.png")} == places
     for place in places:
-        edit, purified = (np.array(Image.open(edited / name / place)) for name in ("clean", "out"))
+        edit, purified = (np.array(Image.open(folder / name / place)) for name in ("clean", "out"))
         assert np.array_equal(purified, apply("shift:3", edit))
-    record = json.loads((edited / "out/seed4/run.json").read_text())
+    record = json.loads((folder / "out/seed4/run.json").read_text())
     assert record["prompts"] == {number: utils.edit_prompts[int(number)] for number in ("0", "13")}
-
-
-def test_purified_edits_belong_to_their_edits(edited, capsys):
-    assert purify_edits(edited) == 0 and purify_edits(edited) == 0
-    assert "0 written, 6 there already" in capsys.readouterr().out
-    (edited / "clean/seed4/prompt0/face1.png").write_bytes((edited / "in/face1.png").read_bytes())
-    assert purify_edits(edited) == 1
+    assert purify.main(line) == 0 and "0 written, 6 there already" in capsys.readouterr().out
+    (folder / "clean/seed4/prompt0/face1.png").write_bytes((folder / "in/face1.png").read_bytes())
+    assert purify.main(line) == 1
     assert "prompt0/face1.png: its source has changed" in capsys.readouterr().err
 
 
