@@ -1,7 +1,5 @@
 """models/editors.py and models/vaes.py: each editor end to end, tiny and random."""
 
-from __future__ import annotations
-
 import functools
 import weakref
 from pathlib import Path
@@ -16,7 +14,7 @@ import tiny_editors
 import torch
 import torch._dynamo
 from PIL import Image
-from tiny import noise
+from tiny import CPU, F32, noise
 from tiny_editors import WRITERS
 
 import defend
@@ -25,7 +23,7 @@ import experiment
 from evaluation import purify
 from images import load_image, to_working
 from models import editors
-from models.config import ModelSettings, resolve, resolve_editor
+from models.config import resolve
 from models.editors import (
     EDITORS,
     Editor,
@@ -36,16 +34,12 @@ from models.editors import (
     TokenEditor,
     unload,
 )
-from models.loading import recorded
 from models.vaes import Flux2VAE, QwenImageVAE, WorkingVAE, load_vae
-from protection import Protector
 from runs import read_record
 from utils import UserError
 
 pytestmark = pytest.mark.usefixtures("whole_images")
 
-CPU = torch.device("cpu")
-F32 = torch.float32
 TOKENS = [kind for kind in WRITERS if issubclass(EDITORS[kind], TokenEditor)]
 SHOWN = [kind for kind in WRITERS if kind != "stable-diffusion"]  # whose networks get the latents as they are
 SIDE = 96  # px, --resolution
@@ -55,16 +49,6 @@ def load(kind: str, directory: Path, **settings) -> Editor:
     one = EDITORS[kind]
     own = {**one.knobs, "num_inference_steps": 2, "resolution": SIDE, "scheduler": one.scheduler}
     return one(str(directory), own | settings, CPU, F32)
-
-
-def test_every_editor_is_tested():
-    """One of each pipeline; the tests of instruct-pix2pix are others' own, too."""
-    tested = {EDITORS[kind].pipeline_class for kind in (*WRITERS, "round-trip")}
-    assert tested == {editor.pipeline_class for editor in EDITORS.values()}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# end to end
 
 
 @pytest.mark.parametrize("kind", WRITERS)
@@ -314,21 +298,14 @@ def test_a_compiled_vae_takes_any_number_of_sizes(tiny_models, monkeypatch, fres
     assert all((1, 3, *size) in shapes for size, shapes in zip(sizes, graphs, strict=True))
 
 
-def test_qwens_vae_is_not_checkpointed(directory):
+def test_sdxls_vae_is_float32_where_float16_would_overflow_and_qwens_is_not_checkpointed(directory):
+    """As the pipelines run them."""
     with pytest.raises(UserError, match="--checkpointing: AutoencoderKLQwenImage can't"):
         load_vae(QwenImageEdit, str(directory("qwen-image-edit")), SIDE, CPU, F32, checkpointing=True)
-
-
-def test_sdxls_vae_is_float32_where_float16_would_overflow(directory):
-    """As the pipeline runs it."""
     place = str(directory("sdxl-instruct-pix2pix"))
     kind = EDITORS["sdxl-instruct-pix2pix"]
     assert load_vae(kind, place, SIDE, CPU, torch.float16).vae.dtype == F32
     assert load_vae(kind, place, SIDE, CPU, torch.bfloat16).vae.dtype == torch.bfloat16
-
-
-# ---------------------------------------------------------------------------------------------------------
-# sizes
 
 
 def test_kontexts_sizes_are_those_of_its_pipeline():
@@ -365,10 +342,6 @@ def test_klein_refuses_what_its_pipeline_refuses(size):
         resolve(model="flux2-klein", resolution=1100)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what is said of an edit
-
-
 @pytest.mark.parametrize(("kind", "ignored"), [("flux2-klein", True), ("flux-kontext", False)])
 def test_who_works_without_guidance_says_that_it_is_ignored(kind, ignored, directory, capsys):
     for scale in (1.0, 2.0):
@@ -398,75 +371,16 @@ def test_sixteen_bits_are_those_of_the_editor(kind, dtype, monkeypatch):
     assert resolve(model=kind, dtype="fp16").dtype == torch.float16
 
 
-# ---------------------------------------------------------------------------------------------------------
-# several at once
-
-
-def ensemble_flags(directory, tiny_models) -> list[str]:
-    """An editor of --model's kind, and one of another, which works at another size and in another shape."""
-    more = [f"--{name}={getattr(tiny_models, name)}" for name in ("recognizer", "judge")]
-    names = [str(tiny_models.editor), f"flux-kontext={directory('flux-kontext')}"]
-    return ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}", *more, "--vae", *names]
-
-
-def protector(*flags: str) -> Protector:
-    """What defend.py makes of flags."""
-    return Protector(defend.settings_of(defend.parse_args(flags)))
-
-
-@pytest.mark.parametrize("method", ["encoder", "facelock"])
-def test_an_ensemble_is_the_mean_of_its_objectives(method, directory, tiny_models, monkeypatch):
-    """Each VAE sees the portrait as its own editor does, and the faces where they are in that form."""
-    monkeypatch.setattr("methods.FACE_FROM", 0)  # all terms from the first iteration on
-    monkeypatch.setattr("methods.PERCEPTUAL_FROM", -1)
-    flags = ensemble_flags(directory, tiny_models)
-    line = ["--input_path=a", f"--defend_method={method}", "--num_iters=1", "--resolution=96"]
-    both = protector(*line, *flags)
-    assert [one.kind for one in both.attacked] == ["instruct-pix2pix", "flux-kontext"]
-    x, boxes, values = noise(1, 3, 150, 100), [[(25, 38, 75, 112)]], []
-    both.perturb(x, boxes, [0], lambda _, value: values.append(value))
-    for kind, id_ in (
-        ("instruct-pix2pix", tiny_models.editor),
-        ("flux-kontext", directory("flux-kontext")),
-    ):
-        alone = [*line, *flags[: flags.index("--vae")], f"--model={kind}", f"--model_id={id_}"]
-        protector(*alone).perturb(x, boxes, [0], lambda _, value: values.append(value))
-    torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
-
-
-def test_an_ensemble_is_recorded_only_where_it_is_asked_for(directory, tiny_models):
-    flags = ensemble_flags(directory, tiny_models)
-    both = protector("--input_path=a", *flags).settings()
-    own = {"instruct-pix2pix": tiny_models.editor, "flux-kontext": directory("flux-kontext")}
-    assert both["vae"] == [f"{kind}={recorded(str(id_))}, 128 px" for kind, id_ in own.items()]
-    plain = [*flags[: flags.index("--vae")], f"--model_id={tiny_models.editor}"]
-    alone = protector("--input_path=a", *plain).settings()
-    assert both == alone | {"vae": both["vae"]}
-    noise = protector("--input_path=a", "--defend_method=noise", *flags).settings()
-    assert "vae" not in noise
-
-
-def test_an_editor_is_named_by_kind_or_id_or_both():
-    wanted = ModelSettings(model="flux2-klein", model_id="my/own")
-    names = ("flux-kontext", "flux-kontext=me/ed", "me/ed", "a=b/c")
-    found = [resolve_editor(wanted, name) for name in names]
-    assert [(one.kind, one.model_id) for one in found] == [
-        ("flux-kontext", "black-forest-labs/FLUX.1-Kontext-dev"),
-        ("flux-kontext", "me/ed"),
-        ("flux2-klein", "me/ed"),
-        ("flux2-klein", "a=b/c"),
-    ]
-
-
 def test_transfer_is_a_row_a_protection_and_a_column_an_editor(directory, tiny_models, tmp_path, capsys):
     """Protected once, edited by two."""
     tiny.write_portraits(tmp_path / "faces", n=2)
-    root, flags = tmp_path / "out", ensemble_flags(directory, tiny_models)
-    cut = flags.index("--vae")
-    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods"]
-    line += ["encoder", "noise", *flags[:cut]]
+    root, members = tmp_path / "out", vars(tiny_models)
+    line = [f"--image_dir={tmp_path / 'faces'}", f"--output_dir={root}", "--methods", "encoder", "noise"]
+    line += ["--models=mini", "--device=cpu", f"--lpips={tiny_models.perceptual}"]
+    line += [f"--{name}={members[name]}" for name in ("recognizer", "judge")]
     line += ["--prompts=13", "--num_iters=1", "--num_inference_steps=1", f"--clip_id={tiny_models.clip}"]
-    line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models", *flags[cut + 1 :]]
+    line += [f"--model_id={tiny_models.editor}", "--resolution=64", "--edit_models"]
+    line += [str(tiny_models.editor), f"flux-kontext={directory('flux-kontext')}"]
     line[2:2] = ["--latex", "--baseline=noise"]
     assert experiment.main(line) == 0
     assert pd.read_csv(root / "all_metric_minus_baseline.csv")["method"].tolist() == ["clean", "encoder"]

@@ -1,7 +1,5 @@
 """protection.py: what decides about pixels, and the way of a portrait."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import re
@@ -57,7 +55,7 @@ def test_settings_are_all_that_decides_about_pixels(protector, tiny_models):
         "attack_budget": 0.03,
         "budget_mask": "none",
         "step_size": 0.01,
-        "num_iters": 3,
+        "num_iters": 2,
         "model": "instruct-pix2pix",
         "model_id": recorded(str(tiny_models.editor)),
         "dtype": "float32",
@@ -78,7 +76,7 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--seed 1": ALL - {"instant"},
     "--attack_budget 0.04": ALL,
     "--step_size 0.003": STEPPED,
-    "--num_iters 2": ITERATED,
+    "--num_iters 1": ITERATED,
     "--num_iters 0": ITERATED,
     "--targeted": {"cw"},  # the default of encoder
     "--untargeted": {"encoder", "sds", "blurguard", "dctshield"},
@@ -96,7 +94,7 @@ CHANGES = {  # flags -> the methods whose pixels they change
     "--budget_mask texture": ALL,
     "--faces all": {*FACELOCKS, "instant"},
     "--recognizer {judge} --judge {recognizer}": FACELOCKS,
-    "--judge {convnext}": set(),
+    "--judge dlib": set(),
     "--lpips {heads}": {"facelock"},
     "--model_id {img2img}": ITERATED,
     "--resolution 48": {*ITERATED, "instant"},
@@ -112,13 +110,10 @@ CHANGES = {  # flags -> the methods whose pixels they change
 def members(tmp_path_factory, tiny_models) -> dict[str, Path]:
     """Paths for the flags of CHANGES: other models than the fixtures' own."""
     root = tmp_path_factory.mktemp("others")
-    return {
+    return vars(tiny_models) | {
         "heads": tiny.write_perceptual(root / "heads", seed=5),
         "network": tiny.write_protector(root / "network", tiny_models.editor, seed=5),
         "img2img": tiny.write_img2img(root / "img2img", seed=5),
-        "judge": tiny_models.judge,
-        "recognizer": tiny_models.recognizer,
-        "convnext": tiny.write_convnext(root / "convnext"),
     }
 
 
@@ -149,10 +144,6 @@ def test_what_makes_the_same_files_is_no_setting(flag, protector):
     for method in methods_for(InstructPix2Pix):
         plain, other = (protector(f"--defend_method {method} {more}") for more in ("", flag))
         assert other.settings() == plain.settings()
-
-
-# ---------------------------------------------------------------------------------------------------------
-# flags
 
 
 def test_every_knob_is_a_flag():
@@ -234,10 +225,6 @@ def test_what_argparse_would_refuse_is_refused(given, error):
         Protector(models="mini", device="cpu", **given)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# networks
-
-
 NOTHING = "--recognizer /none --judge /nobody --lpips /none"
 
 
@@ -259,15 +246,32 @@ def test_preload_loads_what_the_method_needs(method, flags, missing, protector):
         tool.preload()
 
 
-def test_each_of_several_editors_is_attacked_by_its_own_denoiser(protector, tiny_models):
-    """And loaded before anything is written."""
-    names = [f"instruct-pix2pix={tiny_models.editor}", f"stable-diffusion={tiny_models.img2img}"]
-    line, x, values = "--defend_method diffusionguard --num_iters 1 --vae", noise(1, 3, 64, 64), []
-    for some in (names, names[:1], names[1:]):
-        tool = protector(f"{line} {' '.join(some)}")
+@pytest.mark.parametrize(
+    ("method", "other"),
+    [
+        ("diffusionguard", "stable-diffusion"),  # which has a denoiser of its own
+        ("encoder", "flux-kontext"),
+        ("facelock", "flux-kontext"),  # which works in another form
+        ("facelock", "taef2"),
+        ("pid", "taef2"),
+    ],
+)
+def test_several_networks_are_attacked_by_the_mean_of_their_objectives(
+    method, other, protector, tiny_models, directory, tmp_path, monkeypatch
+):
+    """Editors and tiny autoencoders; all are loaded before anything is written, and recorded."""
+    monkeypatch.setattr("methods.FACE_FROM", 0)  # all terms from the first iteration on
+    monkeypatch.setattr("methods.PERCEPTUAL_FROM", -1)
+    own = ("instruct-pix2pix", tiny_models.editor)
+    taef2 = ("instruct-pix2pix", tiny.write_taef2(tmp_path / "taef2"))
+    both = [own, taef2 if other == "taef2" else (other, directory(other))]
+    x, values = noise(1, 3, 150, 100), []
+    for some in (both, both[:1], both[1:]):
+        names = " ".join(f"{kind}={path}" for kind, path in some)
+        tool = protector(f"--defend_method {method} --num_iters 1 --vae {names}")
         tool.preload()
-        assert len(tool.attacked) == len(some)
-        tool.perturb(x, [[]], [3], lambda _, value: values.append(value))
+        assert tool.settings()["vae"] == [f"{kind}={recorded(str(path))}, 64 px" for kind, path in some]
+        tool.perturb(x, [[(25, 38, 75, 112)]], [3], lambda _, value: values.append(value))
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)
     assert not torch.equal(values[1], values[2])
 
@@ -295,10 +299,6 @@ def test_what_has_no_output_is_not_saved(tmp_path, protector):
     (report,) = protector("--defend_method noise").save(subjects, [None, tmp_path / "out.png"])
     assert report.path == tmp_path / "out.png"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["face0.png", "face1.png", "out.png"]
-
-
-# ---------------------------------------------------------------------------------------------------------
-# reports
 
 
 def test_the_report_measures_the_file(protector, portrait, tmp_path):
@@ -334,10 +334,6 @@ def test_a_report_without_faces_or_networks(protector, portrait, tmp_path, capsy
     assert capsys.readouterr().err.count("judge not measured") == 1
 
 
-# ---------------------------------------------------------------------------------------------------------
-# masks of the budget
-
-
 @pytest.mark.parametrize(
     ("method", "kind"), [("noise", "face"), ("vae", "texture"), ("cw", "face+texture"), ("dctshield", "face")]
 )
@@ -355,7 +351,7 @@ def test_the_saved_file_keeps_to_the_mask(kind, method, protector, tmp_path):
     change = np.abs(saved - source).max(axis=2) * 2 / 255
     assert (change <= 0.1 * mask + 1e-6).all() and change.max() > 0.05
     if "face" in kind:
-        assert (mask[40:70, 30:50] > 0).all() and (mask[:, 75:] == 0).all()
+        assert (mask[40:70, 30:50] > 0).mean() > 0.9 and (mask[:, 75:] == 0).all()  # eyes are flat
 
 
 def test_facelock_and_a_face_mask_need_a_face_and_a_texture_mask_none(protector, portrait):
