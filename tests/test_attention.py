@@ -1,34 +1,32 @@
-"""models/attention.py and the defenses on it, veto and decontext: by their formulas, and by the scripts."""
+"""models/attention.py, the defenses on it, and models/denoiser.py: by their formulas, and by the scripts."""
 
-from __future__ import annotations
 
-from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import tiny
 import torch
+from diffusers import DDIMScheduler
 from diffusers.models.transformers import transformer_flux, transformer_flux2
 
 import defend
 import main_defend
 from images import load_image
 from methods import METHODS
+from models.denoiser import Denoiser
 from models.editors import EDITORS
 from models.vaes import load_vae
 from protection import Protector, methods_for
+from utils import UserError
 
 torch.set_num_threads(1)
 
-ROOT = Path(defend.__file__).parent
 SIDE = 64
 MODULES = {"flux-kontext": transformer_flux, "flux2-klein": transformer_flux2}
 NAMES = ("veto", "decontext")
 each_kind = pytest.mark.parametrize("kind", MODULES)
 each_name = pytest.mark.parametrize("name", NAMES)
-either = pytest.mark.parametrize(("name", "kind"), list(zip(NAMES, MODULES, strict=True)))
-
-
 @pytest.fixture(scope="module")
 def loaded(directory):
     """Gives a kind's editor in float64, its VAE, and the noise that its latents take."""
@@ -48,15 +46,6 @@ def image(batch=2):
 
 def generator():
     return torch.Generator().manual_seed(5)
-
-
-def offers(editor, vae, checkpointing=False):
-    attention = editor.denoiser(editor, checkpointing)
-    return {"vae": vae, "attention": attention, "generators": [generator()]}
-
-
-# ---------------------------------------------------------------------------------------------------------
-# the formulas, written anew on what diffusers' own attention is called with
 
 
 class Reference:
@@ -150,34 +139,21 @@ FORMULAS = {"veto": veto, "decontext": decontext}
 @each_kind
 @each_name
 def test_value_and_gradient_are_the_references(name, kind, loaded, monkeypatch):
-    """Of their code's formulas, on the same transformer with the same noise."""
+    """On the same transformer with the same noise; checkpointing changes nothing."""
     editor, vae = loaded(kind)
-    x = image(1).requires_grad_()
-    found = METHODS[name].objective(x, **offers(editor, vae))(x, 0.5)
+    x, is_checkpointed = image(1).requires_grad_(), name == "decontext"
+    attention = editor.denoiser(editor, is_checkpointed)
+    given = {"vae": vae, "attention": attention, "generators": [generator()]}
+    found = METHODS[name].objective(x, **given)(x, 0.5)
     (gradient,) = torch.autograd.grad(found.sum(), x)
+    assert editor.pipeline.transformer.gradient_checkpointing == is_checkpointed
+    editor.pipeline.transformer.disable_gradient_checkpointing()
     value = FORMULAS[name](Reference(kind, editor, vae, monkeypatch), x, generator())
     (expected,) = torch.autograd.grad(value, x)
     torch.testing.assert_close(found[0], value, rtol=1e-5, atol=0)
     scale = expected.abs().max()
     assert scale > 0
     torch.testing.assert_close(gradient / scale, expected / scale, rtol=0, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# what else holds
-
-
-@either
-def test_checkpointing_changes_nothing(name, kind, loaded):
-    editor, vae = loaded(kind)
-    x, found = image(1).requires_grad_(), []
-    for checkpointing in (False, True):
-        given = offers(editor, vae, checkpointing)
-        objective = METHODS[name].objective(x, **given)
-        found.append(torch.autograd.grad(objective(x, 0.5).sum(), x)[0])
-    assert editor.pipeline.transformer.gradient_checkpointing
-    editor.pipeline.transformer.disable_gradient_checkpointing()
-    torch.testing.assert_close(*found)
 
 
 @each_kind
@@ -196,16 +172,6 @@ def test_to_noise_and_back_by_a_perfect_transformer_is_the_latent(share, kind, l
     assert found.shape == z.shape and found.isfinite().all() and (found != z).any()
 
 
-# ---------------------------------------------------------------------------------------------------------
-# the scripts
-
-
-@pytest.fixture
-def portraits(tmp_path):
-    tiny.write_portraits(tmp_path / "in", 3)
-    return tmp_path / "in"
-
-
 def flags(directory, kind, name):
     model = f"--models=mini --model={kind} --model_id={directory(kind)} --resolution={SIDE} --device=cpu"
     return f"{model} --defend_method={name} --num_iters=1".split()
@@ -215,22 +181,15 @@ def pixels(folder):
     return np.stack([load_image(path).pixels.astype(int) for path in sorted(folder.glob("*.png"))])
 
 
-@either
-def test_a_directory_in_batches_and_resumed(name, kind, directory, portraits, tmp_path, capsys):
-    """Each image gets the same result; a fourth one comes later; what is there is not made again."""
-    line = [*flags(directory, kind, name), f"--image_dir={portraits}", "--attack_budget=0.03"]
+@pytest.mark.parametrize(("name", "kind"), list(zip(NAMES, MODULES, strict=True)))
+def test_a_batch_gives_each_image_its_own_result(name, kind, directory, tmp_path):
+    tiny.write_portraits(tmp_path / "in", 3)
+    line = [*flags(directory, kind, name), f"--image_dir={tmp_path}/in", "--attack_budget=0.03"]
     for size in (1, 3):
-        out = [f"--output_dir={tmp_path}/{size}", f"--batch_size={size}"]
-        assert main_defend.main([*line, *out]) == 0
+        assert main_defend.main([*line, f"--output_dir={tmp_path}/{size}", f"--batch_size={size}"]) == 0
     one, three = (pixels(tmp_path / str(size) / "budget_0.03") for size in (1, 3))
-    assert 1 <= np.abs(one - pixels(portraits)).max() <= 3  # of 255, within 0.03
+    assert 1 <= np.abs(one - pixels(tmp_path / "in")).max() <= 3  # of 255, within 0.03
     assert (one != three).mean() < 0.01  # but for signs of gradients that are 0 up to rounding
-    tiny.write_portraits(portraits, 4)
-    capsys.readouterr()
-    assert main_defend.main([*line, *out]) == 0
-    assert "1 written, 3 there already" in capsys.readouterr().out
-    assert main_defend.main([*line, *out, "--num_iters=2"]) == 1
-    assert "num_iters" in capsys.readouterr().err
 
 
 @each_name
@@ -247,15 +206,6 @@ def test_settings_are_the_authors_by_default(name, directory):
     assert (changed != found) == (name == "veto")
 
 
-@pytest.mark.parametrize("kind", ["instruct-pix2pix", "sdxl-instruct-pix2pix", "qwen-image-edit"])
-def test_an_editor_without_such_a_transformer_is_refused_in_one_line(kind, portraits, capsys):
-    """Before anything is loaded, so that its weights needn't be there."""
-    line = f"--model={kind} --model_id=nobody/nothing --defend_method=decontext --device=cpu".split()
-    assert defend.main([f"--input_path={portraits}/face0.png", *line]) == 1
-    (told,) = capsys.readouterr().err.splitlines()
-    assert f"the denoiser of flux-kontext or flux2-klein, which {kind} does not have" in told
-
-
 def test_all_methods_are_those_that_suit_the_editor():
     of_unet, of_tokens = {"photoguard", "advdm", "sds", "diffusionguard"}, set(NAMES)
     for kind, editor in EDITORS.items():
@@ -264,3 +214,84 @@ def test_all_methods_are_those_that_suit_the_editor():
         assert (of_unet <= left_out) != is_of_sd
         assert (of_tokens <= left_out) == (kind not in MODULES)
         assert left_out - {"instant"} <= of_unet | of_tokens
+
+
+# ---------------------------------------------------------------------------------------------------------
+# models/denoiser.py: what the defenses see of an editor with a U-Net is what its pipeline computes
+
+
+def latents(*seeds: int) -> list[torch.Tensor]:
+    return [tiny.noise(2, 4, 8, 8, seed=seed).double() for seed in seeds]
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("shown", [True, False])
+@pytest.mark.parametrize("k", [0, 700, torch.tensor([3, 900])])
+def test_the_noise_is_that_of_the_network(prediction, shown, k):
+    """By the scheduler's own conversion, image by image, with no words as the pipelines encode them.
+
+    Checkpointing changes nothing.
+    """
+    editor = tiny.tiny_editor(shown, prediction, torch.float64)
+    pipeline, (z_k, z) = editor.pipeline, latents(1, 2)
+    found = Denoiser(editor, checkpointing=shown).predict_noise(z_k, k, z)
+    ids = pipeline.tokenizer("", padding="max_length", return_tensors="pt").input_ids
+    words = pipeline.text_encoder(ids)[0]
+    for i, step in enumerate(k.tolist() if isinstance(k, torch.Tensor) else [k, k]):
+        given = torch.cat([z_k, z], dim=1) if shown else z_k
+        output = pipeline.unet(given[i : i + 1], step, words).sample
+        a = pipeline.scheduler.alphas_cumprod[step].double()
+        if prediction == "v_prediction":  # v = sqrt(a) e - sqrt(1 - a) z_0, z_k = sqrt(a) z_0 + sqrt(1 - a) e
+            output = a**0.5 * output + (1 - a) ** 0.5 * z_k[i : i + 1]
+        torch.testing.assert_close(found[i : i + 1], output, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_edit_is_ddims(prediction):
+    """At the same timesteps as diffusers' scheduler, whose last step leads to the clean latent."""
+    editor = tiny.tiny_editor(True, prediction, torch.float64)
+    denoiser, (z, noise) = Denoiser(editor), latents(1, 2)
+    own = {"timestep_spacing": "trailing", "clip_sample": False, "set_alpha_to_one": True}
+    scheduler = DDIMScheduler.from_config(editor.pipeline.scheduler.config, **own)
+    scheduler.set_timesteps(4)
+    z_k, words = noise, denoiser._words.expand(2, -1, -1)
+    for k in scheduler.timesteps:
+        output = editor.pipeline.unet(torch.cat([z_k, z], dim=1), k, words).sample
+        z_k = scheduler.step(output, k, z_k).prev_sample
+    assert scheduler.timesteps.tolist() == [999, 749, 499, 249]
+    torch.testing.assert_close(denoiser.edit(z, noise, 4), z_k / 0.18215, rtol=1e-4, atol=1e-4)
+
+
+def test_timesteps_without_image_do_not_count():
+    editor = tiny.tiny_editor(True, "v_prediction", torch.float64)
+    scheduler = editor.pipeline.scheduler
+    editor.pipeline.scheduler = DDIMScheduler.from_config(scheduler.config, rescale_betas_zero_snr=True)
+    assert editor.pipeline.scheduler.alphas_cumprod[-1] == 0
+    denoiser, (z, noise) = Denoiser(editor), latents(1, 2)
+    assert denoiser.alphas_cumprod.min() >= 0.004 and 800 < denoiser.first < 999
+    assert editor.pipeline.scheduler.alphas_cumprod[denoiser.first + 1] < 0.004
+    assert denoiser.edit(z, noise, 4).isfinite().all()
+
+
+def test_an_editor_of_another_kind_is_one_clear_error():
+    def other(**parts) -> SimpleNamespace:
+        editor = tiny.tiny_editor()
+        vars(editor.pipeline).update(parts)
+        return editor
+
+    channels = tiny.tiny_editor(False).pipeline.unet.config
+    flow = SimpleNamespace(config={"prediction_type": "flow"}, alphas_cumprod=None)
+    sdxl = SimpleNamespace(config=SimpleNamespace(**channels | {"addition_embed_type": "text_time"}))
+    inpainting = SimpleNamespace(config=SimpleNamespace(**channels | {"in_channels": 9}))
+    adapted = SimpleNamespace(config=SimpleNamespace(**channels | {"encoder_hid_dim_type": "image_proj"}))
+    unets = [{"unet": unet} for unet in (sdxl, inpainting, adapted)]
+    for parts in ({"scheduler": flow}, *unets):
+        with pytest.raises(UserError, match="SimpleNamespace: this method works on InstructPix2Pix's"):
+            Denoiser(other(**parts))
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_to_noise_and_back_by_a_perfect_denoiser_is_the_latent(share, monkeypatch):
+    denoiser, (z, noise) = Denoiser(tiny.tiny_editor(dtype=torch.float64)), latents(1, 2)
+    monkeypatch.setattr(denoiser, "predict_noise", lambda z_k, k, z: noise)
+    torch.testing.assert_close(denoiser.again(z, noise, share, 5), z)
