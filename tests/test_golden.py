@@ -1,7 +1,5 @@
 """What every method makes of one bundled portrait, held to numbers: who changes pixels raises a version."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

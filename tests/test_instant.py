@@ -1,7 +1,5 @@
 """`instant`: networks that answer at once, within the budget; their training; and their folders."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import tiny
 import torch
 from PIL import Image
+from tiny import CPU
 from torch import nn
 
 import train_protector
@@ -17,7 +16,6 @@ from models.norms import quicken
 from models.protector import KINDS, frame_of, load_protector
 from utils import UserError
 
-CPU = torch.device("cpu")
 SIZES = [(64, 64), (50, 37), (128, 96)]
 
 
@@ -42,15 +40,6 @@ def test_a_network_gives_shares_of_the_budget_at_any_size(size, kind, tiny_model
     assert shares.shape == images.shape
     assert 0.01 < shares.abs().max() <= 1
     torch.testing.assert_close(network(images[1:], budget[1:]), shares[1:], rtol=0, atol=2e-3)
-
-
-def test_the_nearest_pattern_covers_the_picture():
-    network = KINDS["universal"](num_patterns=2, size=8)
-    network.patterns.data[:] = torch.tensor([1.0, -1.0]).view(2, 1, 1, 1)
-    network.centres[:] = torch.tensor([[0.5], [-0.5]])
-    images = torch.tensor([0.9, -0.9]).view(2, 1, 1, 1).expand(2, 3, 30, 32)
-    shares = network(images, torch.full((2, 1, 30, 32), 0.06))
-    assert (shares[0] > 0.7).all() and (shares[1] < -0.7).all()
 
 
 @pytest.mark.parametrize("budget", [0.03, 0.06, 0.3])
@@ -182,10 +171,6 @@ def test_the_quick_gradient_of_a_group_norm_is_the_gradient():
     quicken(norm)
     found = torch.autograd.grad((norm(x) * there).sum(), [x, *norm.parameters()])
     torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# training
 
 
 @pytest.fixture

@@ -1,10 +1,8 @@
-"""methods.py and loops.py: each objective by its equation, in float64, and what holds for all of them.
+"""methods.py, loops.py, masks.py: each objective by its equation, in float64, and what holds for all of them.
 
 Each statement of an equation is written here anew, of the tiny networks themselves; draws are repeated from
 the seeds.
 """
-
-from __future__ import annotations
 
 import warnings
 from dataclasses import replace
@@ -16,8 +14,9 @@ import torch
 import torch.nn.functional as F
 
 import transforms
-from images import to_uint8_within
+from images import to_tensor, to_uint8_within
 from loops import CHECK_EVERY, GradientError, Objective, Run, adam, l2_pgd, pgd, random_start, sized_pgd
+from masks import BUDGET_MASKS, FACE_EDGE, budget_mask, face_mask, texture_mask
 from methods import METHODS, NEED, eot
 from models.denoiser import Denoiser
 from models.editors import InstructPix2Pix
@@ -224,10 +223,6 @@ def test_sdss_gradient_is_the_denoisers_error(vae, editor):
         torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-12)
 
 
-# ---------------------------------------------------------------------------------------------------------
-# what holds for all
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", ["noise", "encoder", "vae", "cw", "facelock"])
 def test_budget_range_and_dtype(name, dtype, editor):
@@ -254,10 +249,6 @@ def test_a_batch_is_one_by_one(name, vae, editor):
 
     together = protect([0, 1, 2])
     torch.testing.assert_close(protect([2, 0])[[1, 0]], together[[0, 2]], rtol=0, atol=1e-10)
-
-
-# ---------------------------------------------------------------------------------------------------------
-# eot, masks and the loops
 
 
 def test_eot_is_the_mean_of_what_its_ways_give():
@@ -288,17 +279,6 @@ def test_a_mask_is_each_pixels_share_of_the_budget(name, vae, editor):
     saved = to_uint8_within(clean + (out - x), pixels, 0.1, mask)
     levels = np.abs(saved.astype(int) - pixels)
     assert (levels * 2 / 255 <= 0.1 * mask.permute(0, 2, 3, 1).numpy() + 1e-9).all() and levels.max() > 2
-
-
-def test_blurguards_change_is_smooth(vae):
-    x = transforms.blur(image(), 9, 2.0)
-    run = Run(budget=0.05, num_iters=5)
-    rough, smooth = (METHODS[name].protect(x, run, vae=vae) - x for name in ("encoder", "blurguard"))
-
-    def roughness(change):
-        return (change.diff(dim=-1).square().mean() / change.square().mean()).item()
-
-    assert roughness(smooth) < 0.5 * roughness(rough)
 
 
 # ---------------------------------------------------------------------------------------------------------
@@ -343,47 +323,11 @@ def test_l2_pgd_goes_along_the_gradient_to_the_balls_border():
     torch.testing.assert_close(l2_pgd(x[1:], lambda u, t: objective(u, t) * 1e-6, run), 0.1 * direction[1:])
 
 
-def test_l2_pgd_keeps_the_budget_and_its_steps_fall():
-    x = torch.zeros(1, 3, 8, 8)
-    run = Run(budget=0.05, step_size=0.02, num_iters=4, rms=1)
-    seen = []
-
-    def objective(x_adv, t):
-        seen.append(x_adv[0, 0, 0, 0].item())
-        return x_adv.sum(dim=(1, 2, 3))
-
-    out = l2_pgd(x, objective, run)
-    assert np.diff(seen) == pytest.approx([0.02, 0.02 * 0.7525, 0.02 * 0.505], abs=1e-6)
-    assert torch.equal(out, torch.full_like(x, 0.05))
-
-
 def test_a_gradient_too_small_for_float16_still_counts():
     x = torch.zeros(1, 3, 4, 4)
     run = Run(budget=0.5, step_size=0.1, num_iters=1, start=x)
     out = pgd(x, lambda x_adv, t: (x_adv.half() * 2e-8).sum(dim=(1, 2, 3)), run)
     assert torch.equal(out, torch.full_like(x, 0.1))
-
-
-def test_adam_takes_any_objective():
-    """It leads to the objective's maximum where that is inside the budget, and to the border else."""
-    x = torch.zeros(2, 3, 4, 4, dtype=torch.float64)
-    goal = torch.tensor([0.02, 0.2], dtype=x.dtype).view(2, 1, 1, 1).expand_as(x)
-    run = Run(budget=0.05, num_iters=300, start=x)
-    out = adam(x, lambda x_adv, t: -(x_adv - goal).square().sum(dim=(1, 2, 3)), run)
-    torch.testing.assert_close(out, goal.clamp(max=0.05), rtol=0, atol=1e-6)
-
-
-def test_random_start_is_uniform_in_the_ball():
-    x = image(1, 64, reach=0.5)
-    offset = (random_start(x, 0.1, [0]) - x) / 0.1
-    assert offset.abs().max() <= 1 + 1e-12
-    ordered = offset.flatten().sort().values
-    uniform = torch.linspace(-1, 1, len(ordered), dtype=x.dtype)
-    assert (ordered - uniform).abs().max() < 0.05
-
-
-# ---------------------------------------------------------------------------------------------------------
-# errors and warnings
 
 
 @pytest.mark.parametrize("name", ["noise", "encoder", "cw"])
@@ -431,3 +375,63 @@ def test_a_gradient_that_is_zero_everywhere_warns():
     (warning,) = caught
     assert warning.category is RuntimeWarning and "zero everywhere" in str(warning.message)
     assert torch.equal(out[1], x[1]) and not torch.equal(out[0], start[0])
+
+
+# ---------------------------------------------------------------------------------------------------------
+# masks.py: in [0, 1], soft, of the clean image and its boxes alone
+
+
+BOXES = [[(10, 20, 30, 60)], [(0, 0, 12, 12), (40, 40, 64, 64)]]
+
+
+def portraits() -> torch.Tensor:
+    return torch.cat([to_tensor(tiny.portrait(64, seed=seed)) for seed in (1, 2)])
+
+
+@pytest.mark.parametrize("kind", BUDGET_MASKS)
+def test_a_mask_is_soft_and_its_images_own(kind):
+    x = portraits()
+    mask = budget_mask(x, BOXES, kind)
+    if kind == "none":
+        assert mask is None
+        return
+    assert mask.shape == (2, 1, 64, 64) and mask.dtype == x.dtype
+    assert mask.min() >= 0 and mask.max() <= 1 and mask.max() > 0.9
+    assert ((mask > 0.05) & (mask < 0.95)).any()
+    if "+" in kind:
+        assert torch.equal(mask, face_mask(x, BOXES) * texture_mask(x))
+    for i in range(2):
+        assert torch.equal(budget_mask(x[i : i + 1], BOXES[i : i + 1], kind)[0], mask[i])
+
+
+def test_a_face_is_whole_and_falls_off_around_it():
+    mask = face_mask(portraits(), BOXES)
+    for i, faces in enumerate(BOXES):
+        for x0, y0, x1, y1 in faces:
+            assert (mask[i, 0, y0:y1, x0:x1] == 1).all()
+    row = mask[0, 0, 40]
+    assert (row[30:34].diff() < 0).all() and (row[34:] == 0).all()  # a fifth of 20 px
+    assert row[30] == pytest.approx((1 + np.cos(np.pi * 0.5 / (FACE_EDGE * 20))) / 2)
+    assert (mask[1, 0, :, 18:30] == 0).all()
+
+
+def test_texture_is_the_local_deviation():
+    """Around each pixel 3x3, of what is left when the mean around each has been taken away."""
+    x = portraits()
+    grey = x.double().mean(dim=1).numpy()
+
+    def mean(values):
+        padded = np.pad(values, ((0, 0), (1, 1), (1, 1)), mode="edge")
+        return sum(padded[:, y : y + 64, x0 : x0 + 64] for y in range(3) for x0 in range(3)) / 9
+
+    deviation = np.sqrt(mean((grey - mean(grey)) ** 2))
+    expected = np.minimum(deviation / (2 * deviation.mean(axis=(1, 2), keepdims=True)), 1)
+    np.testing.assert_allclose(texture_mask(x)[:, 0], expected, atol=1e-4)
+
+
+def test_textures_surroundings_grow_with_the_image():
+    """A point is seen as far as 1/64 of the long side, twice: around it, and around what it moves."""
+    for side, seen in ((64, 5), (320, 9)):
+        x = torch.zeros(1, 3, 32, side)
+        x[..., 16, 32] = 1
+        assert (texture_mask(x)[0, 0, 16] > 0).sum() == seen

@@ -1,7 +1,5 @@
 """transforms.py: JPEG and rotation against Pillow, draws of each image's own, gradients, and the two maps."""
 
-from __future__ import annotations
-
 import io
 
 import numpy as np
@@ -84,29 +82,6 @@ def test_a_face_at_the_side_is_transformed_as_one_in_the_middle(name):
     assert not torch.allclose(seen[0], face.expand_as(seen[0]))  # some are mirrored, too
     for other in seen[1:]:
         torch.testing.assert_close(other, seen[0], rtol=0, atol=1e-9)
-
-
-def test_around_is_a_square_around_all_faces():
-    image = torch.zeros(2, 3, 40, 80, dtype=torch.float64)
-    centre, half = transforms.around([[(10, 10, 20, 22)], [(0, 0, 10, 10), (50, 20, 60, 30)]], image)
-    assert centre.flatten().tolist() == pytest.approx([15 / 40 - 1, 16 / 20 - 1, 30 / 40 - 1, 15 / 20 - 1])
-    sides = [5 / 3 * 12, 5 / 3 * 60]
-    torch.testing.assert_close(half, torch.tensor([[side / 80, side / 40] for side in sides]).double())
-
-
-def test_geometry_goes_where_it_says(image):
-    """A pixel's centre, through the affine map, in Pillow's and one's own words."""
-    one = image.new_ones(1)
-    moved = transforms._warp(image, None, one, one * 2 * 5 / 67, one * 2 * -4 / 48)  # 5 px right, 4 px up
-    torch.testing.assert_close(moved[..., :-4, 5:], image[..., 4:, :-5], rtol=0, atol=1e-9)
-    assert moved[..., -4:, :].abs().max() < 1e-9 and moved[..., :5].abs().max() < 1e-9
-    half = transforms._warp(image, None, 0.5 * one)
-    assert (half[..., :11, :] == 0).all() and (half[..., :16] == 0).all() and half[..., 14:34, 20:47].any()
-    turned = transforms._warp(image, None, one, angle=one * np.pi / 6)
-    pillow = Image.fromarray(to_uint8(image)[0]).rotate(-30, Image.Resampling.BILINEAR, fillcolor=(128,) * 3)
-    inside = np.s_[16:32, 20:47]
-    apart = np.abs(to_uint8(turned)[0].astype(int) - np.array(pillow))[inside]
-    assert apart.max() <= 3
 
 
 def test_draws_go_as_far_as_they_say(monkeypatch):
