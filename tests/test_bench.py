@@ -1,7 +1,5 @@
 """bench.py: what it measures is what it says, and its table is that of its numbers."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
@@ -19,7 +17,7 @@ SETTINGS = Settings(models="mini", device="cpu", resolution=64, num_iters=2)
 
 def test_one_row_per_job_with_its_numbers(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(bench, "in_a_process", lambda function, *arguments: function(*arguments))
-    line = f"--iterations=2 --repeats=2 --portraits=10 --input_side=70x60 --json={tmp_path}/out.json".split()
+    line = f"--iterations=2 --repeats=1 --portraits=10 --input_side=70x60 --json={tmp_path}/out.json".split()
     jobs = ["noise", "encoder", "facelock", "facelock-wide", "edit", "psnr", "lpips", "clip", "faces"]
     assert bench.main([*MINI, *line, "--what", *jobs]) == 0
     about, _, *lines, note = capsys.readouterr().out.splitlines()

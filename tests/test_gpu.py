@@ -1,7 +1,5 @@
 """What only an accelerator can show; skipped, with the reason, where there is none."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import tiny
