@@ -200,7 +200,7 @@ def test_the_bundled_models_are_small_and_no_pickles():
 
 
 def test_facelock_moves_the_face_and_noise_does_not(tmp_path, capsys):
-    """On the bundled models: 8 iterations, after a VAE round trip. Nothing is said of real photos."""
+    """On the bundled models: 8 iterations, after a VAE round trip. This says nothing about real photos."""
     after = {}
     for method in ("facelock", "noise"):
         arguments = (

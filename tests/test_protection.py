@@ -322,7 +322,7 @@ def test_the_report_measures_the_file(protector, portrait, tmp_path):
 
 
 def test_a_report_without_faces_or_networks(protector, portrait, tmp_path, capsys):
-    """A method that needs no face is carried out all the same; what can't be loaded is said once."""
+    """A method that needs no face runs all the same; networks that can't be loaded are reported once."""
     tool = with_faces(protector("--defend_method noise --check"), [])
     (report,) = tool.save([tool.load(portrait)], [tmp_path / "out.png"])
     assert report.faceless and "judge not measured (no face found)" in str(report)

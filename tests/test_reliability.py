@@ -90,7 +90,7 @@ def test_two_processes_share_the_work_say_it_once_and_lose_nothing(tmp_path):
     process.communicate()
     finish(start(tmp_path, "killed", 2, *flags[:-1], seed))
     assert files(killed) == one and not list(killed.glob(".*.tmp"))
-    # an error before the work is told once, and all processes end
+    # an error before the work is reported once, and all processes end
     status, out, err = finish(start(tmp_path, "two", 2, *flags[:-1], str(int(seed) + 1)))
     assert status != 0 and err.count("error: ") - err.count("error: [Errno") == 1, err
 
@@ -215,7 +215,7 @@ def test_a_damaged_file_is_an_image_or_a_user_error(tmp_path, count):
 
 
 def test_odd_names_and_bad_files_in_one_directory(tmp_path, defend_flags, capsys):
-    """Each good one is protected whatever it is called, each bad one is told in one line."""
+    """Each good one is protected whatever its name, each bad one is reported in one line."""
     folder = tmp_path / "in"
     good = ["a b.png", "-dash.png", "neue\nzeile.png", "пример ü.png", "100%{}.png", "two.dots.png"]
     good += [f"{'x' * 247}.png", f"{'y' * 251}.png"]
@@ -286,7 +286,7 @@ def test_a_file_that_vanishes_or_changes_during_the_run(tmp_path, defend_flags, 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="finds a descriptor's file in /proc")
 def test_a_full_disk(tmp_path, defend_flags, monkeypatch, capsys):
-    """The second portrait finds no room: it is told, nothing is left of it, and the third is made."""
+    """The disk is full at the second portrait: it is reported, leaves nothing, and the third is made."""
     tiny.write_portraits(tmp_path / "in", 3)
 
     full = temporary_name(Path("face1.png")).name
