@@ -7,6 +7,7 @@ import math
 import re
 import threading
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -50,6 +51,7 @@ class Backend:
         self.loop = loop_of(self.config)  # the method that the network of `instant` was trained on
         if self.loop:
             self.config = Protector(settings, method="instant").config  # no judges seen in training
+        self.config = replace(self.config, compile=False, checkpointing=False)  # these are for attacks
         self.missing: list[str] = []
         try:
             load_all([protector.preload, self.config.load_editor])

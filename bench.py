@@ -120,8 +120,8 @@ def load_defense(method: str, settings: Settings, pixels: np.ndarray) -> Loaded:
     """Loads a defense as the scripts run it."""
     protector = Protector(settings, method=method)
     protector.preload()
-    images, size = to_tensor(pixels).to(protector.device), pixels.shape[1:3]
-    height, width = protector.config.editor.working_size(size, protector.resolution)
+    images = to_tensor(pixels).to(protector.device)
+    height, width = pixels.shape[1:3]
     boxes = [[(width // 4, height // 4, 3 * width // 4, 3 * height // 4)]] * len(images)
     has_iterations = "num_iters" in protector.method.reads
     iterations = (protector.run.num_iters, protector.method.run.num_iters) if has_iterations else (1, 1)

@@ -79,6 +79,8 @@ class Settings(ModelSettings):
     budget_mask: str | None = None  # one of BUDGET_MASKS
     faces: str = "largest"  # or all
     check: bool = False  # whether every method's report measures face similarity
+    checkpointing: bool = False  # less memory, more time
+    compile: bool = False
 
 
 @dataclass
@@ -144,7 +146,8 @@ class Protector:
         if wanted.compile and wanted.checkpointing:
             raise UserError("--compile and --checkpointing don't go together")
         # what the objective averages over
-        self.attacked = resolve_vaes(replace(wanted, edit={}))
+        how = {"checkpointing": wanted.checkpointing, "compile": wanted.compile}
+        self.attacked = [replace(one, **how) for one in resolve_vaes(replace(wanted, edit={}))]
         self.name, self.seed, self.method = wanted.method, wanted.seed, METHODS[wanted.method]
         usual = METHODS[self._trained()["method"]] if self.method.is_network else self.method
         budget = usual.run.budget
@@ -222,6 +225,8 @@ class Protector:
             found["vae_ids"] = None  # where an older run.json names several editors
         if self.needs_face:
             found["faces"] = self.wanted.faces
+            if len(self.attacked) > 1:
+                found["boxes_version"] = 2  # scaled for each autoencoder from the portrait's own pixels
         if "face_similarity" in self.needs:
             found["recognizer"] = " ".join(map(recorded_recognizer, config.recognizers))
         if "perceptual_distance" in self.needs:
@@ -328,14 +333,13 @@ class Protector:
         if outside := [box for box in boxes if not clip_box(box, size)]:
             raise UserError(f"{path}: the face box {outside[0]} is outside the {size[1]}x{size[0]} image")
         there = boxes or self.detector(portrait.pixels)
-        found = scale_boxes(there if boxes or self.wanted.faces == "all" else there[:1], size, size)
+        chosen = scale_boxes(there if boxes or self.wanted.faces == "all" else there[:1], size, size)
+        sizes = [one.editor.working_size(size, one.resolution) for one in self.attacked]
+        found = [box for box in chosen if all(scale_boxes([box], size, working) for working in sizes)]
         if not found and self.needs_face:
-            raise UserError(f"{path}: no face found; say where it is with defend.py --face_box x0,y0,x1,y1")
-        for one in self.attacked if self.needs_face else ():
-            height, width = one.editor.working_size(size, one.resolution)
-            if not scale_boxes(found, size, (height, width)):
-                what = f"{one.kind}, which works at {width}x{height}"
-                raise UserError(f"{path}: a face is too small for {what}")
+            why = f"the face is too small to be worked on at {'x'.join(map(str, min(sizes)[::-1]))}"
+            why = why if chosen else "no face found; say where it is with defend.py --face_box x0,y0,x1,y1"
+            raise UserError(f"{path}: {why}")
         return Subject(portrait, found, len(there))
 
     def perturb(

@@ -267,12 +267,13 @@ def choose_prompts(numbers: Sequence[int] | None, file: Path | None) -> dict[int
     return {number: prompts[number] for number in (prompts if numbers is None else sorted(set(numbers)))}
 
 
-def add_prompt_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds --prompts and --prompt_file, which `choose_prompts` reads."""
-    text = "numbers of the instructions (default: all, or all that were edited)"
+def add_prompt_arguments(parser: argparse.ArgumentParser, are_there: bool = False) -> None:
+    """Adds --prompts and --prompt_file, which `choose_prompts` reads. are_there: for edits that were made."""
+    own = "all that were edited", "those in the run.json of the edits, else the paper's"
+    all_, texts = own if are_there else ("all", "the paper's")
+    text = f"numbers of the instructions (default: {all_})"
     parser.add_argument("--prompts", type=number_list, metavar="I,J,...", help=text)
-    text = "your own instructions, a text file with one per line, numbered from 0 (default: those in the "
-    text += "run.json of existing edits, else the paper's)"
+    text = f"your own instructions, a text file with one per line, numbered from 0 (default: {texts})"
     parser.add_argument("--prompt_file", type=path, help=text)
 
 

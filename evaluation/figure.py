@@ -69,7 +69,7 @@ def parse_args(argv: Sequence[str] | None) -> argparse.Namespace:
     grid.add_argument("--defend_edit_dirs", nargs="+", help="edits of them, each holding seed{S}/", **path)
     grid.add_argument("--titles", nargs="+", help="titles of the methods (default: directories, if several)")
     grid.add_argument("--seed", type=utils.known_seed, nargs=1, required=True, help="the S of seed{S}")
-    utils.add_prompt_arguments(grid)
+    utils.add_prompt_arguments(grid, are_there=True)
     grid.add_argument("--names", nargs="+", help="stems of the portraits to show (default: all)")
     grid.add_argument("--difference", action="store_true", help=f"add a column of what was added, x{AMPLIFY}")
     plot = kinds.add_parser("plot", help="a metric's curve", description=PLOT, **look)

@@ -18,7 +18,7 @@
     saturate:F   F times the colour, 0 to 10; 0 is grey
     palette:N    N colours, 2 to 256, chosen for the picture, dithered
     vae          a round trip through the editor's VAE
-        denoise:S    noises the latent to the share S of the editor's schedule, 0.01 to 1, and lets the
+    denoise:S    noises the latent to the share S of the editor's schedule, 0.01 to 1, and lets the
                  editor's own denoiser, without an instruction, remove the noise (after DiffPure); a
                  denoiser that takes the picture as input gets it, as in an edit
     restore      the editor itself, asked to "restore this photo"

@@ -277,7 +277,7 @@ def make_parser(doc: str, name: str, metrics: Sequence[Metric]) -> argparse.Argu
     protected = "edits of protected images: each holds seed{S}/, or holds directories that do"
     add("--defend_edit_dirs", type=utils.path, nargs="+", required=True, help=protected)
     add("--seed", type=utils.known_seed, nargs="+", required=True, help="the S of seed{S}, one or more")
-    utils.add_prompt_arguments(parser)
+    utils.add_prompt_arguments(parser, are_there=True)
     add("--common", action="store_true", help="score the images that all directories have and name the rest")
     add("--baseline", metavar="ROW", help="a row to compare the others with, in pairs")
     add("--output", type=utils.path, help=f"a .csv (default: {name}_metric.csv in the working directory)")

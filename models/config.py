@@ -108,8 +108,6 @@ class ModelSettings:
     protector: str | None = None
     device: str = "auto"
     dtype: str = "auto"
-    checkpointing: bool = False  # less memory, more time
-    compile: bool = False
 
     @classmethod
     def of(cls, args: argparse.Namespace, **more: Any) -> Self:
@@ -187,8 +185,12 @@ class ModelConfig:
         return load_vae(self.editor, self.vae, *where, self.checkpointing, self.compile)
 
     def load_denoiser(self) -> Denoiser | Attention:
-        """Gives the editor's denoiser, which it must have, as defenses see it. Raises UserError."""
-        return self.editor.denoiser(self.load_editor(), self.checkpointing)
+        """Returns the editor's denoiser as defenses see it, kept with its pipeline. Raises UserError."""
+        editor = self.load_editor()
+        views = vars(editor.pipeline).setdefault("views", {})
+        if self.checkpointing not in views:
+            views[self.checkpointing] = self.editor.denoiser(editor, self.checkpointing)
+        return views[self.checkpointing]
 
     def load_recognizer(self, member: str, dtype: torch.dtype | None = None) -> Recognizer:
         """Loads one of the panel, or takes it from an earlier call. Raises UserError."""
@@ -295,8 +297,6 @@ def resolve(wanted: ModelSettings | None = None, **given: Any) -> ModelConfig:
         device=device,
         dtype=utils.pick_dtype(wanted.dtype, device, editor.half),
         own_protector=wanted.protector or models.protector,
-        checkpointing=wanted.checkpointing,
-        compile=wanted.compile,
     )
 
 

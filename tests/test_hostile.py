@@ -381,6 +381,7 @@ def test_strips_are_the_whole(monkeypatch):
         ("scheduler/scheduler_config.json", "prediction_type", "$"),
         ("scheduler/scheduler_config.json", "timestep_spacing", 7),
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 0),
         ("scheduler/scheduler_config.json", "num_train_timesteps", "x"),
     ],
 )

@@ -83,3 +83,9 @@ def test_recognisers_tell_people_apart(work, name):
 def test_clip_knows_the_instructions(work):
     found = train_clip.evaluate(pathlib.Path(world.mini_set().clip), CPU[0], PEOPLE[:2], print)
     assert found["direction_top1"] > 0.6 and found["clip_s"] > found["clip_s_wrong"] + 0.2
+
+
+def test_the_judges_people_are_the_judges(capsys):
+    with pytest.raises(SystemExit):
+        train_clip.parse(["--identities", "50001"])
+    assert "judge" in capsys.readouterr().err

@@ -149,8 +149,10 @@ def test_faces_are_found_or_given_in_the_inputs_pixels(tmp_path, protector, face
     tool.detector = lambda pixels: [(20, 40, 120, 110), (0, 2, 30, 128)]
     assert tool.load(path).boxes == [(20, 40, 120, 110), (0, 2, 30, 128)][:count]
     assert tool.load(path, [(100, 0, 200, 64)]).boxes == [(100, 0, 128, 64)]
-    with pytest.raises(utils.UserError, match="face0.png: a face is too small for .*, which works at 64x64"):
+    with pytest.raises(utils.UserError, match="face0.png: the face is too small to be worked on at 64x64"):
         tool.load(path, [(0, 0, 1, 1)])
+    subject = tool.load(path, [(0, 0, 1, 1), (20, 40, 120, 110)])
+    assert subject.boxes == [(20, 40, 120, 110)] and subject.n_found == 2
 
 
 @pytest.mark.parametrize(("script", "more"), [(defend, "--defend_method noise"), (edit, "--prompt hat")])
