@@ -173,7 +173,8 @@ class Visits:
         if visit := self.visits.get(session):
             visit.used = time.monotonic()
             return visit
-        raise UserError("this page's hour is over, app.py has restarted, or too many pages are open: reload")
+        text = "this page's hour is over, app.py has restarted, or too many pages are open: reload it"
+        raise UserError(text)
 
     def has(self, path: str) -> bool:
         """Returns whether a path is exactly that of a file of some visit."""
