@@ -81,7 +81,7 @@ app: $(VENV)/installed-app
 	$(RUN) app.py --models=$(MODELS)
 
 test: $(VENV)/installed-dev
-	$(RUN) -m pytest -q -n 2 --dist loadfile
+	$(RUN) -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: $(VENV)/installed-dev
 	$(RUN) -m pytest -q -m ""
