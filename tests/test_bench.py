@@ -22,11 +22,10 @@ def test_one_row_per_job_with_its_numbers(tmp_path, monkeypatch, capsys):
     assert bench.main([*MINI, *line, "--what", *jobs]) == 0
     about, _, *lines, note = capsys.readouterr().out.splitlines()
     found = json.loads((tmp_path / "out.json").read_text())
-    rows = found["rows"]
-    assert list(rows) == jobs and [text.split()[0] for text in lines] == jobs
+    assert list(found["rows"]) == jobs and [text.split()[0] for text in lines] == jobs
     assert found["about"] == about and "the mini models, input 70x60, worked on at 64" in about
     assert "10 portraits" in note and "25 instructions" in note
-    for job, row in rows.items():
+    for job, row in found["rows"].items():
         assert row["hours"] == pytest.approx((10 if job in METHODS else 250) * row["image"] / 3600)
         own = {"facelock-wide": 32, "encoder": 100, "facelock": 100, "edit": 20}.get(job, 1)
         assert row["image"] == pytest.approx(own * row["iteration"]) and row["image"] > 0

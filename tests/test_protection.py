@@ -270,6 +270,8 @@ def test_several_networks_are_attacked_by_the_mean_of_their_objectives(
         names = " ".join(f"{kind}={path}" for kind, path in some)
         tool = protector(f"--defend_method {method} --num_iters 1 --vae {names}")
         tool.preload()
+        kept = tool.attacked if "editor" in tool.needs else []
+        assert all(one.load_denoiser() is one.load_denoiser() for one in kept)
         assert tool.settings()["vae"] == [f"{kind}={recorded(str(path))}, 64 px" for kind, path in some]
         tool.perturb(x, [[(25, 38, 75, 112)]], [3], lambda _, value: values.append(value))
     torch.testing.assert_close(values[0], (values[1] + values[2]) / 2)

@@ -27,6 +27,7 @@ import protection
 import utils
 from images import linf, load_image
 from methods import METHODS
+from models.config import resolve
 from models.editors import InstructPix2Pix
 from models.loading import ROOT
 from protection import Protector, methods_for
@@ -532,18 +533,16 @@ def test_cw_runs_in_float32(protector, capsys, method, runs_in):
     assert capsys.readouterr().err == ""
 
 
-def test_compile_compiles_the_networks(tmp_path, defend_flags, fresh_loaders, monkeypatch, capsys):
+def test_compile_is_for_the_attack_alone(tmp_path, defend_flags, fresh_loaders, monkeypatch, capsys):
     seen: list[str] = []
-
-    def note(network, **_):
-        seen.append(type(network).__name__)
-
+    note = lambda network, **_: seen.append(type(network).__name__)
     monkeypatch.setattr(torch.nn.Module, "compile", note)
     (source,) = tiny.write_portraits(tmp_path, 1)
     for method, count in (("encoder", 2), ("facelock", 4)):
         line = ["--input_path", str(source), "--defend_method", method, "--compile"]
         assert defend.main([*line, *defend_flags]) == 0
         assert len(seen) == count and seen[:2] == ["Encoder", "Decoder"]
+    assert not resolve(defend.settings_of(defend.parse_args([*line, *defend_flags]))).compile
 
 
 IGNORED = [
